@@ -1,0 +1,419 @@
+"""The backend boundary: what a framework has to provide, and how one is chosen.
+
+A backend is transforms and hardly any operations. It sees flat tuples of arrays and never a
+nested structure; core code never asks which backend it has. Built-in backends sit in a static
+table, others register under the entry point group `metaframe.backends`; an entry's name is its
+framework's import name, so that a framework nobody imported is never imported by us.
+
+Choosing: with nothing selected the arrays decide. `set_backend` selects for the process,
+`use_backend` for a block of code in the current thread or task. A selected backend also converts
+neutral inputs: NumPy arrays, Python numbers, lists of numbers.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metaframe.errors import (
+    BackendError,
+    BackendNotInstalledError,
+    InputTypeError,
+    UnknownKeyError,
+    nearest,
+)
+
+if TYPE_CHECKING:
+    from metaframe.optable import NNTable, OpsTable
+
+Array = Any
+Arrays = tuple[Array, ...]
+ArraysFn = Callable[[Arrays], Arrays]
+"""A pure function from a flat tuple of arrays to a flat tuple of arrays."""
+ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
+"""A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
+
+ENTRY_POINT_GROUP = "metaframe.backends"
+
+
+class Backend(abc.ABC):
+    """What metaframe needs from a framework.
+
+    A method without a body is required. The others have a correct default, which a backend
+    overrides only to be faster or to use less memory.
+    """
+
+    name: str
+    """The framework's import name; also the name users select it by."""
+    ops: OpsTable
+    """The portable array functions, in native calls."""
+    nn: NNTable
+    """The portable layers, in native calls."""
+
+    # -- arrays --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def owns(self, x: object) -> bool:
+        """Is `x` an array of this framework (a tracer or a variable counts)?"""
+
+    @abc.abstractmethod
+    def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        """`x` (own or neutral) as an array; `None` keeps the dtype and the device."""
+
+    @abc.abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """`x` as a NumPy array, detached and on the host."""
+
+    @abc.abstractmethod
+    def dtype_name(self, x: Array) -> str:
+        """The NumPy name of the dtype, such as "float32"."""
+
+    @abc.abstractmethod
+    def is_floating(self, x: Array) -> bool:
+        """Can `x` carry a gradient?"""
+
+    @abc.abstractmethod
+    def is_traced(self, x: Array) -> bool:
+        """Is `x` inside a transform or a compilation, so that it has no value to look at?"""
+
+    @abc.abstractmethod
+    def devices(self) -> tuple[str, ...]:
+        """The names `device=` accepts here."""
+
+    # -- transforms ----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def stop_gradient(self, x: Array) -> Array:
+        """`x` as a constant."""
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
+    ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        """`xs -> (scalar, aux, gradients)`, nestable to any depth.
+
+        An input that the scalar does not depend on gets a gradient of zeros. When it depends on
+        none of them, `on_disconnected` is called (it raises the caller's error).
+        """
+
+    @abc.abstractmethod
+    def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        """Cotangents of `xs`: the transposed Jacobian of `fn` at `xs` times `cotangents`."""
+
+    @abc.abstractmethod
+    def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        """Tangents of the outputs: the Jacobian of `fn` at `xs` times `tangents`."""
+
+    @abc.abstractmethod
+    def custom_vjp(
+        self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
+    ) -> ArraysFn:
+        """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
+
+        Everything differentiable has to be in `xs`.
+        """
+
+    @abc.abstractmethod
+    def vmap(self, fn: ArraysFn) -> ArraysFn:
+        """`fn` over the leading axis of every input and output."""
+
+    @abc.abstractmethod
+    def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        """`fn` compiled as a whole for arrays like `examples`."""
+
+    def scan(
+        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
+
+        The default is a Python loop: right everywhere, and for a framework without a compiled
+        loop the only form there is.
+        """
+        rows = []
+        for i in range(xs[0].shape[0]):
+            carry, y = fn(carry, tuple(x[i] for x in xs))
+            rows.append(y)
+        return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
+
+    def repeat(self, fn: ArraysFn, carry: Arrays, times: int) -> Arrays:
+        """`fn` applied `times` times. The default unrolls."""
+        for _ in range(times):
+            carry = fn(carry)
+        return carry
+
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
+        unflatten: Callable[[Any, Iterable[Any]], Any],
+    ) -> None:
+        """Let the framework's own transforms take `cls` apart, if it has such a registry."""
+        del cls, flatten, unflatten
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a backend comes from."""
+
+    target: str  # "module:class"
+    install: str
+
+
+_BUILT_IN = {
+    "jax": _Source("metaframe_jax:JaxBackend", 'pip install "metaframe[jax]"'),
+    "tensorflow": _Source(
+        "metaframe_tensorflow:TensorFlowBackend", 'pip install "metaframe[tensorflow]"'
+    ),
+    "torch": _Source("metaframe_torch:TorchBackend", 'pip install "metaframe[torch]"'),
+}
+
+_loaded: dict[str, Backend] = {}
+_by_type: dict[type, Backend] = {}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A selected backend, and how neutral inputs become arrays of it."""
+
+    backend: Backend
+    device: str | None = None
+    dtype: str = "float32"
+
+
+_process_selection: Selection | None = None
+_scoped_selection: ContextVar[Selection | None] = ContextVar("metaframe_backend", default=None)
+
+
+def _sources() -> dict[str, _Source]:
+    found = {
+        entry.name: _Source(entry.value, f"pip install {entry.dist.name if entry.dist else ''}")
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    }
+    return {**found, **_BUILT_IN}
+
+
+_known: dict[str, _Source] | None = None
+
+
+def known_backends() -> dict[str, _Source]:
+    """Name to source of every backend, built in or registered by an installed package."""
+    global _known
+    if _known is None:
+        _known = _sources()
+    return _known
+
+
+def load_backend(name: str) -> Backend:
+    """The backend called `name`, importing its framework.
+
+    Raises:
+        UnknownKeyError: no such backend, with the nearest name.
+        BackendNotInstalledError: its framework is missing, with the command that installs it.
+    """
+    if name in _loaded:
+        return _loaded[name]
+    sources = known_backends()
+    if name not in sources:
+        raise UnknownKeyError(f"no backend called {name!r}. {nearest(name, sources)}")
+    if importlib.util.find_spec(name) is None:
+        raise BackendNotInstalledError(
+            f"backend {name!r} needs {name}, which is not installed. Run: {sources[name].install}"
+        )
+    module, _, attribute = sources[name].target.partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    _by_type.clear()
+    return _loaded.setdefault(name, backend)
+
+
+def backends_in_use() -> tuple[Backend, ...]:
+    """Backends of the frameworks that are imported already."""
+    return tuple(load_backend(name) for name in sorted(known_backends()) if name in sys.modules)
+
+
+def owner(x: object) -> Backend | None:
+    """The backend whose array `x` is, or None. Imports no framework."""
+    if (hit := _by_type.get(type(x))) is not None:
+        return hit
+    for backend in backends_in_use():
+        # isinstance on the value: a JAX tracer's class is no subclass of jax.Array.
+        if backend.owns(x):
+            _by_type[type(x)] = backend
+            return backend
+    return None
+
+
+def is_neutral(x: object) -> bool:
+    """NumPy arrays and Python or NumPy numbers belong to no framework."""
+    return isinstance(x, (np.ndarray, np.generic, bool, int, float))
+
+
+def backend_of(*arrays: object) -> Backend:
+    """The backend that `arrays` belong to, or the selected one if they are neutral.
+
+    Raises:
+        InputTypeError: arrays of two frameworks, or of another one than selected.
+        BackendError: only neutral inputs and no backend selected.
+    """
+    selection = _selection()
+    found = None if selection is None else selection.backend
+    for x in arrays:
+        own = owner(x)
+        if own is None:
+            if not is_neutral(x):
+                raise InputTypeError(_not_an_array(x))
+        elif found is None:
+            found = own
+        elif own is not found:
+            raise InputTypeError(_mixed(found, own, selected=selection is not None))
+    if found is None:
+        raise BackendError(
+            "these inputs belong to no framework and no backend is selected. Pass arrays of one "
+            f"framework, or select one: metaframe.set_backend({min(known_backends())!r})."
+        )
+    return found
+
+
+def _not_an_array(x: object) -> str:
+    return (
+        f"{type(x).__module__}.{type(x).__qualname__} is neither an array of a loaded framework "
+        "nor a number. Pass an array, or make the class a node: "
+        "metaframe.tree.register_dataclass(cls)."
+    )
+
+
+def _mixed(found: Backend, other: Backend, *, selected: bool) -> str:
+    if selected:
+        return (
+            f"backend {found.name!r} is selected, received an array of {other.name!r}. Convert "
+            f'the array, or select metaframe.set_backend("{other.name}").'
+        )
+    return (
+        f"arrays of two frameworks in one call: {found.name!r} and {other.name!r}. Convert one "
+        "of them: metaframe never converts silently."
+    )
+
+
+def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
+    """`arrays` with neutral ones converted as the selection says, others untouched.
+
+    Floating inputs become the selected dtype, "float32" unless chosen otherwise; integers and
+    booleans keep theirs. Without a selection a neutral input is an error.
+    """
+    selection = _selection()
+    result = []
+    for x in arrays:
+        if not is_neutral(x):
+            result.append(x)
+        elif selection is None:
+            raise InputTypeError(
+                f"received {type(x).__name__} next to arrays of {backend.name!r}. Convert it, or "
+                f'select the backend, which then converts: metaframe.set_backend("{backend.name}").'
+            )
+        else:
+            floating = np.asarray(x).dtype.kind == "f"
+            result.append(
+                backend.asarray(x, selection.dtype if floating else None, selection.device)
+            )
+    return tuple(result)
+
+
+def _selection() -> Selection | None:
+    return _scoped_selection.get() or _process_selection
+
+
+def _select(name: str, device: str | None, dtype: str | None) -> Selection:
+    backend = load_backend(name)
+    selection = Selection(backend, device, dtype or "float32")
+    # Fails here, not in the middle of training, if the device or the dtype cannot be had.
+    backend.asarray(0.0, selection.dtype, selection.device)
+    return selection
+
+
+def set_backend(name: str, *, device: str | None = None, dtype: str | None = None) -> None:
+    """Select a backend for the whole process.
+
+    Args:
+        name: "torch", "jax", "tensorflow", or a backend registered by another package.
+        device: where neutral inputs are placed, as listed by `available_backends`; default: the
+            framework's own default.
+        dtype: floating dtype of converted neutral inputs, default "float32". JAX needs
+            `jax.config.update("jax_enable_x64", True)` for "float64".
+
+    Raises:
+        UnknownKeyError, BackendNotInstalledError, BackendError: see `load_backend`; unknown device.
+
+    >>> set_backend("torch", dtype="float64")
+    >>> current_backend().name
+    'torch'
+    >>> unset_backend()
+    """
+    global _process_selection
+    _process_selection = _select(name, device, dtype)
+
+
+def unset_backend() -> None:
+    """Return to inference from the arrays."""
+    global _process_selection
+    _process_selection = None
+
+
+@contextmanager
+def use_backend(
+    name: str, *, device: str | None = None, dtype: str | None = None
+) -> Iterator[Backend]:
+    """`set_backend` for a block of code, in this thread or async task only.
+
+    >>> with use_backend("jax") as backend:
+    ...     current_backend().name
+    'jax'
+    """
+    selection = _select(name, device, dtype)
+    token = _scoped_selection.set(selection)
+    try:
+        yield selection.backend
+    finally:
+        _scoped_selection.reset(token)
+
+
+def current_backend(*arrays: object) -> Backend:
+    """The backend a call with `arrays` would run on; without arrays, the selected one."""
+    return backend_of(*arrays)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One row of `available_backends`."""
+
+    name: str
+    version: str | None
+    """None if the framework is not installed."""
+    devices: tuple[str, ...]
+    install: str
+    """The command that installs the framework."""
+
+
+def available_backends() -> tuple[BackendInfo, ...]:
+    """Every known backend with version and devices. Imports the installed frameworks.
+
+    >>> [info.name for info in available_backends() if info.version is None]
+    []
+    """
+    return tuple(_info(name, source) for name, source in sorted(known_backends().items()))
+
+
+def _info(name: str, source: _Source) -> BackendInfo:
+    if importlib.util.find_spec(name) is None:
+        return BackendInfo(name, None, (), source.install)
+    backend = load_backend(name)
+    version = getattr(sys.modules[name], "__version__", "unknown")
+    return BackendInfo(name, str(version), backend.devices(), source.install)

@@ -1,0 +1,346 @@
+"""Container: a nested mapping with attribute access and arithmetic over its leaves.
+
+It is a `dict` with string keys, so everything that takes a dict takes a Container. Nested plain
+dicts become Containers when they are put in. Attribute access is a look-up and nothing else: it
+never calls anything on the leaves, and an unknown name raises with the nearest key. A key that
+is also a method name (`mean`, `shape`, ...) is reached as `c["mean"]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from metaframe import tree
+from metaframe.backend import backend_of, backends_in_use
+from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
+
+_INDENT = "    "
+
+
+class Container(dict[str, Any]):
+    """A nested mapping of arrays.
+
+    Args:
+        *args, **kwargs: as for `dict`; keys are strings without `/`, nested dicts are converted.
+
+    >>> import numpy as np
+    >>> v = Container(layer={"w": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> v.layer.w.shape
+    (2, 3)
+    >>> v["layer/b"] is v.layer.b
+    True
+    >>> v.layr
+    Traceback (most recent call last):
+    metaframe.errors.UnknownAttributeError: Container has no key 'layr'. Did you mean 'layer'?
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        _register_with_loaded_frameworks()
+        self.update(*args, **kwargs)
+
+    # -- mapping -------------------------------------------------------------------------
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str) or not key or "/" in key:
+            raise InputError(f"Container keys are non-empty strings without '/', received {key!r}.")
+        super().__setitem__(key, _wrap(value))
+
+    def __getitem__(self, key: Any) -> Any:
+        """`c["a"]`, `c["a/b"]` (a key chain), or `c[0:1]` (index every leaf)."""
+        if not isinstance(key, str):
+            return self.map(lambda leaf: leaf[key])
+        node: Any = self
+        for part in key.split("/"):
+            if not isinstance(node, Container) or part not in node:
+                raise UnknownKeyError(f"no key {key!r}. {nearest(key, _all_chains(self))}")
+            node = dict.__getitem__(node, part)
+        return node
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return dict.__getitem__(self, name)
+        except KeyError:
+            raise UnknownAttributeError(
+                f"Container has no key {name!r}. {nearest(name, self)}"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):
+            raise UnknownAttributeError(
+                f"{name!r} is a Container method; set the key as container[{name!r}] = value."
+            )
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise UnknownAttributeError(f"Container has no key {name!r}. {nearest(name, self)}")
+        del self[name]
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As `dict.update`, converting nested dicts."""
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As `dict.setdefault`, converting a nested dict."""
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def copy(self) -> Container:
+        """A new Container, nested ones copied too, with the same leaves."""
+        return Container(self)
+
+    def __or__(self, other: Any) -> Container:  # type: ignore[override]
+        return Container({**self, **other})
+
+    def __ior__(self, other: Any) -> Container:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same nesting in plain dicts."""
+        return {k: v.to_dict() if isinstance(v, Container) else v for k, v in self.items()}
+
+    # -- leaves --------------------------------------------------------------------------
+
+    def map(self, fn: Callable[[Any], Any]) -> Container:
+        """`fn` applied to every leaf."""
+        result: Container = tree.map(fn, self)
+        return result
+
+    @staticmethod
+    def multi_map(fn: Callable[..., Any], containers: Sequence[Container]) -> Container:
+        """`fn` applied to corresponding leaves of Containers with the same structure."""
+        if not containers:
+            raise InputError("multi_map needs at least one Container, received none.")
+        result: Container = tree.map(fn, *containers)
+        return result
+
+    def to_iterator(self) -> Iterator[tuple[str, Any]]:
+        """(key chain, leaf) pairs in canonical order.
+
+        >>> list(Container(b=2, a={"w": 1}).to_iterator())
+        [('a/w', 1), ('b', 2)]
+        """
+        return zip(tree.key_chains(self), tree.leaves(self), strict=True)
+
+    def at_key_chains(self, key_chains: Any) -> Container:
+        """The part of the Container that `key_chains` choose (see `tree.chosen`).
+
+        >>> Container(a={"w": 1, "b": 2}, c=3).at_key_chains(["a/w", "c"])
+        {
+            a: {
+                w: 1
+            },
+            c: 3
+        }
+        """
+        result: Container = tree.prune(self, tree.chosen(self, key_chains))
+        return result
+
+    def prune_key_chains(self, key_chains: Any) -> Container:
+        """The Container without the part that `key_chains` choose; `None` prunes nothing."""
+        result: Container = tree.prune(self, tree.chosen(self, key_chains, keep=False))
+        return result
+
+    def set_at_key_chains(self, values: Mapping[str, Any]) -> Container:
+        """A copy with values replaced or added.
+
+        Args:
+            values: key chains to values, `{"a/w": x}`, or a nested mapping, `{"a": {"w": x}}`.
+        """
+        result = self.copy()
+        for chain, value in values.items():
+            _set(result, chain.split("/"), value)
+        return result
+
+    # -- arrays --------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """The shape the leaves share, `None` where they differ.
+
+        >>> import numpy as np
+        >>> Container(x=np.ones((5, 2)), y=np.ones((5, 3, 1))).shape
+        (5, None)
+        """
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in tree.leaves(self)]
+        columns = zip(*shapes, strict=False)
+        return tuple(dims[0] if len(set(dims)) == 1 else None for dims in columns)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Container:
+        """The mean of every leaf."""
+        return self._reduce("mean", axis, keepdims)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Container:
+        """The sum of every leaf."""
+        return self._reduce("sum", axis, keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Container:
+        """The maximum of every leaf."""
+        return self._reduce("max", axis, keepdims)
+
+    def min(self, axis: Any = None, keepdims: bool = False) -> Container:
+        """The minimum of every leaf."""
+        return self._reduce("min", axis, keepdims)
+
+    def _reduce(self, name: str, axis: Any, keepdims: bool) -> Container:
+        def reduce(leaf: Any) -> Any:
+            return getattr(backend_of(leaf).ops, name)(leaf, axis=axis, keepdims=keepdims)
+
+        return self.map(reduce)
+
+    @staticmethod
+    def stack(containers: Sequence[Container], axis: int = 0) -> Container:
+        """Corresponding leaves stacked along a new axis."""
+        return Container.multi_map(
+            lambda *xs: backend_of(xs[0]).ops.stack(xs, axis=axis), containers
+        )
+
+    def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
+        """One Container for each index along `axis`, which must be as long in every leaf."""
+        sizes = {chain: leaf.shape[axis] for chain, leaf in self.to_iterator()}
+        if len(set(sizes.values())) != 1:
+            raise InputError(f"unstack needs one size along axis {axis}, received {sizes}.")
+
+        def at(i: int) -> Container:
+            index = slice(i, i + 1) if keepdims else i
+            return self.map(lambda leaf: leaf[(slice(None),) * (axis % leaf.ndim) + (index,)])
+
+        return [at(i) for i in range(next(iter(sizes.values())))]
+
+    # -- arithmetic: with a Container leaf by leaf, with anything else on every leaf -------
+
+    def _binary(self, other: Any, op: Callable[[Any, Any], Any]) -> Container:
+        if isinstance(other, Mapping):
+            result: Container = tree.map(op, self, Container(other))
+            return result
+        return self.map(lambda leaf: op(leaf, other))
+
+    def __add__(self, other: Any) -> Container:
+        return self._binary(other, operator.add)
+
+    def __radd__(self, other: Any) -> Container:
+        return self._binary(other, lambda a, b: b + a)
+
+    def __sub__(self, other: Any) -> Container:
+        return self._binary(other, operator.sub)
+
+    def __rsub__(self, other: Any) -> Container:
+        return self._binary(other, lambda a, b: b - a)
+
+    def __mul__(self, other: Any) -> Container:
+        return self._binary(other, operator.mul)
+
+    def __rmul__(self, other: Any) -> Container:
+        return self._binary(other, lambda a, b: b * a)
+
+    def __truediv__(self, other: Any) -> Container:
+        return self._binary(other, operator.truediv)
+
+    def __rtruediv__(self, other: Any) -> Container:
+        return self._binary(other, lambda a, b: b / a)
+
+    def __pow__(self, other: Any) -> Container:
+        return self._binary(other, operator.pow)
+
+    def __neg__(self) -> Container:
+        return self.map(operator.neg)
+
+    def __abs__(self) -> Container:
+        return self.map(abs)
+
+    # -- text ----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return _show(self, "")
+
+
+def _wrap(value: Any) -> Any:
+    return Container(value) if isinstance(value, dict) else value
+
+
+def _all_chains(container: Container) -> list[str]:
+    """Every key chain of the Container, inner nodes included."""
+    found = []
+    for key, value in container.items():
+        found.append(key)
+        if isinstance(value, Container):
+            found += [f"{key}/{rest}" for rest in _all_chains(value)]
+    return found
+
+
+def _set(node: Container, path: list[str], value: Any) -> None:
+    head, *rest = path
+    if rest:
+        _set(node.setdefault(head, {}), rest, value)
+    elif isinstance(value, Mapping) and isinstance(node.get(head), Container):
+        for key, inner in value.items():
+            _set(node[head], key.split("/"), inner)
+    else:
+        node[head] = value
+
+
+def _show(value: Any, indent: str) -> str:
+    if not isinstance(value, Container):
+        return _show_leaf(value).replace("\n", "\n" + indent)
+    if not value:
+        return "{}"
+    inner = indent + _INDENT
+    rows = [f"{inner}{key}: {_show(value[key], inner)}" for key in sorted(value)]
+    return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+
+
+def _show_leaf(leaf: Any) -> str:
+    """`float32[2, 3] [[1. 2. 3.] [4. 5. 6.]]`, alike on every backend; large arrays without values."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return repr(leaf)
+    shape = list(map(int, leaf.shape))
+    if isinstance(leaf, np.ndarray | np.generic):
+        head, values = f"{leaf.dtype}{shape}", leaf
+    else:
+        backend = backend_of(leaf)
+        head = f"{backend.dtype_name(leaf)}{shape}"
+        if backend.is_traced(leaf):
+            return f"{head} traced"
+        values = backend.to_numpy(leaf)
+    return head if values.size > 20 else f"{head} {' '.join(str(values).split())}"
+
+
+def _flatten(node: Container) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
+    keys = tuple(sorted(node))
+    return [dict.__getitem__(node, key) for key in keys], keys, keys
+
+
+def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
+    # Frameworks rebuild structures around placeholders, so children are stored as they come.
+    node = Container.__new__(Container)
+    for key, child in zip(keys, children, strict=True):
+        dict.__setitem__(node, key, child)
+    return node
+
+
+tree.register(Container, _flatten, _unflatten)
+
+_registered_with: set[str] = set()
+
+
+def _register_with_loaded_frameworks() -> None:
+    """Let a user's own `jax.jit` or `torch.func.vmap` take Containers apart.
+
+    Done when a Container is made, and only with frameworks the user has imported: importing
+    metaframe imports none.
+    """
+    for backend in backends_in_use():
+        if backend.name not in _registered_with:
+            _registered_with.add(backend.name)
+            backend.register_node(Container, _flatten, _unflatten)

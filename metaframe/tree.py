@@ -1,0 +1,244 @@
+"""The only door to nested structures.
+
+The rules, for every backend alike:
+
+- dict, `Container`, list, tuple, namedtuple, OrderedDict, deque and registered classes are
+  nodes; anything else is a leaf;
+- dict and `Container` entries are visited in sorted key order;
+- `None` is an empty subtree, never a leaf;
+- a leaf's *key chain* joins the keys, field names and indices on the way to it with `/`.
+
+The work is done by optree in the namespace "metaframe", so a user's own registrations in
+optree's global namespace are seen, and ours leak nowhere. Backends never see a structure:
+public functions flatten once and hand them flat tuples of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import optree
+
+from metaframe.errors import InputError, UnknownKeyError, nearest
+
+NAMESPACE = "metaframe"
+
+Tree = Any
+Leaves = tuple[Any, ...]
+TreeSpec = optree.PyTreeSpec
+T = TypeVar("T")
+
+def flatten(
+    tree: Tree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[Leaves, TreeSpec]:
+    """Leaves in canonical order, and the structure that `unflatten` needs.
+
+    >>> leaves, spec = flatten({"b": 2, "a": [1, None]})
+    >>> leaves
+    (1, 2)
+    >>> unflatten(spec, leaves)
+    {'a': [1, None], 'b': 2}
+    """
+    leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    return tuple(leaves), spec
+
+
+def unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
+    """The inverse of `flatten`."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: Tree) -> Leaves:
+    """The leaves of `tree` in canonical order."""
+    return flatten(tree)[0]
+
+
+def structure(tree: Tree) -> TreeSpec:
+    """The structure of `tree`; two trees match when these compare equal."""
+    return optree.tree_structure(tree, namespace=NAMESPACE)
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `fn` to corresponding leaves; every tree must have the structure of the first.
+
+    >>> map(lambda a, b: a + b, {"w": 1, "b": (2, 3)}, {"w": 10, "b": (20, 30)})
+    {'b': (22, 33), 'w': 11}
+    """
+    first, spec = flatten(tree)
+    columns = [first] + [
+        same_structure(other, spec, what="tree") for other in rest
+    ]
+    return unflatten(spec, [fn(*row) for row in zip(*columns, strict=True)])
+
+
+def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
+    """The leaves of `tree`, after checking that it has structure `spec`.
+
+    Raises:
+        InputError: naming the key chains that are missing or unexpected.
+    """
+    found, found_spec = flatten(tree)
+    if found_spec == spec:
+        return found
+    want, have = set(_chains_of(spec)), set(_chains_of(found_spec))
+    missing, extra = sorted(want - have), sorted(have - want)
+    parts = [f"missing {missing}"] if missing else []
+    parts += [f"unexpected {extra}"] if extra else []
+    detail = "; ".join(parts) or f"expected {spec}, received {found_spec}"
+    raise InputError(f"{what} has another structure: {detail}. Return the same keys and nesting.")
+
+
+def key_chains(tree: Tree) -> tuple[str, ...]:
+    """The key chain of every leaf, in the order of `leaves`.
+
+    >>> key_chains({"b": {"w": 1}, "a": [2, 3]})
+    ('a/0', 'a/1', 'b/w')
+    """
+    return _chains_of(structure(tree))
+
+
+def _chains_of(spec: TreeSpec) -> tuple[str, ...]:
+    return tuple(
+        "/".join(_entry_name(entry) for entry in accessor) for accessor in spec.accessors()
+    )
+
+
+def _entry_name(entry: optree.PyTreeEntry) -> str:
+    # A namedtuple or dataclass entry has a field name, which reads better than its index.
+    for attribute in ("field", "name"):
+        label = getattr(entry, attribute, None)
+        if isinstance(label, str):
+            return label
+    return str(entry.entry)
+
+
+def prune(tree: Tree, keep: Sequence[bool]) -> Tree:
+    """Drop the leaves whose flag is False.
+
+    Mappings lose the key (and empty sub-mappings disappear); in any other node, which cannot
+    lose a field, the place becomes `None`, the empty subtree.
+
+    >>> prune({"a": {"w": 1, "b": 2}, "c": [3, 4]}, (False, False, True, False))
+    {'c': [3, None]}
+    """
+    total = len(leaves(tree))
+    if len(keep) != total:
+        raise InputError(f"keep has {len(keep)} flags for {total} leaves.")
+    if all(keep):
+        return tree
+    pruned = _prune(tree, iter(keep))
+    return type(tree)() if pruned is None and isinstance(tree, Mapping) else pruned
+
+
+def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
+    if node is None:
+        return None
+    if optree.tree_is_leaf(node, namespace=NAMESPACE):
+        return node if next(flags) else None
+    children, _, keys, rebuild = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
+    kept = [_prune(child, flags) for child in children]
+    if all(child is None for child in kept):
+        return None
+    result = rebuild(kept)
+    if isinstance(result, MutableMapping):
+        for key, child in zip(keys, kept, strict=True):
+            if child is None:
+                del result[key]
+    return result
+
+
+def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
+    """One flag a leaf: is it selected by `choice`?
+
+    Args:
+        tree: the structure to choose from.
+        choice: `None` (everything), a key chain `"a/b"` (a leaf or a whole subtree), a sequence
+            of key chains, or a nested mapping of booleans where False and missing both mean
+            not chosen.
+        keep: False inverts the choice, except for `None`.
+
+    Raises:
+        UnknownKeyError: a chain that names nothing, with the nearest one that exists.
+
+    >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, {"a": {"w": True}})
+    (False, True, False)
+    >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, "a", keep=False)
+    (False, False, True)
+    """
+    chains = key_chains(tree)
+    if choice is None:
+        return (True,) * len(chains)
+    wanted = [choice] if isinstance(choice, str) else choice
+    if isinstance(wanted, Mapping):
+        wanted = _true_chains(wanted, chains, "")
+    selected = set()
+    for chain in wanted:
+        selected.update(_matching(str(chain), chains))
+    return tuple((chain in selected) == keep for chain in chains)
+
+
+def _matching(chain: str, chains: Sequence[str]) -> list[str]:
+    hits = [c for c in chains if c == chain or c.startswith(chain + "/")]
+    if not hits:
+        raise UnknownKeyError(f"no variable at key chain {chain!r}. {nearest(chain, chains)}")
+    return hits
+
+
+def _true_chains(choice: Mapping[Any, Any], chains: Sequence[str], prefix: str) -> list[str]:
+    found: list[str] = []
+    for key, value in choice.items():
+        chain = f"{prefix}{key}"
+        _matching(chain, chains)
+        if isinstance(value, Mapping):
+            found += _true_chains(value, chains, chain + "/")
+        elif value is not None and bool(value):
+            found.append(chain)
+    return found
+
+
+def register(
+    cls: type[T],
+    flatten_fn: Callable[[T], tuple[Iterable[Any], Any, Iterable[Any]]],
+    unflatten_fn: Callable[[Any, Iterable[Any]], T],
+) -> None:
+    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys)."""
+    optree.register_pytree_node(
+        cls,
+        lambda node: _as_tuples(*flatten_fn(node)),
+        unflatten_fn,  # type: ignore[arg-type]
+        path_entry_type=optree.MappingEntry,
+        namespace=NAMESPACE,
+    )
+
+
+def _as_tuples(
+    children: Iterable[Any], metadata: Any, keys: Iterable[Any]
+) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
+    return tuple(children), metadata, tuple(keys)
+
+
+def register_dataclass(cls: type[T]) -> type[T]:
+    """Make a dataclass a node whose fields are its children. Usable as a decorator.
+
+    >>> @register_dataclass
+    ... @dataclasses.dataclass
+    ... class Batch:
+    ...     x: object
+    ...     y: object
+    >>> key_chains(Batch(1, {"t": 2}))
+    ('x', 'y/t')
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise InputError(f"{cls.__qualname__} is not a dataclass.")
+    names = tuple(field.name for field in dataclasses.fields(cls))
+
+    def flatten_fn(node: T) -> tuple[Iterable[Any], Any, Iterable[Any]]:
+        return [getattr(node, name) for name in names], None, names
+
+    def unflatten_fn(_: Any, children: Iterable[Any]) -> T:
+        return cls(**dict(zip(names, children, strict=True)))
+
+    register(cls, flatten_fn, unflatten_fn)
+    return cls
