@@ -1,0 +1,82 @@
+# Every target that needs packages makes its own virtual environment, once: a stamp file in it is
+# newer than the files that say what to install.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# A name on PATH may be a shim for a version that is not there, so each candidate is started.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
+  $(shell $(p) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+
+BACKEND ?= jax
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+framework_jax := jax
+framework_tensorflow := tensorflow-cpu
+framework_torch := torch
+framework := $(framework_$(BACKEND))
+
+inputs := pyproject.toml setup.cfg constraints-test.txt
+pip_install := -m pip install --quiet --constraint constraints-test.txt
+demo_venv := .venv-demo-$(BACKEND)
+demo_python := $(demo_venv)/bin/python
+test_python := .venv/bin/python
+
+.PHONY: help demo test test-slow lint types bench dist clean
+
+help:
+	@echo "make demo [BACKEND=jax|torch|tensorflow]   meta-learn on real digits, in its own environment"
+	@echo "make test        lint, types and the default tests, on all three frameworks"
+	@echo "make test-slow   the tests marked slow"
+	@echo "make lint        ruff, lint and format"
+	@echo "make types       mypy, strict"
+	@echo "make bench       the benchmarks"
+	@echo "make dist        wheel and sdist into dist/"
+	@echo "make clean       remove environments, builds and caches"
+
+demo: $(demo_venv)/.installed
+	$(demo_python) examples/digits.py --backend $(BACKEND) --out runs/demo-$(BACKEND)
+
+$(demo_venv)/.installed: $(inputs)
+	$(if $(framework),,$(error BACKEND=$(BACKEND) is unknown. Expected jax, torch or tensorflow))
+	$(if $(PYTHON),,$(error no Python >= 3.11 found. Say where it is: make demo PYTHON=/path/to/python))
+	$(PYTHON) -m venv $(demo_venv)
+	$(demo_python) $(pip_install) $(framework)
+	$(demo_python) $(pip_install) --editable ".[demo]"
+	touch $@
+
+test: lint types
+	$(test_python) -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-slow: .venv/.installed
+	$(test_python) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: .venv/.installed
+	$(test_python) -m ruff check .
+	$(test_python) -m ruff format --check .
+
+types: .venv/.installed
+	$(test_python) -m mypy
+
+bench: .venv/.installed
+	$(test_python) -m benchmarks
+
+dist: .venv/.installed
+	$(test_python) -m build --outdir dist
+
+# torch comes first and alone: resolved together with the rest, pip may look at several versions of
+# it, which are gigabytes each.
+.venv/.installed: $(inputs)
+	$(if $(PYTHON),,$(error no Python >= 3.11 found. Say where it is: make test PYTHON=/path/to/python))
+	$(PYTHON) -m venv .venv
+	$(test_python) $(pip_install) $(framework_torch)
+	$(test_python) $(pip_install) $(framework_jax) $(framework_tensorflow) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf metaframe.egg-info backends/metaframe.egg-info
+	find metaframe backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""What has to be settled before any framework is imported, for tests and doctests alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Two workers share a machine's cores, and a sum over one thread is the same sum every time.
+for variable in (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+# On the CPU unless devices are named: results are compared to 1e-12, which a GPU cannot give.
+if "CUDA_VISIBLE_DEVICES" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the doctests of a backend whose framework is not installed."""
+    _, prefix, framework = collection_path.name.partition("metaframe_")
+    if collection_path.parent.name == "backends" and prefix:
+        return True if importlib.util.find_spec(framework) is None else None
+    return None

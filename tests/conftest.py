@@ -1,0 +1,113 @@
+"""Fixtures: one test body runs on every backend, eagerly and compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from metaframe import tree
+from metaframe.backend import Backend, unset_backend, use_backend
+
+BACKENDS = ("torch", "jax", "tensorflow")
+REQUIRED = frozenset(filter(None, os.environ.get("METAFRAME_REQUIRED_BACKENDS", "").split(",")))
+ROOT = Path(__file__).resolve().parent.parent
+
+_hypothesis_settings: dict[str, Any] = {
+    "deadline": None,  # the first example of a test compiles
+    "derandomize": "CI" in os.environ,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.too_slow,
+        # `backend` selects a backend and keeps nothing from one example to the next.
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+}
+hypothesis.settings.register_profile("default", max_examples=200, **_hypothesis_settings)
+hypothesis.settings.register_profile("nightly", max_examples=2000, **_hypothesis_settings)
+hypothesis.settings.load_profile("default")  # --hypothesis-profile chooses another
+
+
+def require(backend_name: str) -> None:
+    """Skip where the framework is missing; fail where it was promised."""
+    if importlib.util.find_spec(backend_name) is not None:
+        return
+    if backend_name in REQUIRED:
+        pytest.fail(f"{backend_name} is not installed, METAFRAME_REQUIRED_BACKENDS names it")
+    pytest.skip(f"{backend_name} is not installed")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """The name of each backend in turn, its framework installed and nothing selected."""
+    name: str = request.param
+    require(name)
+    return name
+
+
+@pytest.fixture
+def backend(backend_name: str) -> Iterator[Backend]:
+    """Each backend in turn, selected for the test, with float64 for neutral inputs."""
+    with use_backend(backend_name, dtype="float64") as selected:
+        yield selected
+
+
+@pytest.fixture
+def arr(backend: Backend) -> Callable[..., Any]:
+    """`arr(tree)`: its NumPy leaves, numbers and lists of numbers as arrays of the backend.
+
+    Floating leaves become float64 unless `dtype` says otherwise; integers keep their dtype. A
+    list is one array, as in `numpy.asarray`.
+    """
+
+    def convert(leaf: Any, dtype: str | None) -> Any:
+        value = np.asarray(leaf)
+        if value.dtype.kind == "f":
+            return backend.asarray(value, dtype or "float64")
+        return backend.asarray(value, dtype)
+
+    def as_arrays(structure: Any, dtype: str | None = None) -> Any:
+        leaves, spec = tree.flatten(structure, is_leaf=lambda node: isinstance(node, list))
+        return tree.unflatten(spec, [convert(leaf, dtype) for leaf in leaves])
+
+    return as_arrays
+
+
+@pytest.fixture
+def to_np(backend: Backend) -> Callable[[Any], Any]:
+    """`to_np(tree)`: the leaves that belong to the backend as NumPy arrays, others unchanged."""
+
+    def convert(leaf: Any) -> Any:
+        return backend.to_numpy(leaf) if backend.owns(leaf) else leaf
+
+    return lambda structure: tree.map(convert, structure)
+
+
+@pytest.fixture(params=("eager", "compiled"))
+def execution(request: pytest.FixtureRequest) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`execution(fn)`: `fn` as it is, then `fn` compiled as a whole."""
+    if request.param == "eager":
+        return lambda fn: fn
+    from metaframe import compile as compile_whole
+
+    return compile_whole
+
+
+@pytest.fixture(autouse=True)
+def _nothing_selected() -> Iterator[None]:
+    yield
+    unset_backend()
+
+
+@pytest.fixture(scope="session")
+def omniglot_dir() -> Path:
+    """The directory with Omniglot's zip files."""
+    found = Path(os.environ.get("METAFRAME_OMNIGLOT", ROOT.parent / "shared/data/omniglot"))
+    if not found.is_dir():
+        pytest.skip(f"no Omniglot in {found}; METAFRAME_OMNIGLOT names the directory")
+    return found
