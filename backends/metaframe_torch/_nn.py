@@ -1,0 +1,42 @@
+"""The layer primitives in torch calls."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaframe.optable import NNTable, Pads
+
+
+class TorchNN(NNTable):
+    """See `metaframe.nn` for what each function does."""
+
+    def relu(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def softmax(self, x: Tensor, axis: int = -1) -> Tensor:
+        return torch.softmax(x, axis)
+
+    def log_softmax(self, x: Tensor, axis: int = -1) -> Tensor:
+        return torch.log_softmax(x, axis)
+
+    def conv2d(self, x: Tensor, kernel: Tensor, stride: tuple[int, int], pads: Pads) -> Tensor:
+        (top, bottom), (left, right) = pads
+        if top != bottom or left != right:
+            x = F.pad(x, (0, 0, left, right, top, bottom))
+            top = left = 0
+        images, weights = x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1)
+        return F.conv2d(images, weights, stride=stride, padding=(top, left)).permute(0, 2, 3, 1)
+
+    def max_pool2d(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+        # Not F.max_pool2d: it gives the gradient of a tie to one pixel, amax to all alike.
+        height, width = window
+        rows, columns, channels = x.shape[1] // height, x.shape[2] // width, x.shape[3]
+        blocks = x[:, : rows * height, : columns * width].reshape(
+            -1, rows, height, columns, width, channels
+        )
+        return torch.amax(blocks, (2, 4))
