@@ -237,7 +237,9 @@ def load_backend(name: str) -> Backend:
 
 def backends_in_use() -> tuple[Backend, ...]:
     """Backends of the frameworks that are imported already."""
-    return tuple(load_backend(name) for name in sorted(known_backends()) if name in sys.modules)
+    # None in sys.modules marks a module that must not be imported.
+    imported = (name for name in sorted(known_backends()) if sys.modules.get(name) is not None)
+    return tuple(load_backend(name) for name in imported)
 
 
 def owner(x: object) -> Backend | None:

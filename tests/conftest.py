@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,10 @@ import hypothesis
 import numpy as np
 import pytest
 
+from frameworks import BACKENDS, require
 from metaframe import tree
 from metaframe.backend import Backend, unset_backend, use_backend
 
-BACKENDS = ("torch", "jax", "tensorflow")
-REQUIRED = frozenset(filter(None, os.environ.get("METAFRAME_REQUIRED_BACKENDS", "").split(",")))
 ROOT = Path(__file__).resolve().parent.parent
 
 _hypothesis_settings: dict[str, Any] = {
@@ -31,15 +29,6 @@ _hypothesis_settings: dict[str, Any] = {
 hypothesis.settings.register_profile("default", max_examples=200, **_hypothesis_settings)
 hypothesis.settings.register_profile("nightly", max_examples=2000, **_hypothesis_settings)
 hypothesis.settings.load_profile("default")  # --hypothesis-profile chooses another
-
-
-def require(backend_name: str) -> None:
-    """Skip where the framework is missing; fail where it was promised."""
-    if importlib.util.find_spec(backend_name) is not None:
-        return
-    if backend_name in REQUIRED:
-        pytest.fail(f"{backend_name} is not installed, METAFRAME_REQUIRED_BACKENDS names it")
-    pytest.skip(f"{backend_name} is not installed")
 
 
 @pytest.fixture(params=BACKENDS)
