@@ -1,0 +1,16 @@
+"""Tasks and the samplers that make them, in NumPy, the same on every backend."""
+
+from metaframe.tasks._checks import MissingDependencyError as MissingDependencyError
+from metaframe.tasks.digits import DIGITS_SPLIT as DIGITS_SPLIT
+from metaframe.tasks.digits import digits_sampler as digits_sampler
+from metaframe.tasks.digits import load_digits as load_digits
+from metaframe.tasks.few_shot import ClassSplit as ClassSplit
+from metaframe.tasks.few_shot import FewShotSampler as FewShotSampler
+from metaframe.tasks.few_shot import split_classes as split_classes
+from metaframe.tasks.interval import Estimate as Estimate
+from metaframe.tasks.interval import mean_and_ci95 as mean_and_ci95
+from metaframe.tasks.sampling import IndexedSampler as IndexedSampler
+from metaframe.tasks.sampling import task_rng as task_rng
+from metaframe.tasks.task import Task as Task
+from metaframe.tasks.task import TaskSampler as TaskSampler
+from metaframe.tasks.task import stack_tasks as stack_tasks

@@ -1,0 +1,287 @@
+"""Few-shot classification tasks over any labelled arrays.
+
+Classes are divided, never examples: a `ClassSplit` cannot hold a class twice, so a class that
+was trained on cannot be tested on. Which class is called 0, 1, 2, ... is random in every task,
+and so is the order of the examples, so neither says anything before adaptation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metaframe.errors import InputError, InputTypeError
+from metaframe.tasks import _checks
+from metaframe.tasks.sampling import SPLITS, IndexedSampler, Split, division_rng, permutation
+from metaframe.tasks.task import Task
+
+ROTATIONS = 4
+"""Quarter turns, each a class of its own."""
+
+Label = Any
+Rows = np.ndarray[Any, np.dtype[np.intp]]
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Which classes belong to which split.
+
+    Args:
+        train, validation, test: class labels as they occur in `labels`; may be empty.
+
+    Raises:
+        InputError: a class is named twice.
+
+    >>> ClassSplit(train=(0, 1), test=(1, 2))
+    Traceback (most recent call last):
+    metaframe.errors.InputError: class 1 is in both 'train' and 'test'; splits must be disjoint.
+    """
+
+    train: tuple[Label, ...] = ()
+    validation: tuple[Label, ...] = ()
+    test: tuple[Label, ...] = ()
+
+    def __post_init__(self) -> None:
+        home: dict[Label, str] = {}
+        for split in SPLITS:
+            classes = tuple(_plain(label) for label in getattr(self, split))
+            object.__setattr__(self, split, classes)
+            for label in classes:
+                if label in home:
+                    raise InputError(
+                        f"class {label!r} is in both {home[label]!r} and {split!r}; splits must "
+                        "be disjoint."
+                        if home[label] != split
+                        else f"class {label!r} is twice in {split!r}."
+                    )
+                home[label] = split
+
+    def __getitem__(self, split: Split) -> tuple[Label, ...]:
+        classes: tuple[Label, ...] = getattr(self, split)
+        return classes
+
+
+def split_classes(
+    labels: Iterable[Label],
+    sizes: Sequence[float] = (0.6, 0.2, 0.2),
+    *,
+    seed: int = 0,
+) -> ClassSplit:
+    """Divide the classes among train, validation and test at random.
+
+    Args:
+        labels: the label of every example (or just the classes).
+        sizes: three fractions with a sum of at most 1, or three numbers of classes. Fractions
+            are rounded down, and with a sum of 1 the classes left over go to train.
+        seed: decides the division; nothing else does. It is separate from the samplers' seeds,
+            so that training and testing with two seeds cannot mix classes.
+
+    Raises:
+        InputError: sizes that do not fit the number of classes.
+
+    >>> split_classes(range(10), (6, 2, 2))
+    ClassSplit(train=(0, 4, 5, 6, 7, 9), validation=(1, 2), test=(3, 8))
+    """
+    classes = np.unique(_as_labels(labels))
+    counts = _split_counts(sizes, len(classes))
+    order = permutation(division_rng(seed), len(classes))
+    ends = np.cumsum(counts)
+    parts = np.split(order[: ends[-1]], ends[:-1])
+    return ClassSplit(*(tuple(classes[np.sort(part)].tolist()) for part in parts))
+
+
+def _split_counts(sizes: Sequence[float], total: int) -> list[int]:
+    if len(sizes) != len(SPLITS):
+        raise InputError(
+            f"sizes must be three numbers (train, validation, test), received {sizes!r}."
+        )
+    if all(isinstance(size, int | np.integer) for size in sizes):
+        counts = [_checks.integer("a split size", size, 0) for size in sizes]
+        if sum(counts) > total:
+            raise InputError(
+                f"sizes={tuple(counts)} needs {sum(counts)} classes, there are {total}."
+            )
+        return counts
+    whole = sum(sizes)
+    # Not `whole > 1`: decimal fractions such as 0.7 + 0.2 + 0.1 miss 1 by a rounding error.
+    if not (all(0 <= size <= 1 for size in sizes) and whole <= 1 + 1e-9):
+        raise InputError(
+            f"sizes must be numbers of classes, or fractions with a sum of at most 1; received "
+            f"{tuple(sizes)}."
+        )
+    counts = [int(size * total + 1e-9) for size in sizes]
+    if whole >= 1 - 1e-9:
+        counts[0] += total - sum(counts)
+    return counts
+
+
+class FewShotSampler(IndexedSampler):
+    """Sample `ways`-way `shots`-shot classification tasks.
+
+    A task takes `ways` classes in random order, which get the labels 0 to ways-1, and from each
+    `shots + queries` distinct examples: the first `shots` for support, the others for query.
+    Support rows are then shuffled, and query rows too.
+
+    Tasks have support_x `(ways * shots, ...)`, support_y `(ways * shots,)`, query_x
+    `(ways * queries, ...)` and query_y `(ways * queries,)`. Labels are int64, the type torch
+    wants for class indices; on JAX they become its default integer, int32.
+
+    Args:
+        images: `(N, ...)`, for rotations `(N, S, S)` or `(N, S, S, C)`. uint8 becomes
+            floating in [0, 1] (divided by 255), booleans 0 and 1; floats are taken as they are.
+        labels: `(N,)` integers or strings.
+        ways, shots, queries: classes a task, and support and query examples a class.
+        split: which classes are used, and which stream of tasks.
+        classes: the classes of each split; default `split_classes(labels)`.
+        rotations: count each class turned by 0, 90, 180 and 270 degrees as four classes, which
+            stay in one split.
+        seed, device, dtype: see `IndexedSampler`.
+
+    Raises:
+        InputError: too few classes or examples, saying how many there are and are needed.
+
+    >>> import numpy as np
+    >>> images, labels = np.zeros((200, 28, 28, 1), np.uint8), np.repeat(np.arange(10), 20)
+    >>> sampler = FewShotSampler(images, labels, ways=5, shots=1, queries=15)
+    >>> sampler.task(0)
+    Task(support_x=(5, 28, 28, 1), support_y=(5,), query_x=(75, 28, 28, 1), query_y=(75,))
+    >>> sorted(sampler.task(0).support_y.tolist())
+    [0, 1, 2, 3, 4]
+
+    Source: Vinyals et al., "Matching networks for one shot learning" (NeurIPS 2016).
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray[Any, Any],
+        labels: Iterable[Label],
+        *,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        split: Split = "train",
+        classes: ClassSplit | None = None,
+        rotations: bool = False,
+        seed: int | None = 0,
+        device: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(seed=seed, split=split, device=device, dtype=dtype)
+        self.ways = _checks.integer("ways", ways, 1)
+        self.shots = _checks.integer("shots", shots, 1)
+        self.queries = _checks.integer("queries", queries, 1)
+        self.rotations = bool(rotations)
+        self._images, own_labels = _check_examples(images, labels, self.rotations)
+        chosen = split_classes(own_labels) if classes is None else classes
+        self._members = _members(own_labels, chosen[self.split], self.split)
+        self._check_enough()
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes this split has, rotations included."""
+        return len(self._members) * (ROTATIONS if self.rotations else 1)
+
+    def _check_enough(self) -> None:
+        if self.num_classes < self.ways:
+            turned = f" ({len(self._members)} x {ROTATIONS} rotations)" if self.rotations else ""
+            raise InputError(
+                f"ways={self.ways} needs at least as many classes, split {self.split!r} has "
+                f"{self.num_classes}{turned}. Lower ways, or give the split more classes."
+            )
+        needed = self.shots + self.queries
+        for label, rows in self._members.items():
+            if len(rows) < needed:
+                raise InputError(
+                    f"class {label!r} has {len(rows)} examples, a task needs {needed} "
+                    f"(shots={self.shots} + queries={self.queries}). Lower them, or leave the "
+                    "class out of the split."
+                )
+
+    def draw(self, rng: np.random.Generator) -> Task:
+        """One task; see the class for how it is made up."""
+        groups = list(self._members.values())
+        turns = ROTATIONS if self.rotations else 1
+        chosen = permutation(rng, self.num_classes)[: self.ways]
+        support, query = [], []
+        for group in (groups[c // turns] for c in chosen):
+            rows = group[permutation(rng, len(group))]
+            support.append(rows[: self.shots])
+            query.append(rows[self.shots : self.shots + self.queries])
+        return Task(
+            *self._examples(rng, support, chosen % turns),
+            *self._examples(rng, query, chosen % turns),
+        )
+
+    def _examples(
+        self, rng: np.random.Generator, rows: list[Rows], quarter_turns: Rows
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Shuffled inputs and labels; `rows` and `quarter_turns` have one entry a way."""
+        pictures = [
+            np.rot90(self._images[r], turn, axes=(1, 2)) if turn else self._images[r]
+            for r, turn in zip(rows, quarter_turns, strict=True)
+        ]
+        labels = np.repeat(np.arange(self.ways, dtype=np.int64), len(rows[0]))
+        order = permutation(rng, len(labels))
+        return _to_float(np.concatenate(pictures)[order]), labels[order]
+
+
+def _check_examples(
+    images: Any, labels: Iterable[Label], rotations: bool
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    pictures, names = np.asarray(images), _as_labels(labels)
+    if pictures.dtype.kind not in "fb" and pictures.dtype != np.uint8:
+        raise InputTypeError(
+            f"images must be floating, uint8 or boolean, received dtype {pictures.dtype}. Scale "
+            "them to floats first."
+        )
+    if pictures.ndim < 1 or len(pictures) != len(names):
+        raise InputError(
+            f"images and labels must be as many, received images of shape {pictures.shape} and "
+            f"{len(names)} labels."
+        )
+    if rotations and (pictures.ndim not in (3, 4) or pictures.shape[1] != pictures.shape[2]):
+        raise InputError(
+            "rotations needs square images (N, S, S) or (N, S, S, C), received shape "
+            f"{pictures.shape}."
+        )
+    return pictures, names
+
+
+def _as_labels(labels: Iterable[Label]) -> np.ndarray[Any, Any]:
+    names = np.asarray(labels if isinstance(labels, np.ndarray | Sequence) else list(labels))
+    if names.ndim != 1 or names.dtype.kind not in "iuUS":
+        raise InputTypeError(
+            "labels must be one axis of integers or strings, received "
+            f"shape {names.shape} and dtype {names.dtype}."
+        )
+    return names
+
+
+def _members(
+    labels: np.ndarray[Any, Any], classes: Sequence[Label], split: str
+) -> dict[Label, np.ndarray[Any, Any]]:
+    """The rows of every class in `classes`."""
+    order = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[order], return_index=True)
+    rows = dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+    for label in classes:
+        if label not in rows:
+            raise InputError(
+                f"split {split!r} names class {label!r}, which no example has. There are "
+                f"{len(rows)} classes, {found[:3].tolist()} and so on."
+            )
+    return {label: rows[label] for label in classes}
+
+
+def _to_float(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(255)
+    return images.astype(np.float32) if images.dtype == np.bool_ else images
+
+
+def _plain(label: Label) -> Label:
+    """A NumPy scalar as the Python value that looks the same."""
+    return label.item() if isinstance(label, np.generic) else label

@@ -1,0 +1,175 @@
+"""Task: the examples a learner adapts on, and the examples it is then judged by.
+
+A Task is a node for `metaframe.tree`, so tasks can be mapped over, and stacked into one Task
+whose arrays carry a leading task axis. That stacked form is the `batch` of the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from metaframe import tree
+from metaframe.backend import backend_of, is_neutral
+from metaframe.errors import InputError, InputTypeError
+
+Array = Any
+
+
+# Comparing arrays field by field has no truth value, so tasks compare by identity.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """One few-shot task.
+
+    Fields are arrays whose leading axis counts examples, or nested structures of such arrays.
+    In a stacked task (`stack_tasks`) a task axis comes first.
+
+    Args:
+        support_x: inputs to adapt on, `(k_support, ...)`.
+        support_y: their targets, `(k_support, ...)`.
+        query_x: inputs to evaluate the adapted model on, `(k_query, ...)`.
+        query_y: their targets, `(k_query, ...)`.
+
+    Raises:
+        InputError: inputs and targets of different length, no examples at all, or support and
+            query with a different number of axes. Only plain arrays are checked.
+
+    >>> import numpy as np
+    >>> Task(np.zeros((10, 1)), np.zeros((10, 1)), np.zeros((5, 1)), np.zeros((5, 1)))
+    Task(support_x=(10, 1), support_y=(10, 1), query_x=(5, 1), query_y=(5, 1))
+    >>> Task(np.zeros(10), np.zeros(9), np.zeros(5), np.zeros(5))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    metaframe.errors.InputError: support_x has 10 examples and support_y has 9; ...
+    """
+
+    support_x: Array
+    support_y: Array
+    query_x: Array
+    query_y: Array
+
+    def __post_init__(self) -> None:
+        _check_lengths("support_x", self.support_x, "support_y", self.support_y)
+        _check_lengths("query_x", self.query_x, "query_y", self.query_y)
+        _check_axes("support_x", self.support_x, "query_x", self.query_x)
+        _check_axes("support_y", self.support_y, "query_y", self.query_y)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={_describe(getattr(self, name))}" for name in _FIELDS)
+        return f"Task({fields})"
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Task))
+
+
+def _shape(x: Array) -> tuple[Any, ...] | None:
+    """The shape of a plain array with at least one axis, otherwise None."""
+    shape = getattr(x, "shape", None)
+    return tuple(shape) if shape else None
+
+
+def _check_lengths(x_name: str, x: Array, y_name: str, y: Array) -> None:
+    x_shape, y_shape = _shape(x), _shape(y)
+    for name, shape in ((x_name, x_shape), (y_name, y_shape)):
+        if shape and shape[0] == 0:
+            raise InputError(f"{name} has no examples: its shape is {shape}. Give at least one.")
+    if x_shape and y_shape and x_shape[0] != y_shape[0]:
+        raise InputError(
+            f"{x_name} has {x_shape[0]} examples and {y_name} has {y_shape[0]}; they must have as "
+            f"many. Received shapes {x_shape} and {y_shape}."
+        )
+
+
+def _check_axes(support_name: str, support: Array, query_name: str, query: Array) -> None:
+    shapes = _shape(support), _shape(query)
+    if shapes[0] and shapes[1] and len(shapes[0]) != len(shapes[1]):
+        raise InputError(
+            f"{support_name} has shape {shapes[0]} and {query_name} has shape {shapes[1]}; they "
+            "must have the same number of axes and may differ in length only."
+        )
+
+
+def _describe(x: Array) -> str:
+    shape = _shape(x)
+    return repr(x) if shape is None else str(shape)
+
+
+def _flatten(task: Task) -> tuple[list[Array], None, tuple[str, ...]]:
+    return [getattr(task, name) for name in _FIELDS], None, _FIELDS
+
+
+def _unflatten(_: None, children: Iterable[Array]) -> Task:
+    # Not through __init__: structures are rebuilt around shapes, means and placeholders too,
+    # for which the checks on examples have no meaning.
+    task = object.__new__(Task)
+    for name, child in zip(_FIELDS, children, strict=True):
+        object.__setattr__(task, name, child)
+    return task
+
+
+tree.register(Task, _flatten, _unflatten)
+
+
+@runtime_checkable
+class TaskSampler(Protocol):
+    """Anything that samples tasks: what training and evaluation ask for.
+
+    >>> class Fixed:
+    ...     def sample(self, meta_batch_size):
+    ...         return [Task(1.0, 2.0, 3.0, 4.0)] * meta_batch_size
+    >>> isinstance(Fixed(), TaskSampler)
+    True
+    """
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        """The next `meta_batch_size` tasks."""
+        ...
+
+
+def stack_tasks(tasks: Sequence[Task]) -> Task:
+    """One Task whose arrays have a leading task axis.
+
+    Args:
+        tasks: at least one task; all with the same structure and shapes, and with arrays of one
+            framework (NumPy arrays stay NumPy arrays).
+
+    Returns:
+        a Task with fields `(len(tasks), k, ...)`.
+
+    Raises:
+        InputError: no tasks, or tasks of different structure or shape, naming the field.
+        InputTypeError: an element that is not a Task, or arrays of two frameworks.
+
+    >>> import numpy as np
+    >>> x = np.zeros((10, 1))
+    >>> stack_tasks([Task(x, x, x, x)] * 25)
+    Task(support_x=(25, 10, 1), support_y=(25, 10, 1), query_x=(25, 10, 1), query_y=(25, 10, 1))
+    """
+    tasks = list(tasks)
+    if not tasks:
+        raise InputError("stack_tasks needs at least one task, received none.")
+    for i, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise InputTypeError(f"task {i} is a {type(task).__qualname__}, expected a Task.")
+    spec, chains = tree.structure(tasks[0]), tree.key_chains(tasks[0])
+    rows = [tree.same_structure(task, spec, what=f"task {i}") for i, task in enumerate(tasks)]
+    columns = [
+        _stack(chain, column) for chain, column in zip(chains, zip(*rows, strict=True), strict=True)
+    ]
+    stacked: Task = tree.unflatten(spec, columns)
+    return stacked
+
+
+def _stack(chain: str, column: tuple[Array, ...]) -> Array:
+    shapes = [tuple(getattr(x, "shape", ())) for x in column]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise InputError(
+                f"tasks of different shapes cannot be stacked: {chain} is {shapes[0]} in task 0 "
+                f"and {shape} in task {i}. Sample tasks of one size, or run them one at a time."
+            )
+    if all(is_neutral(x) for x in column):
+        return np.stack([np.asarray(x) for x in column])
+    return backend_of(*column).ops.stack(column, axis=0)
