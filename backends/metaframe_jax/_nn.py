@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, Device, lax
 
 from metaframe.optable import NNTable, Pads
 
@@ -48,8 +48,10 @@ def _platform(x: Array) -> str:
     """Where work on `x` runs; for a tracer, where it runs unless told otherwise."""
     if not isinstance(x, jax.core.Tracer):
         return next(iter(x.devices())).platform
-    device = jax.config.jax_default_device
-    return getattr(device, "platform", device) or jax.default_backend()
+    device: Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def _conv2d_by_patches(x: Array, kernel: Array, stride: tuple[int, int], pads: Pads) -> Array:

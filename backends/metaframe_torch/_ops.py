@@ -138,8 +138,8 @@ class TorchOps(OpsTable):
         return torch.stack(tuple(xs), axis)
 
     def take(self, x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
-        leading = (slice(None),) * (axis % x.ndim)
-        return x[(*leading, indices)]
+        index: list[slice | Tensor] = [slice(None)] * (axis % x.ndim)
+        return x[(*index, indices)]
 
     def pad(self, x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
         # torch counts the axes from the last one.

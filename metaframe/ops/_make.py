@@ -1,0 +1,123 @@
+"""Making arrays, changing their dtype, and leaving the framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from metaframe.backend import Array, _selection, backend_of, convert_neutral, owner
+from metaframe.errors import InputTypeError
+from metaframe.ops._dispatch import native
+
+
+def asarray(x: Any, dtype: str | None = None) -> Array:
+    """`x` as an array of the selected backend, or of its own framework if it has one.
+
+    Args:
+        x: an array, a number, or nested lists of numbers.
+        dtype: a NumPy dtype name. By default arrays of a framework and integers keep theirs, and
+            neutral floating inputs get the one that was selected with the backend.
+
+    >>> ops.asarray([[1, 2], [3, 4]]).shape == (2, 2)
+    True
+    """
+    if owner(x) is not None:
+        return x if dtype is None else astype(x, dtype)
+    backend, value = backend_of(), np.asarray(x)
+    if value.dtype == object:
+        raise InputTypeError(
+            "asarray needs numbers or nested lists of numbers of equal length, received "
+            f"{type(x).__name__} with other contents. Put arrays together with ops.stack."
+        )
+    if dtype is None:
+        return convert_neutral((value,), backend)[0]
+    # Straight to `dtype`: by way of the selected one, digits of a wider dtype would be lost.
+    selection = _selection()
+    return backend.asarray(value, dtype, selection and selection.device)
+
+
+def to_numpy(x: Array) -> np.ndarray[Any, Any]:
+    """`x` as a NumPy array, detached and on the host.
+
+    >>> ops.to_numpy(ops.asarray([1.0, 2.0])).tolist()
+    [1.0, 2.0]
+    """
+    return np.asarray(x) if (backend := owner(x)) is None else backend.to_numpy(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    """`x` as a constant: the same values, and no gradient through them.
+
+    >>> ops.to_numpy(ops.stop_gradient(ops.asarray([1.0]))).tolist()
+    [1.0]
+    """
+    backend, (x,) = native(x)
+    return backend.stop_gradient(x)
+
+
+def zeros(shape: Sequence[int], dtype: str | None = None, like: Array | None = None) -> Array:
+    """Zeros of `shape`; dtype and device are those of `like`, or the selected ones.
+
+    >>> ops.to_numpy(ops.zeros((1, 2))).tolist()
+    [[0.0, 0.0]]
+    """
+    if like is None:
+        return asarray(np.zeros(tuple(shape)), dtype)
+    backend, (like,) = native(like)
+    return backend.ops.zeros(shape, dtype or backend.dtype_name(like), like)
+
+
+def zeros_like(x: Array) -> Array:
+    """Zeros with the shape, dtype and device of `x`.
+
+    >>> ops.to_numpy(ops.zeros_like(ops.asarray([3.0, 4.0]))).tolist()
+    [0.0, 0.0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.zeros_like(x)
+
+
+def ones_like(x: Array) -> Array:
+    """Ones with the shape, dtype and device of `x`.
+
+    >>> ops.to_numpy(ops.ones_like(ops.asarray([3.0, 4.0]))).tolist()
+    [1.0, 1.0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.ones_like(x)
+
+
+def arange(stop: int, dtype: str = "int32", like: Array | None = None) -> Array:
+    """`0, 1, ..., stop - 1`, on the device of `like` or the selected one.
+
+    >>> ops.to_numpy(ops.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    if like is None:
+        return asarray(np.arange(stop), dtype)
+    backend, (like,) = native(like)
+    return backend.ops.arange(stop, dtype, like)
+
+
+def one_hot(labels: Array, classes: int, dtype: str = "float32") -> Array:
+    """(...) integer labels to (..., classes) with a one at the label.
+
+    A label outside `[0, classes)` gives a row of zeros.
+
+    >>> ops.to_numpy(ops.one_hot(ops.asarray([2, 0]), 3)).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    backend, (labels,) = native(labels)
+    return backend.ops.one_hot(labels, classes, dtype)
+
+
+def astype(x: Array, dtype: str) -> Array:
+    """`x` converted to a dtype given by its NumPy name; differentiable between floating dtypes.
+
+    >>> ops.to_numpy(ops.astype(ops.asarray([1.0, 0.0]), "bool")).tolist()
+    [True, False]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.astype(x, dtype)

@@ -1,0 +1,92 @@
+"""Reductions over one axis, several, or all (`axis=None`)."""
+
+from __future__ import annotations
+
+from metaframe.backend import Array, Backend
+from metaframe.errors import InputTypeError
+from metaframe.ops._dispatch import native
+from metaframe.optable import Axis
+
+
+def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The sum; of booleans, how many are true.
+
+    >>> ops.to_numpy(ops.sum(ops.asarray([[1.0, 2.0], [3.0, 4.0]]), axis=1)).tolist()
+    [3.0, 7.0]
+    """
+    backend, (x,) = native(x)
+    if backend.dtype_name(x) == "bool":
+        x = backend.ops.astype(x, "int32")
+    return backend.ops.sum(x, axis, keepdims)
+
+
+def mean(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The mean of a floating array.
+
+    >>> ops.to_numpy(ops.mean(ops.asarray([[1.0, 2.0], [3.0, 4.0]]), axis=0)).tolist()
+    [2.0, 3.0]
+    """
+    backend, (x,) = native(x)
+    _need_floating("mean", backend, x)
+    return backend.ops.mean(x, axis, keepdims)
+
+
+def var(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The mean squared distance from the mean (divides by n, not n - 1).
+
+    >>> ops.to_numpy(ops.var(ops.asarray([[1.0, 3.0], [2.0, 8.0]]), axis=1)).tolist()
+    [1.0, 9.0]
+    """
+    backend, (x,) = native(x)
+    _need_floating("var", backend, x)
+    table = backend.ops
+    return table.mean(table.square(x - table.mean(x, axis, keepdims=True)), axis, keepdims)
+
+
+def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The largest element.
+
+    >>> ops.to_numpy(ops.max(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
+    [2.0, 4.0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.max(x, axis, keepdims)
+
+
+def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The smallest element.
+
+    >>> ops.to_numpy(ops.min(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
+    [1.0, 3.0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.min(x, axis, keepdims)
+
+
+def argmax(x: Array, axis: int = -1) -> Array:
+    """The index of the largest element, the first one at a tie; the integer dtype is native.
+
+    >>> ops.to_numpy(ops.argmax(ops.asarray([[1.0, 2.0], [4.0, 4.0]]))).tolist()
+    [1, 0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.argmax(x, axis)
+
+
+def logsumexp(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """`log(sum(exp(x)))` without overflow.
+
+    >>> ops.to_numpy(ops.logsumexp(ops.asarray([[0.0], [1000.0]]), axis=1)).tolist()
+    [0.0, 1000.0]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.logsumexp(x, axis, keepdims)
+
+
+def _need_floating(name: str, backend: Backend, x: Array) -> None:
+    # On integers the frameworks disagree: TensorFlow rounds down, torch refuses, JAX converts.
+    if not backend.is_floating(x):
+        raise InputTypeError(
+            f"{name} needs a floating array, received {backend.dtype_name(x)}. "
+            'Convert it: ops.astype(x, "float32").'
+        )
