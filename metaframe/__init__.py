@@ -1,1 +1,28 @@
 """metaframe: one definition of a meta-learning algorithm, on PyTorch, JAX and TensorFlow."""
+
+from metaframe import errors as errors
+from metaframe import nn as nn
+from metaframe import ops as ops
+from metaframe import optim as optim
+from metaframe import tree as tree
+from metaframe.backend import Backend as Backend
+from metaframe.backend import BackendInfo as BackendInfo
+from metaframe.backend import available_backends as available_backends
+from metaframe.backend import current_backend as current_backend
+from metaframe.backend import set_backend as set_backend
+from metaframe.backend import unset_backend as unset_backend
+from metaframe.backend import use_backend as use_backend
+from metaframe.compile import compile as compile
+from metaframe.container import Container as Container
+from metaframe.errors import MetaframeError as MetaframeError
+from metaframe.inner import inner_loop as inner_loop
+from metaframe.meta import MetaResult as MetaResult
+from metaframe.meta import meta_value_and_grad as meta_value_and_grad
+from metaframe.optim import Optimizer as Optimizer
+from metaframe.optim import apply_updates as apply_updates
+from metaframe.optim import gradient_descent_update as gradient_descent_update
+from metaframe.steps import fomaml_step as fomaml_step
+from metaframe.steps import maml_step as maml_step
+from metaframe.steps import reptile_step as reptile_step
+
+__version__ = "0.1.0"

@@ -17,7 +17,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import numpy as np
 from metaframe.errors import (
     BackendError,
     BackendNotInstalledError,
+    InputError,
     InputTypeError,
     UnknownKeyError,
     nearest,
@@ -44,6 +45,7 @@ ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
 """A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
 
 ENTRY_POINT_GROUP = "metaframe.backends"
+FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Backend(abc.ABC):
@@ -150,6 +152,10 @@ class Backend(abc.ABC):
         for _ in range(times):
             carry = fn(carry)
         return carry
+
+    def signature(self, x: Array) -> Hashable:
+        """What a compiled program depends on: shape, dtype and device."""
+        return tuple(x.shape), str(x.dtype), str(x.device)
 
     def register_node(
         self,
@@ -335,6 +341,11 @@ def _selection() -> Selection | None:
 
 def _select(name: str, device: str | None, dtype: str | None) -> Selection:
     backend = load_backend(name)
+    if dtype is not None and dtype not in FLOATING_DTYPES:
+        raise InputError(
+            f"dtype is the name of a floating type, one of {', '.join(FLOATING_DTYPES)}; "
+            f"received {dtype!r}."
+        )
     selection = Selection(backend, device, dtype or "float32")
     # Fails here, not in the middle of training, if the device or the dtype cannot be had.
     backend.asarray(0.0, selection.dtype, selection.device)
@@ -352,7 +363,9 @@ def set_backend(name: str, *, device: str | None = None, dtype: str | None = Non
             `jax.config.update("jax_enable_x64", True)` for "float64".
 
     Raises:
-        UnknownKeyError, BackendNotInstalledError, BackendError: see `load_backend`; unknown device.
+        UnknownKeyError, BackendNotInstalledError: see `load_backend`.
+        InputError: an unknown dtype.
+        BackendError: an unknown device, or a dtype that is switched off.
 
     >>> set_backend("torch", dtype="float64")
     >>> current_backend().name

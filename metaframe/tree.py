@@ -242,3 +242,43 @@ def register_dataclass(cls: type[T]) -> type[T]:
 
     register(cls, flatten_fn, unflatten_fn)
     return cls
+
+
+class Packed:
+    """Trees taken apart into one flat tuple of arrays, and the way back.
+
+    Leaves that are no arrays (numbers, strings, functions) are kept aside as they are, so that a
+    backend's transform sees arrays only.
+
+    >>> packed = Packed(({"w": 1.5, "name": "a"}, [2.5]), is_array=lambda x: isinstance(x, float))
+    >>> packed.arrays
+    (1.5, 2.5)
+    >>> packed.unpack((10, 20))
+    ({'name': 'a', 'w': 10}, [20])
+    """
+
+    def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
+        self._leaves, self._spec = flatten(tree)
+        self._flags = tuple(is_array(leaf) for leaf in self._leaves)
+        self.arrays: Leaves = tuple(
+            leaf for leaf, flag in zip(self._leaves, self._flags, strict=True) if flag
+        )
+
+    @property
+    def constants(self) -> tuple[TreeSpec, Leaves]:
+        """Everything but the arrays: two trees with equal constants unpack alike."""
+        aside = (
+            None if flag else leaf for leaf, flag in zip(self._leaves, self._flags, strict=True)
+        )
+        return self._spec, tuple(aside)
+
+    def unpack(self, arrays: Iterable[Any]) -> Tree:
+        """The tree with `arrays` in the places of `self.arrays`."""
+        fresh = iter(arrays)
+        return unflatten(
+            self._spec,
+            [
+                next(fresh) if flag else leaf
+                for leaf, flag in zip(self._leaves, self._flags, strict=True)
+            ],
+        )

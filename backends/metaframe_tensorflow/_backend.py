@@ -1,0 +1,145 @@
+"""TensorFlow: the boundary over GradientTape, vectorized_map and tf.function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.errors import BackendError
+from metaframe_tensorflow._nn import TensorFlowNN
+from metaframe_tensorflow._ops import TensorFlowOps
+
+
+class TensorFlowBackend(Backend):
+    """The backend boundary on TensorFlow."""
+
+    name = "tensorflow"
+
+    def __init__(self) -> None:
+        self.ops = TensorFlowOps()
+        self.nn = TensorFlowNN()
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, (tf.Tensor, tf.Variable))
+
+    def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        if device is not None:
+            if device not in (known := self.devices()):
+                raise BackendError(
+                    f"TensorFlow has no device {device!r} here. Known: {', '.join(known)}."
+                )
+            with tf.device(device):
+                return tf.identity(self.asarray(x, dtype))
+        if self.owns(x):
+            array = tf.convert_to_tensor(x)
+            return array if dtype is None else tf.cast(array, dtype)
+        # Through NumPy, because tf.cast of a Python float goes through float32.
+        return tf.constant(np.asarray(x, dtype))
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(x.numpy())
+
+    def dtype_name(self, x: Array) -> str:
+        return str(x.dtype.name)
+
+    def is_floating(self, x: Array) -> bool:
+        return bool(x.dtype.is_floating)
+
+    def is_traced(self, x: Array) -> bool:
+        return not isinstance(x, tf.Variable) and not hasattr(x, "numpy")
+
+    def devices(self) -> tuple[str, ...]:
+        return tuple(
+            device.name.removeprefix("/device:").removeprefix("/physical_device:")
+            for device in tf.config.list_logical_devices()
+        )
+
+    def stop_gradient(self, x: Array) -> Array:
+        return tf.stop_gradient(x)
+
+    def value_and_grad(
+        self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
+    ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
+            # identity: a fresh tensor, so that the same array given twice gets two gradients.
+            xs = tuple(tf.identity(x) for x in xs)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(xs)
+                value, aux = fn(xs)
+            grads = tape.gradient(value, xs)
+            if on_disconnected is not None and all(g is None for g in grads):
+                on_disconnected()
+            return value, aux, tuple(map(_dense, grads, xs))
+
+        return call
+
+    def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        xs = tuple(tf.identity(x) for x in xs)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(xs)
+            outputs = fn(xs)
+        grads = tape.gradient(outputs, xs, output_gradients=list(cotangents))
+        return tuple(map(_dense, grads, xs))
+
+    def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        with tf.autodiff.ForwardAccumulator(list(xs), list(tangents)) as accumulator:
+            outputs = fn(xs)
+        return tuple(
+            accumulator.jvp(y, unconnected_gradients=tf.UnconnectedGradients.ZERO) for y in outputs
+        )
+
+    def custom_vjp(
+        self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
+    ) -> ArraysFn:
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def rule(*xs: Array) -> tuple[list[Array], Callable[..., list[Array]]]:
+            def pull_back(*cotangents: Array) -> list[Array]:
+                return list(backward(xs, cotangents))
+
+            return list(forward(xs)), pull_back
+
+        return lambda xs: tuple(rule(*xs))
+
+    def vmap(self, fn: ArraysFn) -> ArraysFn:
+        return lambda xs: tuple(tf.vectorized_map(lambda row: fn(tuple(row)), xs))
+
+    def scan(
+        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        if tf.executing_eagerly():
+            return super().scan(fn, carry, xs)
+        length = xs[0].shape[0]
+        # The first row runs outside the loop and tells what the others will look like.
+        carry, first = fn(carry, tuple(x[0] for x in xs))
+        stores = [
+            tf.TensorArray(y.dtype, size=length, element_shape=y.shape).write(0, y) for y in first
+        ]
+
+        def body(i: Array, carry: Arrays, stores: list[Any]) -> tuple[Array, Arrays, list[Any]]:
+            carry, ys = fn(carry, tuple(x[i] for x in xs))
+            written = [store.write(i, y) for store, y in zip(stores, ys, strict=True)]
+            return i + 1, tuple(carry), written
+
+        _, carry, stores = tf.while_loop(
+            lambda i, *_: i < length,
+            body,
+            (tf.constant(1), tuple(carry), stores),
+            parallel_iterations=1,
+        )
+        return tuple(carry), tuple(store.stack() for store in stores)
+
+    def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        concrete = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(
+            *(tf.TensorSpec(x.shape, x.dtype) for x in examples)
+        )
+        return lambda xs: tuple(concrete(*xs))
+
+
+def _dense(grad: Any, x: Array) -> Array:
+    if grad is None:
+        return tf.zeros_like(x)
+    return tf.convert_to_tensor(grad)  # gathers have sparse gradients (IndexedSlices)

@@ -1,0 +1,141 @@
+"""PyTorch: the boundary over `torch.func`.
+
+Two paths in torch are silently wrong and never taken here: `grad` of a mean over `vmap` (wrong
+second derivatives through fused normalisation layers; callers take `vmap` of `grad`), and
+compiling a cost function on its own (loses the second-order term; `compile` traces the finished
+gradient to a graph and compiles that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree
+
+from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.errors import BackendError
+from metaframe_torch._compile import compile_traced
+from metaframe_torch._nn import TorchNN
+from metaframe_torch._ops import TorchOps
+
+
+class TorchBackend(Backend):
+    """The backend boundary on PyTorch."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.ops = TorchOps()
+        self.nn = TorchNN()
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        if isinstance(x, np.ndarray) and not x.flags.writeable:
+            x = x.copy()  # torch would share the memory and warn that it could be written to
+        try:
+            return torch.as_tensor(
+                x, dtype=None if dtype is None else getattr(torch, dtype), device=device
+            )
+        except (RuntimeError, AssertionError) as error:
+            if device is None:
+                raise
+            known = ", ".join(self.devices())
+            raise BackendError(f"torch has no device {device!r} here. Known: {known}.") from error
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        result: np.ndarray[Any, Any] = x.detach().cpu().numpy()
+        return result
+
+    def dtype_name(self, x: Array) -> str:
+        return str(x.dtype).removeprefix("torch.")
+
+    def is_floating(self, x: Array) -> bool:
+        return bool(x.is_floating_point())
+
+    def is_traced(self, x: Array) -> bool:
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(x)) or type(x) not in (
+            torch.Tensor,
+            torch.nn.Parameter,
+        )
+
+    def devices(self) -> tuple[str, ...]:
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            found.append("mps")
+        return ("cpu", *found)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
+    def value_and_grad(
+        self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
+    ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        def checked(xs: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
+            value, aux = fn(xs)
+            if not value.requires_grad:
+                if on_disconnected is not None:
+                    on_disconnected()
+                # torch.func refuses a constant; this connects it with gradients of zero.
+                value = value + sum((x.sum() * 0 for x in xs), start=torch.zeros_like(value))
+            return value, (value, aux)
+
+        transformed = torch.func.grad(checked, has_aux=True)
+
+        def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
+            grads, (value, aux) = transformed(xs)
+            return value, aux, grads
+
+        return call
+
+    def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        _, pull_back = torch.func.vjp(fn, xs)
+        (result,) = pull_back(cotangents)
+        return tuple(result)
+
+    def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
+
+    def custom_vjp(
+        self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
+    ) -> ArraysFn:
+        class Rule(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*xs: Array) -> Arrays:  # type: ignore[override]
+                return forward(xs)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Arrays, output: Arrays) -> None:
+                ctx.save_for_backward(*inputs)
+
+            @staticmethod
+            def backward(ctx: Any, *cotangents: Array) -> Arrays:
+                return backward(ctx.saved_tensors, cotangents)
+
+        return lambda xs: tuple(Rule.apply(*xs))
+
+    def vmap(self, fn: ArraysFn) -> ArraysFn:
+        mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
+        return lambda xs: tuple(mapped(*xs))
+
+    def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        return compile_traced(fn, examples)
+
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
+        unflatten: Callable[[Any, Iterable[Any]], Any],
+    ) -> None:
+        _pytree.register_pytree_node(
+            cls,
+            lambda node: flatten(node)[:2],
+            lambda children, metadata: unflatten(metadata, children),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )

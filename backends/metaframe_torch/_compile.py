@@ -1,0 +1,37 @@
+"""Whole-function compilation for torch: trace the transforms away, compile what is left.
+
+`make_fx` runs the function once, with its `vmap` and `grad` inside, and records the plain array
+operations it performs. That graph has no transform left in it, so inductor compiles it in a
+fraction of the time `torch.compile` needs to see through the transforms, and nothing that
+inductor does can drop a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor import compile as inductor_compile
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from metaframe.backend import Array, Arrays, ArraysFn
+
+
+def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
+    """`fn` as one compiled graph for tensors like `examples`."""
+
+    def flat(*xs: Array) -> list[Array]:
+        return list(fn(xs))
+
+    plain = [x.detach() for x in examples]
+    graph = make_fx(flat)(*plain)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with torch.no_grad():
+        compiled: Any = inductor_compile(graph, plain)
+
+    def call(xs: Arrays) -> Arrays:
+        with torch.no_grad():
+            return tuple(compiled(*(x.detach() for x in xs)))
+
+    return call

@@ -1,0 +1,180 @@
+"""Checks at the door: what every public function rejects before it does any work.
+
+Each message names the argument, what came in, what was expected, and the way out. They live
+together so that the same mistake reads the same everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from metaframe import tree
+from metaframe.backend import Array, Backend, is_neutral, owner
+from metaframe.errors import InputError, InputTypeError, NonFiniteError, nearest
+
+
+def steps(value: Any, name: str, *, at_least: int) -> None:
+    """A number of steps is an int; 0 stands for no adaptation where that means something."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputTypeError(f"{name} must be an int, received {value!r}.")
+    if value < at_least:
+        raise InputError(f"{name} must be at least {at_least}, received {value}.")
+
+
+def choice(value: Any, name: str, allowed: Sequence[Any]) -> None:
+    """`value` is one of `allowed` (compared with its type: True is not 1)."""
+    if any(value == a and type(value) is type(a) for a in allowed):
+        return
+    hint = ""
+    if isinstance(value, str):
+        hint = " " + nearest(value, [a for a in allowed if isinstance(a, str)])
+    shown = ", ".join(repr(a) for a in allowed)
+    raise InputError(f"{name} must be one of {shown}, received {value!r}.{hint}")
+
+
+def function(value: Any, name: str) -> None:
+    """`value` can be called."""
+    if not callable(value):
+        raise InputTypeError(f"{name} must be a function, received {type(value).__name__}.")
+
+
+def learning_rate(lr: Any) -> None:
+    """Numbers are finite and not negative; arrays are not looked at, they may be traced."""
+    for chain, rate in zip(tree.key_chains(lr), tree.leaves(lr), strict=True):
+        where = f"learning rate {chain!r}" if chain else "the learning rate"
+        if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
+            raise InputTypeError(f"{where} must be a number or an array, received {rate!r}.")
+        if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
+            raise InputError(f"{where} must be finite and not negative, received {rate!r}.")
+
+
+def variables(v: tree.Tree, chosen: Sequence[bool], backend: Backend, name: str = "inner_v") -> None:
+    """At least one variable is chosen and every chosen one is floating."""
+    leaves = tree.leaves(v)
+    if not leaves:
+        raise InputError("variables holds no arrays.")
+    if not any(chosen):
+        raise InputError(
+            f"{name} chooses none of the variables {list(tree.key_chains(v))}. Choose at least one."
+        )
+    for chain, leaf, flag in zip(tree.key_chains(v), leaves, chosen, strict=True):
+        if flag and not backend.is_floating(leaf):
+            raise InputTypeError(
+                f"variable {chain!r} is {backend.dtype_name(leaf)}; gradients need a float dtype. "
+                f"Convert it, or leave it out through {name}."
+            )
+
+
+def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
+    """The number of tasks to use, after checking that all leaves of `batch` have that many."""
+    leaves, chains = tree.leaves(batch), tree.key_chains(batch)
+    if not leaves:
+        raise InputError("batch holds no arrays, so no tasks.")
+    sizes = {}
+    for chain, leaf in zip(chains, leaves, strict=True):
+        if len(leaf.shape) == 0:
+            raise InputError(
+                f"batch[{chain!r}] is a scalar; every leaf needs a leading task axis."
+            )
+        sizes[chain] = int(leaf.shape[0])
+    first, size = next(iter(sizes.items()))
+    for chain, other in sizes.items():
+        if other != size:
+            raise InputError(
+                f"task axis differs: batch[{first!r}] has {size}, batch[{chain!r}] has {other}."
+            )
+    if size == 0:
+        raise InputError("batch holds no tasks: its leading axis has length 0.")
+    if num_tasks is None:
+        return size
+    steps(num_tasks, "num_tasks", at_least=1)
+    if num_tasks > size:
+        raise InputError(f"num_tasks={num_tasks} but batch has {size} tasks.")
+    return int(num_tasks)
+
+
+def tiled(v: tree.Tree, num_tasks: int) -> None:
+    """With batched=True the variables carry the task axis."""
+    for chain, leaf in zip(tree.key_chains(v), tree.leaves(v), strict=True):
+        shape = tuple(leaf.shape)
+        if not shape or shape[0] != num_tasks:
+            raise InputError(
+                f"batched=True needs a leading task axis of {num_tasks} on every variable, "
+                f"received {chain!r} with shape {shape}. Tile the variables, or share one copy "
+                'with batched="vmap", "scan" or False.'
+            )
+
+
+def chunk_size(value: Any) -> None:
+    """None, or at least one task at a time."""
+    if value is not None:
+        steps(value, "chunk_size", at_least=1)
+
+
+def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
+    """`cost` as `(batch, v) -> scalar`, with its result checked on every call.
+
+    A function whose `v` is keyword-only is called that way.
+    """
+    function(cost, name)
+    by_keyword = _takes_v_by_keyword(cost)
+
+    def call(batch: tree.Tree, v: tree.Tree) -> Array:
+        value = cost(batch, v=v) if by_keyword else cost(batch, v)
+        if not backend.owns(value):
+            other = owner(value)
+            kind = f"an array of {other.name!r}" if other else type(value).__name__
+            raise InputTypeError(
+                f"{name} returned {kind}, need a scalar array of {backend.name!r}."
+            )
+        if len(value.shape) != 0:
+            raise InputError(
+                f"{name} returned shape {tuple(value.shape)}, need a scalar; did you forget a mean?"
+            )
+        return value
+
+    return call
+
+
+def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(cost).parameters
+    except (TypeError, ValueError):  # builtins and some extension types have no signature
+        return False
+    return "v" in parameters and parameters["v"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def cost_ignores_variables() -> None:
+    """Called by a backend when a cost turns out to depend on none of its variables."""
+    raise InputError(
+        "cost does not depend on any inner variable, so there is nothing to adapt. Compute it from "
+        "the variables it is given; check for values detached or converted to NumPy on the way."
+    )
+
+
+def finite(costs: Array, backend: Backend) -> None:
+    """Every task's cost is finite; the error names the first task whose cost is not."""
+    if backend.is_traced(costs):
+        raise InputError(
+            "check_finite looks at values, which do not exist yet inside a compiled or transformed "
+            "function. Check the returned cost and gradients outside."
+        )
+    values = backend.to_numpy(costs).reshape(-1)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        index = int(bad[0])
+        raise NonFiniteError(f"the cost of task {index} is {values[index]}.")
+
+
+def finite_leaves(grads: tree.Tree, backend: Backend) -> None:
+    """Every gradient is finite; the error names the first leaf that is not."""
+    for chain, leaf in zip(tree.key_chains(grads), tree.leaves(grads), strict=True):
+        values = backend.to_numpy(leaf)
+        if not np.all(np.isfinite(values)):
+            count = int(math.prod(values.shape)) - int(np.isfinite(values).sum())
+            raise NonFiniteError(f"the gradient of {chain!r} has {count} values that are not finite.")

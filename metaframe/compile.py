@@ -1,0 +1,123 @@
+"""`compile`: a whole function over structures, compiled by the arrays' own framework.
+
+The function's arguments are flattened once; arrays become the inputs of the compiled program,
+everything else (numbers, strings, functions, the structure itself) is part of it. A call whose
+arrays differ in shape, dtype or device, or whose other arguments differ, compiles another program;
+every one is kept, counted in `traces`, and reported to the logger "metaframe.compile" at debug
+level.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import numpy as np
+
+from metaframe import tree
+from metaframe.backend import Arrays, Backend, backend_of, convert_neutral, owner
+from metaframe.errors import InputTypeError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+
+def compile(fn: Callable[P, R]) -> Compiled[P, R]:
+    """Compile a whole step: `fn` over any structures, on whatever framework its arrays belong to.
+
+    Args:
+        fn: pure; it may call `maml_step`, `meta_value_and_grad` or anything else of metaframe or
+            of the framework. Its arguments and results are structures of arrays and of constants.
+
+    Returns:
+        A function with the same signature. Python numbers, functions and strings among the
+        arguments are constants of the compiled program: pass an array for what changes from call
+        to call, and the same function object for what does not.
+
+    Raises:
+        InputTypeError: an argument that is neither an array nor hashable.
+        CompileError: `fn` cannot be traced, for instance because it branches on a value.
+
+    >>> import torch
+    >>> from metaframe import compile
+    >>> double = compile(lambda v: {"w": 2 * v["w"]})
+    >>> double({"w": torch.tensor([1.0, 2.0])}), double.traces
+    ({'w': tensor([2., 4.])}, 1)
+    """
+    return Compiled(fn)
+
+
+class Compiled(Generic[P, R]):
+    """A compiled function; `traces` counts the programs made so far."""
+
+    def __init__(self, fn: Callable[P, R]) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._programs: dict[Hashable, _Program] = {}
+
+    @property
+    def traces(self) -> int:
+        return len(self._programs)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        packed = tree.Packed((args, kwargs), _is_array)
+        backend = backend_of(*packed.arrays)
+        arrays = convert_neutral(packed.arrays, backend)
+        key = (backend.name, packed.constants, tuple(map(backend.signature, arrays)))
+        try:
+            program = self._programs.get(key)
+        except TypeError:
+            raise InputTypeError(_unhashable(packed.constants[1])) from None
+        if program is None:
+            program = self._compiled(packed, backend, arrays)
+            self._programs[key] = program
+        result: R = program(arrays)
+        return result
+
+
+    def _compiled(self, packed: tree.Packed, backend: Backend, arrays: Arrays) -> _Program:
+        name = getattr(self._fn, "__name__", repr(self._fn))
+        signatures = [backend.signature(x) for x in arrays]
+        logger.debug("program %d of %s on %s: %s", self.traces + 1, name, backend.name, signatures)
+        return _Program(self._fn, packed, backend, arrays)
+
+
+class _Program:
+    """One compiled program and the structure of what it returns."""
+
+    def __init__(
+        self, fn: Callable[..., Any], packed: tree.Packed, backend: Backend, arrays: Arrays
+    ) -> None:
+        self._outputs: tree.Packed | None = None
+
+        def flat(xs: Arrays) -> Arrays:
+            args, kwargs = packed.unpack(xs)
+            self._outputs = tree.Packed(fn(*args, **kwargs), backend.owns)
+            return self._outputs.arrays
+
+        self._run = backend.compile(flat, arrays)
+
+    def __call__(self, arrays: Arrays) -> Any:
+        results = self._run(arrays)
+        assert self._outputs is not None, "the first run traces the function"
+        return self._outputs.unpack(results)
+
+
+def _is_array(x: object) -> bool:
+    return isinstance(x, np.ndarray) or owner(x) is not None
+
+
+def _unhashable(constants: tree.Leaves) -> str:
+    for constant in constants:
+        try:
+            hash(constant)
+        except TypeError:
+            return (
+                f"a compiled function received {type(constant).__qualname__}, which is neither an "
+                "array nor hashable. Pass arrays, numbers, strings or functions."
+            )
+    return "a compiled function received an argument that is not hashable."

@@ -1,0 +1,258 @@
+"""The inner loop: adapt variables to one task by K steps of an update rule.
+
+    theta_{k+1} = update(theta_k, grad cost(batch, theta_k)),   k = 0 .. K-1
+
+It is an ordinary differentiable function of the starting variables, the batch and the learning
+rate, so a meta-gradient is the gradient of something computed from its result. First and second
+order share one path; `order=1` makes two changes to it, both here and nowhere else. The inner
+gradients are constants, and the whole loop runs from a constant copy of the starting variables,
+to which the result is attached with the identity as Jacobian. The gradient of a cost at the
+result is then exactly the gradient at the adapted point, whatever the update rule.
+
+How the loop is differentiated is the `mode`:
+
+- "reverse": plain reverse mode; stores what every step computed.
+- "remat": stores theta_k only and recomputes each step in the backward pass.
+- "mixed": as "remat", with the Hessian-vector product of the step taken forward over reverse
+  (Kemaev et al. 2025, arXiv 2505.00793).
+
+All three give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from metaframe import checks, modes, optim, tree
+from metaframe.backend import Array, Arrays, backend_of
+from metaframe.update import update_rule
+
+Cost = Callable[..., Array]
+Mode = Literal["reverse", "remat", "mixed"]
+Order = Literal[1, 2]
+
+
+def inner_loop(
+    cost: Cost,
+    v: tree.Tree,
+    batch: tree.Tree,
+    *,
+    steps: int,
+    lr: optim.Rate,
+    update: Any = optim.gradient_descent_update,
+    order: Order = 2,
+    mode: Mode = "reverse",
+    inner_v: Any = None,
+    keep_inner_v: bool = True,
+) -> tree.Tree:
+    """Adapt `v` to one task.
+
+    Args:
+        cost: `cost(batch, v) -> scalar`, pure.
+        v: variables, any structure of floating arrays.
+        batch: the task's data, any structure of arrays, handed to `cost` as it is.
+        steps: number of steps K, 0 or more.
+        lr: a number, an array, or one rate a variable in the structure of the adapted variables;
+            differentiable if it is an array. `None` if `update` brings its own rate.
+        update: an `optim.Optimizer`, on JAX also an optax `GradientTransformation`, or a function
+            `update(v, grads, lr, stop_gradients=...)` that returns new variables.
+        order: 2, or 1 for gradients that take the adaptation for a constant shift.
+        mode: how the loop is differentiated, see the module. With "remat" and "mixed"
+            everything differentiable has to be in `v`, `batch` or `lr`.
+        inner_v: which variables adapt, as for `maml_step`; all by default.
+        keep_inner_v: False inverts `inner_v`.
+
+    Returns:
+        The adapted variables, in the structure of `v`.
+
+    Raises:
+        InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
+
+    >>> import torch
+    >>> def cost(batch, v):
+    ...     return ((v["w"] * batch["x"] - batch["y"]) ** 2).mean()
+    >>> v = {"w": torch.tensor(1.0)}
+    >>> batch = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([3.0, 6.0])}
+    >>> inner_loop(cost, v, batch, steps=1, lr=0.1)
+    {'w': tensor(2.)}
+    """
+    settings = InnerSettings(lr, update, order, mode)
+    chosen = tree.chosen(v, inner_v, keep_inner_v)
+    checks.steps(steps, "steps", at_least=0)
+    return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
+
+
+@dataclass(frozen=True)
+class InnerSettings:
+    """How an inner loop runs, apart from what it runs on. Checked when it is made.
+
+    `scale` multiplies the gradients, not the cost: a cost that averages over a task axis of the
+    variables becomes each task's own gradient when it is multiplied by the number of tasks.
+    """
+
+    lr: optim.Rate
+    update: Any = optim.gradient_descent_update
+    order: Order = 2
+    mode: Mode = "reverse"
+    scale: float = 1
+    stop_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        checks.choice(self.order, "order", (1, 2))
+        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+        checks.learning_rate(self.lr)
+
+
+class StepView(NamedTuple):
+    """One inner step, as an observer sees it; arrays cover the adapted variables only."""
+
+    cost: Array
+    grads: Arrays
+    updates: Arrays
+    """What the step added to the variables."""
+
+
+class InnerResult(NamedTuple):
+    """The end of an inner loop."""
+
+    variables: tree.Tree
+    total: Arrays
+    """What the observer returned, summed over the steps; empty without observer or steps."""
+
+
+Observer = Callable[[tree.Tree, StepView | None], Arrays]
+"""`(variables before the step, the step) -> arrays to add up`. The step is None in the modes that
+recompute it, where it is not kept."""
+
+
+class InnerLoop:
+    """An inner loop over flat arrays, with its arguments checked."""
+
+    def __init__(
+        self,
+        cost: Cost,
+        v: tree.Tree,
+        batch: tree.Tree,
+        chosen: Sequence[bool],
+        settings: InnerSettings,
+    ) -> None:
+        leaves, self._spec = tree.flatten(v)
+        self._backend = backend_of(*leaves, *tree.leaves(batch))
+        checks.variables(v, chosen, self._backend)
+        self._call_cost = checks.scalar_cost(cost, "cost", self._backend)
+        self._chosen = tuple(chosen)
+        self._inner_spec = tree.structure(tree.prune(v, chosen))
+        self._start, others = self._divide(leaves)
+        self._context = tree.Packed((others, batch, settings.lr), self._backend.owns)
+        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        self._settings = settings
+
+    def run(self, steps: int, observe: Observer | None = None) -> InnerResult:
+        """`steps` steps from the starting variables."""
+        start = self._start
+        if self._settings.order == 1:
+            start = tuple(map(self._backend.stop_gradient, start))
+        self._state = tree.Packed(
+            self._rule.init(tree.unflatten(self._inner_spec, start)), self._backend.owns
+        )
+        step = self._step()
+        sizes = (len(start), len(self._state.arrays))
+
+        def body(carry: Arrays) -> Arrays:
+            params, state, total = modes.split(carry, sizes)
+            after, state, view = step(params, state)
+            if observe is not None:
+                seen = observe(self._variables(self._attach(params)), view)
+                total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
+            return (*after, *state, *total)
+
+        carry = (*start, *self._state.arrays)
+        if observe is not None and steps:
+            # The first step runs outside the loop, so that the totals start from values and not
+            # from zeros of a guessed shape and dtype.
+            carry, steps = body(carry), steps - 1
+        params, _, total = modes.split(self._backend.repeat(body, carry, steps), sizes)
+        return InnerResult(self._variables(self._attach(params)), total)
+
+    def cost_and_gradient(self, v: tree.Tree) -> tuple[Array, Arrays]:
+        """The inner cost at `v` and its gradient, scaled like those of the steps."""
+        return self._cost_and_gradient(self._divide(tree.leaves(v))[0], self._context.arrays)
+
+    def _step(self) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
+        context = self._context.arrays
+        if self._settings.mode == "reverse" or self._settings.order == 1:
+            return self._plain_step
+        if self._settings.mode == "remat":
+            rule = modes.rematerialised(self._backend, self._gradient, self._apply)
+        else:
+            rule = modes.mixed(self._backend, self._gradient, self._apply, self._scaled_cost)
+        return lambda params, state: (*rule(params, state, context), None)
+
+    def _plain_step(self, params: Arrays, state: Arrays) -> tuple[Arrays, Arrays, StepView]:
+        context = self._context.arrays
+        cost, grads = self._cost_and_gradient(params, context)
+        if self._settings.order == 1:
+            grads = tuple(map(self._backend.stop_gradient, grads))
+        after, state, updates = self._update(params, grads, state, context)
+        return after, state, StepView(cost, grads, updates)
+
+    def _cost(self, params: Arrays, context: Arrays) -> Array:
+        others, batch, _ = self._context.unpack(context)
+        return self._call_cost(batch, self._variables(params, others))
+
+    def _scaled_cost(self, params: Arrays, context: Arrays) -> Array:
+        return self._scale(self._cost(params, context))
+
+    def _scale(self, cost: Array) -> Array:
+        return cost if self._settings.scale == 1 else cost * self._settings.scale
+
+    def _cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        def objective(params: Arrays) -> tuple[Array, Arrays]:
+            cost = self._cost(params, context)
+            return self._scale(cost), (cost,)
+
+        transformed = self._backend.value_and_grad(objective, checks.cost_ignores_variables)
+        _, (cost,), grads = transformed(params)
+        return cost, grads
+
+    def _gradient(self, params: Arrays, context: Arrays) -> Arrays:
+        return self._cost_and_gradient(params, context)[1]
+
+    def _apply(
+        self, params: Arrays, grads: Arrays, state: Arrays, context: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        return self._update(params, grads, state, context)[:2]
+
+    def _update(
+        self, params: Arrays, grads: Arrays, state: Arrays, context: Arrays
+    ) -> tuple[Arrays, Arrays, Arrays]:
+        _, _, lr = self._context.unpack(context)
+        spec = self._inner_spec
+        after, new_state, updates = self._rule.apply(
+            tree.unflatten(spec, params), tree.unflatten(spec, grads), self._state.unpack(state), lr
+        )
+        new = tree.same_structure(after, spec, what="what the inner update returned")
+        return new, tree.Packed(new_state, self._backend.owns).arrays, tree.leaves(updates)
+
+    def _divide(self, leaves: Arrays) -> tuple[Arrays, Arrays]:
+        """Adapted leaves, and the others."""
+        flagged = list(zip(leaves, self._chosen, strict=True))
+        return tuple(x for x, inner in flagged if inner), tuple(x for x, inner in flagged if not inner)
+
+    def _variables(self, params: Arrays, others: Arrays | None = None) -> tree.Tree:
+        """All variables, from the adapted ones and the others (default: as they came)."""
+        if others is None:
+            others, _, _ = self._context.unpack(self._context.arrays)
+        inner, outer = iter(params), iter(others)
+        return tree.unflatten(
+            self._spec, [next(inner) if chosen else next(outer) for chosen in self._chosen]
+        )
+
+    def _attach(self, params: Arrays) -> Arrays:
+        """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
+        if self._settings.order == 2:
+            return params
+        stop = self._backend.stop_gradient
+        return tuple(p + (s - stop(s)) for p, s in zip(params, self._start, strict=True))

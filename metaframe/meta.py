@@ -1,0 +1,230 @@
+"""From a cost for one task to its mean and gradient over a batch of tasks.
+
+Tasks are independent, so the gradient of the mean is the mean of the tasks' gradients, and every
+strategy here computes the latter: one gradient a task, under `vmap`, in a sequential scan, or in
+a Python loop. Taking `vmap` of the gradient and never the gradient of `vmap` is also what keeps
+torch right, whose fused normalisation layers have wrong second derivatives the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from metaframe import checks, tree
+from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
+
+TaskMap = Literal["vmap", "scan", "loop"]
+TASK_MAPS = ("vmap", "scan", "loop")
+
+TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
+"""One task's arrays -> (arrays to average over tasks, arrays to stack)."""
+
+
+class MetaResult(NamedTuple):
+    """The outcome of a meta-gradient."""
+
+    cost: Array
+    """Mean over tasks, a scalar."""
+    grads: tree.Tree
+    """Gradient of the mean, in the structure of the variables (or of the chosen part)."""
+    aux: tree.Tree
+    """What the task cost returned besides, with a leading task axis; `()` without `has_aux`."""
+
+
+def meta_value_and_grad(
+    task_cost: Callable[..., Any],
+    *,
+    task_map: TaskMap = "vmap",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+    outer_v: Any = None,
+    keep_outer_v: bool = True,
+    check_finite: bool = False,
+) -> Callable[..., MetaResult]:
+    """Turn the cost of one task into the mean cost of many, with its gradient.
+
+    Args:
+        task_cost: `task_cost(v, task) -> scalar`, or `(scalar, aux)` with `has_aux`; usually an
+            `inner_loop` followed by a cost on the query set. It sees a task without a task axis.
+        task_map: "vmap" for all tasks at once; "scan" one after the other in compiled form, in the
+            memory of one task; "loop" the same in Python.
+        chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all.
+        has_aux: `task_cost` returns something besides, a structure of arrays.
+        outer_v: which variables to differentiate, as for `maml_step`; all by default.
+        keep_outer_v: False inverts `outer_v`.
+        check_finite: raise when a cost or gradient is not finite, naming the task. Looks at the
+            values, so it waits for an accelerator; not available inside `compile`.
+
+    Returns:
+        A function `(v, tasks, num_tasks=None) -> MetaResult`; every leaf of `tasks` has a leading
+        task axis, of which the first `num_tasks` are used.
+
+    Raises:
+        InputError, InputTypeError, UnknownKeyError, NonFiniteError.
+
+    >>> import torch
+    >>> def task_cost(v, task):
+    ...     return (v["w"] - task["target"]) ** 2
+    >>> step = meta_value_and_grad(task_cost)
+    >>> cost, grads, _ = step({"w": torch.tensor(1.0)}, {"target": torch.tensor([2.0, 4.0])})
+    >>> cost, grads
+    (tensor(5.), {'w': tensor(-4.)})
+    """
+    checks.function(task_cost, "task_cost")
+    checks.choice(task_map, "task_map", TASK_MAPS)
+    checks.chunk_size(chunk_size)
+
+    def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
+        count = checks.tasks(tasks, num_tasks)
+        v, tasks, backend = arrays_of(v, tasks)
+        batch, batch_spec = tree.flatten(tasks)
+        flags = tree.chosen(v, outer_v, keep_outer_v)
+        checks.variables(v, flags, backend, "outer_v")
+        leaves, spec = tree.flatten(v)
+        wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
+        cost_of = _Checked(task_cost, has_aux, backend)
+
+        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
+            def objective(xs: Arrays) -> tuple[Array, Arrays]:
+                fresh = iter(xs)
+                full = [
+                    next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)
+                ]
+                return cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
+
+            cost, aux, grads = backend.value_and_grad(objective)(wanted)
+            return grads, (cost, *aux)
+
+        grads, (costs, *aux) = map_tasks(
+            backend, of_task, first_tasks(batch, count), wanted, task_map, chunk_size
+        )
+        if check_finite:
+            checks.finite(costs, backend)
+        gradient = tree.unflatten(tree.structure(tree.prune(v, flags)), grads)
+        if check_finite:
+            checks.finite_leaves(gradient, backend)
+        return MetaResult(backend.ops.mean(costs), gradient, cost_of.unflatten_aux(aux))
+
+    return call
+
+
+class _Checked:
+    """`task_cost` on flat arrays: checks the cost, remembers the structure of aux."""
+
+    def __init__(self, task_cost: Callable[..., Any], has_aux: bool, backend: Backend) -> None:
+        self._call = checks.scalar_cost(self._split, "task_cost", backend)
+        self._task_cost = task_cost
+        self._has_aux = has_aux
+        self._aux_leaves: Arrays = ()
+        self._aux_spec = tree.structure(())
+
+    def _split(self, v: tree.Tree, task: tree.Tree) -> Array:
+        if not self._has_aux:
+            return self._task_cost(v, task)
+        cost, aux = self._task_cost(v, task)
+        self._aux_leaves, self._aux_spec = tree.flatten(aux)
+        return cost
+
+    def __call__(self, v: tree.Tree, task: tree.Tree) -> tuple[Array, Arrays]:
+        cost = self._call(v, task)
+        return cost, self._aux_leaves
+
+    def unflatten_aux(self, leaves: list[Array]) -> tree.Tree:
+        return tree.unflatten(self._aux_spec, leaves)
+
+
+def arrays_of(v: tree.Tree, batch: tree.Tree) -> tuple[tree.Tree, tree.Tree, Backend]:
+    """Both structures with every leaf an array of one backend, and that backend."""
+    v_leaves, v_spec = tree.flatten(v)
+    batch_leaves, batch_spec = tree.flatten(batch)
+    backend = backend_of(*v_leaves, *batch_leaves)
+    return (
+        tree.unflatten(v_spec, convert_neutral(v_leaves, backend)),
+        tree.unflatten(batch_spec, convert_neutral(batch_leaves, backend)),
+        backend,
+    )
+
+
+def first_tasks(batch: Arrays, count: int) -> Arrays:
+    """The first `count` rows of every array; the arrays themselves when that is all of them."""
+    return tuple(x if x.shape[0] == count else x[:count] for x in batch)
+
+
+def map_tasks(
+    backend: Backend,
+    fn: TaskFn,
+    tasks: Arrays,
+    like: Arrays,
+    task_map: TaskMap,
+    chunk_size: int | None = None,
+) -> tuple[Arrays, Arrays]:
+    """`fn` on every task: (means over tasks, stacked over tasks).
+
+    `like` has the shapes and dtypes of what is averaged.
+    """
+    count = tasks[0].shape[0]
+    if task_map == "vmap":
+        sums, stacked = _in_chunks(backend, fn, tasks, like, min(chunk_size or count, count))
+    elif task_map == "scan":
+        sums, stacked = backend.scan(_adding(fn), _zeros(backend, like), tasks)
+    else:
+        sums, stacked = _in_python(backend, fn, tasks)
+    return tuple(x / count for x in sums) if count > 1 else sums, stacked
+
+
+def _in_python(backend: Backend, fn: TaskFn, tasks: Arrays) -> tuple[Arrays, Arrays]:
+    sums: Arrays = ()
+    rows = []
+    for i in range(tasks[0].shape[0]):
+        terms, row = fn(tuple(x[i] for x in tasks))
+        sums = _added(sums, terms) if rows else terms
+        rows.append(row)
+    return sums, tuple(backend.ops.stack(column) for column in zip(*rows, strict=True))
+
+
+def _in_chunks(
+    backend: Backend, fn: TaskFn, tasks: Arrays, like: Arrays, size: int
+) -> tuple[Arrays, Arrays]:
+    """Vectorised within chunks of `size` tasks, sequential over chunks."""
+    count = tasks[0].shape[0]
+    whole = count // size
+
+    def chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
+        summed = len(like)
+        out = backend.vmap(lambda task: _joined(fn(task)))(tasks)
+        return tuple(backend.ops.sum(x, axis=0) for x in out[:summed]), out[summed:]
+
+    if whole == 1:
+        sums, stacked = chunk(tuple(x[:size] for x in tasks) if count > size else tasks)
+    else:
+        folded = tuple(
+            backend.ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])) for x in tasks
+        )
+        sums, rows = backend.scan(_adding(chunk), _zeros(backend, like), folded)
+        stacked = tuple(backend.ops.reshape(x, (whole * size, *x.shape[2:])) for x in rows)
+    if whole * size == count:
+        return sums, stacked
+    rest, tail = chunk(tuple(x[whole * size :] for x in tasks))
+    joined = tuple(backend.ops.concat(pair) for pair in zip(stacked, tail, strict=True))
+    return _added(sums, rest), joined
+
+
+def _adding(fn: TaskFn) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]:
+    def body(sums: Arrays, task: Arrays) -> tuple[Arrays, Arrays]:
+        terms, rows = fn(task)
+        return _added(sums, terms), rows
+
+    return body
+
+
+def _added(xs: Arrays, ys: Arrays) -> Arrays:
+    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+
+
+def _joined(parts: tuple[Arrays, Arrays]) -> Arrays:
+    return (*parts[0], *parts[1])
+
+
+def _zeros(backend: Backend, like: Arrays) -> Arrays:
+    return tuple(backend.ops.zeros_like(x) for x in like)

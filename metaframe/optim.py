@@ -1,0 +1,271 @@
+"""Update rules: pure functions of values, usable in the inner and in the outer loop.
+
+An `Optimizer` is a pair of pure functions, shaped like optax's:
+
+    state = optimizer.init(params)
+    updates, state = optimizer.update(grads, state, params)
+    params = apply_updates(params, updates)
+
+Nothing is changed in place and every operation is differentiable, so an inner loop may be
+differentiated through the optimizer's state. Square roots are safe at zero: their gradient there
+is zero and not NaN.
+
+The learning rate is given to the optimizer, `adam(1e-3)`, or, when the optimizer is used inside
+a loop that has a rate of its own, left out, `adam()`, and handed to `update` by that loop. It is a
+number, an array, or a structure like the parameters' with one rate for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from metaframe import ops, tree
+from metaframe.errors import InputError, InputTypeError
+
+Params = Any
+Grads = Any
+State = Any
+Rate = Any
+"""A number, a scalar array, or one rate a parameter in the parameters' structure."""
+
+
+class Optimizer(NamedTuple):
+    """A stateless description of an update rule."""
+
+    init: Callable[[Params], State]
+    """`init(params) -> state`."""
+    update: Callable[..., tuple[Params, State]]
+    """`update(grads, state, params, lr=None) -> (updates, state)`."""
+    learning_rate: Rate = None
+    """The rate given at construction, `None` if the loop has to provide it."""
+
+
+def apply_updates(params: Params, updates: Params) -> Params:
+    """`params + updates`, leaf by leaf."""
+    return tree.map(lambda p, u: p + u, params, updates)
+
+
+def gradient_descent_update(
+    w: Params, dcdw: Grads, lr: Rate, /, *, stop_gradients: bool = True
+) -> Params:
+    """One step of gradient descent, `w - lr * dcdw`.
+
+    Args:
+        w: variables, any structure.
+        dcdw: gradients in the same structure.
+        lr: a number, a scalar array, or a structure of rates like `w`.
+        stop_gradients: return the new variables as constants.
+
+    >>> import torch
+    >>> w = {"a": torch.tensor([1.0, 2.0])}
+    >>> gradient_descent_update(w, {"a": torch.tensor([0.5, 0.25])}, 0.5)
+    {'a': tensor([0.7500, 1.8750])}
+    """
+    updates, _ = sgd(lr).update(dcdw, (), w)
+    new = apply_updates(w, updates)
+    return tree.map(ops.stop_gradient, new) if stop_gradients else new
+
+
+def sgd(learning_rate: Rate = None) -> Optimizer:
+    """Gradient descent: `-lr * g`."""
+
+    def init(params: Params) -> State:
+        del params
+        return ()
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        del params
+        return _scaled(grads, _rate(learning_rate, lr)), state
+
+    return Optimizer(init, update, learning_rate)
+
+
+def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = False) -> Optimizer:
+    """Momentum (Polyak 1964): `m = decay * m + g`, step `-lr * m`.
+
+    With `nesterov` (Nesterov 1983, in the form of Sutskever et al. 2013) the step is
+    `-lr * (g + decay * m)`. As `torch.optim.SGD(momentum=, nesterov=)` and `optax.sgd`.
+    """
+
+    def init(params: Params) -> State:
+        return tree.map(ops.zeros_like, params)
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        del params
+        state = tree.map(lambda m, g: decay * m + g, state, grads)
+        direction = tree.map(lambda m, g: g + decay * m, state, grads) if nesterov else state
+        return _scaled(direction, _rate(learning_rate, lr)), state
+
+    return Optimizer(init, update, learning_rate)
+
+
+class AdamState(NamedTuple):
+    """Steps taken, and the moving averages of gradients and of their squares."""
+
+    count: Any
+    mean: Params
+    square: Params
+
+
+def adam(
+    learning_rate: Rate = None, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> Optimizer:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1).
+
+    `-lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected averages.
+    """
+    return adamw(learning_rate, b1, b2, eps, weight_decay=0.0)
+
+
+def adamw(
+    learning_rate: Rate = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> Optimizer:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
+    """
+
+    def init(params: Params) -> State:
+        zeros = tree.map(ops.zeros_like, params)
+        return AdamState(_counter(params), zeros, zeros)
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        count = state.count + 1
+        mean = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
+        square = tree.map(lambda s, g: b2 * s + (1 - b2) * g * g, state.square, grads)
+        debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
+
+        def direction(m: Any, s: Any) -> Any:
+            return (m / debias1) / (ops.safe_sqrt(s / debias2) + eps)
+
+        step = tree.map(direction, mean, square)
+        if weight_decay:
+            step = tree.map(lambda d, p: d + weight_decay * p, step, _needed(params))
+        return _scaled(step, _rate(learning_rate, lr)), AdamState(count, mean, square)
+
+    return Optimizer(init, update, learning_rate)
+
+
+def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
+    """RMSprop (Tieleman & Hinton 2012): `-lr * g / (sqrt(s) + eps)`, s the average of squares."""
+
+    def init(params: Params) -> State:
+        return tree.map(ops.zeros_like, params)
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        del params
+        state = tree.map(lambda s, g: decay * s + (1 - decay) * g * g, state, grads)
+        return _scaled(_normalised(grads, state, eps), _rate(learning_rate, lr)), state
+
+    return Optimizer(init, update, learning_rate)
+
+
+def adagrad(
+    learning_rate: Rate = None, initial_accumulator: float = 0.1, eps: float = 1e-7
+) -> Optimizer:
+    """Adagrad (Duchi et al. 2011): `-lr * g / (sqrt(s) + eps)`, s the sum of squares."""
+
+    def init(params: Params) -> State:
+        return tree.map(lambda p: initial_accumulator * ops.ones_like(p), params)
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        del params
+        state = tree.map(lambda s, g: s + g * g, state, grads)
+        return _scaled(_normalised(grads, state, eps), _rate(learning_rate, lr)), state
+
+    return Optimizer(init, update, learning_rate)
+
+
+def clip_by_value(grads: Grads, limit: float) -> Grads:
+    """Every element limited to `[-limit, limit]`."""
+    return tree.map(lambda g: ops.clip(g, -limit, limit), grads)
+
+
+def global_norm(grads: Grads) -> Any:
+    """The Euclidean norm over all leaves; its gradient at zero is zero."""
+    return ops.safe_sqrt(sum(ops.sum(ops.square(g)) for g in tree.leaves(grads)))
+
+
+def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
+    """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013)."""
+    norm = global_norm(grads)
+    scale = limit / ops.maximum(norm, limit)
+    return tree.map(lambda g: g * scale, grads)
+
+
+def clipped(optimizer: Optimizer, *, norm: float | None = None, value: float | None = None) -> Optimizer:
+    """`optimizer` with its gradients clipped first, by element and then by global norm."""
+    if norm is None and value is None:
+        raise InputError("clipped needs norm=, value= or both, received neither.")
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        if value is not None:
+            grads = clip_by_value(grads, value)
+        if norm is not None:
+            grads = clip_by_global_norm(grads, norm)
+        return optimizer.update(grads, state, params, lr)
+
+    return Optimizer(optimizer.init, update, optimizer.learning_rate)
+
+
+def _rate(own: Rate, given: Rate) -> Rate:
+    if own is not None and given is not None:
+        raise InputError(
+            "the learning rate is given twice: to the optimizer and to the loop that uses it. "
+            "Leave it out of one: optim.adam() takes the loop's, a loop rate of None the optimizer's."
+        )
+    if own is None and given is None:
+        raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
+    return given if own is None else own
+
+
+def _needed(params: Params) -> Params:
+    if params is None:
+        raise InputTypeError("weight decay needs the parameters: update(grads, state, params).")
+    return params
+
+
+def _scaled(direction: Params, rate: Rate) -> Params:
+    if is_rate_tree(rate):
+        return tree.map(lambda d, r: -r * d, direction, rate)
+    return tree.map(lambda d: -rate * d, direction)
+
+
+def is_rate_tree(rate: Rate) -> bool:
+    """Is it one rate a parameter, in a structure, and not a single number or array?"""
+    return tree.structure(rate) != tree.structure(0)
+
+
+def _normalised(grads: Grads, squares: Params, eps: float) -> Params:
+    return tree.map(lambda g, s: g / (ops.safe_sqrt(s) + eps), grads, squares)
+
+
+def _counter(params: Params) -> Any:
+    # A float of the parameters' precision, so that the bias correction is as exact as they are
+    # and every leaf of the state is differentiable.
+    first = tree.leaves(params)[0]
+    return ops.sum(ops.zeros_like(first))
+
+
+def _one_minus_power(base: float, count: Any) -> Any:
+    # 1 - base**count loses three digits in float32 for base 0.999; expm1 loses none, which also
+    # makes backends agree.
+    return -ops.expm1(ops.stop_gradient(count) * math.log(base))
