@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
@@ -58,10 +59,10 @@ class TorchBackend(Backend):
         return bool(x.is_floating_point())
 
     def is_traced(self, x: Array) -> bool:
-        return bool(torch._C._functorch.is_functorch_wrapped_tensor(x)) or type(x) not in (
-            torch.Tensor,
-            torch.nn.Parameter,
-        )
+        if bool(torch._C._functorch.is_functorch_wrapped_tensor(x)):
+            return True
+        # While make_fx records, tensors look plain, but their values must not be looked at.
+        return get_proxy_mode() is not None or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
     def devices(self) -> tuple[str, ...]:
         found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -1,0 +1,439 @@
+"""Which backend a call runs on: the arrays decide, a selection decides, errors name the fix."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaframe.backend as mb
+from frameworks import BACKENDS, REQUIRED, require
+from metaframe.backend import (
+    Backend,
+    available_backends,
+    backend_of,
+    convert_neutral,
+    current_backend,
+    load_backend,
+    set_backend,
+    unset_backend,
+    use_backend,
+)
+from metaframe.errors import (
+    BackendError,
+    BackendNotInstalledError,
+    InputTypeError,
+    MetaframeError,
+    UnknownKeyError,
+)
+
+PAIRS = list(permutations(BACKENDS, 2))
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> tuple[Backend, Backend]:
+    """Two backends; parametrise with PAIRS."""
+    for name in request.param:
+        require(name)
+    return load_backend(request.param[0]), load_backend(request.param[1])
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_every_promised_backend_loads(name: str) -> None:
+    assert load_backend(name).name == name
+
+
+# -- the arrays decide -------------------------------------------------------------------
+
+
+def test_arrays_decide(backend_name: str) -> None:
+    backend = load_backend(backend_name)
+    x = backend.asarray([1.0, 2.0])
+    assert current_backend(x) is backend
+    assert backend_of(x, x, 3.0, np.ones(2)) is backend
+
+
+def test_neutral_inputs_decide_nothing() -> None:
+    with pytest.raises(BackendError, match="set_backend"):
+        backend_of(np.ones(2), 1.0, 2, True, np.float32(3))
+
+
+def test_nothing_is_selected_at_first() -> None:
+    with pytest.raises(BackendError, match="no backend is selected"):
+        current_backend()
+
+
+def test_what_is_no_array_says_how_to_make_it_a_node(backend_name: str) -> None:
+    class Batch:
+        pass
+
+    x = load_backend(backend_name).asarray(1.0)
+    with pytest.raises(InputTypeError, match=r"Batch is neither an array.*register_dataclass"):
+        backend_of(x, Batch())
+
+
+@pytest.mark.parametrize("pair", PAIRS, indirect=True, ids="-".join)
+def test_arrays_of_two_frameworks(pair: tuple[Backend, Backend]) -> None:
+    first, second = pair
+    with pytest.raises(TypeError, match=f"two frameworks.*'{first.name}' and '{second.name}'"):
+        backend_of(first.asarray(1.0), second.asarray(1.0))
+
+
+def test_traced_arrays_are_owned(backend_name: str) -> None:
+    backend = load_backend(backend_name)
+    seen = []
+
+    def probe(xs: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append((current_backend(*xs) is backend, backend.is_traced(xs[0])))
+        return xs
+
+    x = backend.asarray([1.0, 2.0])
+    backend.vmap(probe)((x,))
+    backend.compile(probe, (x,))((x,))
+    assert seen
+    assert all(own and traced for own, traced in seen)
+    assert not backend.is_traced(x)
+
+
+# -- a selection decides -----------------------------------------------------------------
+
+
+def test_set_and_unset(backend_name: str) -> None:
+    set_backend(backend_name)
+    assert current_backend().name == backend_name
+    assert current_backend(np.ones(2), 1.0).name == backend_name
+    unset_backend()
+    with pytest.raises(BackendError):
+        current_backend()
+
+
+def test_the_backend_fixture_selects_in_the_test(backend: Backend) -> None:
+    assert current_backend() is backend
+    (x,) = convert_neutral((1.5,), backend)
+    assert backend.dtype_name(x) == "float64"
+
+
+@pytest.mark.parametrize("pair", PAIRS, indirect=True, ids="-".join)
+def test_scopes_nest_and_win_over_the_process(pair: tuple[Backend, Backend]) -> None:
+    outer, inner = pair
+    set_backend(outer.name)
+    with use_backend(inner.name) as yielded:
+        assert current_backend() is yielded is inner
+        with use_backend(outer.name):
+            assert current_backend() is outer
+        assert current_backend() is inner
+    assert current_backend() is outer
+
+
+def test_a_scope_ends_when_its_block_raises(backend_name: str) -> None:
+    with pytest.raises(KeyError), use_backend(backend_name):
+        raise KeyError
+    with pytest.raises(BackendError):
+        current_backend()
+
+
+@pytest.mark.parametrize("pair", PAIRS, indirect=True, ids="-".join)
+def test_array_of_another_framework_than_selected(pair: tuple[Backend, Backend]) -> None:
+    selected, other = pair
+    with (
+        use_backend(selected.name),
+        pytest.raises(TypeError, match=f"'{selected.name}' is selected.*of '{other.name}'"),
+    ):
+        backend_of(other.asarray(1.0))
+
+
+@pytest.mark.parametrize(
+    ("neutral", "dtype"),
+    [
+        (1.5, "selected"),
+        (np.float16(1.5), "selected"),
+        (np.ones((2, 3)), "selected"),
+        (np.arange(3, dtype=np.int32), "int32"),
+        (np.array([True, False]), "bool"),
+    ],
+    ids=["number", "numpy-scalar", "float-array", "int-array", "bool-array"],
+)
+@pytest.mark.parametrize("selected", ["float32", "float64"])
+def test_neutral_inputs_are_converted_as_selected(
+    backend_name: str, neutral: Any, dtype: str, selected: str
+) -> None:
+    with use_backend(backend_name, dtype=selected) as backend:
+        (x,) = convert_neutral((neutral,), backend)
+        assert backend.owns(x)
+        assert backend.dtype_name(x) == (selected if dtype == "selected" else dtype)
+        np.testing.assert_array_equal(backend.to_numpy(x), neutral)
+
+
+def test_float64_survives_conversion_exactly(backend_name: str) -> None:
+    with use_backend(backend_name, dtype="float64") as backend:
+        (x,) = convert_neutral((0.1,), backend)
+        assert float(backend.to_numpy(x)) == 0.1
+
+
+def test_own_arrays_are_left_alone(backend_name: str) -> None:
+    with use_backend(backend_name, dtype="float64") as backend:
+        own = backend.asarray([1.0], "float32")
+        assert convert_neutral((own,), backend)[0] is own
+
+
+def test_neutral_input_without_a_selection(backend_name: str) -> None:
+    backend = load_backend(backend_name)
+    with pytest.raises(TypeError, match=f'received ndarray.*set_backend."{backend_name}"'):
+        convert_neutral((backend.asarray(1.0), np.ones(2)), backend)
+
+
+def test_device(backend_name: str) -> None:
+    device = load_backend(backend_name).devices()[0]
+    with use_backend(backend_name, device=device) as backend:
+        (x,) = convert_neutral((np.ones(2),), backend)
+        np.testing.assert_array_equal(backend.to_numpy(x), np.ones(2))
+
+
+@pytest.mark.parametrize("device", ["abacus", "abacus:7"])
+def test_unknown_device_fails_when_selected(backend_name: str, device: str) -> None:
+    with pytest.raises(BackendError, match=f"no device '{device}'"):
+        set_backend(backend_name, device=device)
+    with pytest.raises(BackendError, match="no backend is selected"):
+        current_backend()
+
+
+@pytest.mark.parametrize("dtype", ["float99", "int32", np.float32])
+def test_what_is_no_floating_dtype_fails_when_selected(backend_name: str, dtype: Any) -> None:
+    with pytest.raises(ValueError, match="one of float16, bfloat16, float32, float64; received"):
+        set_backend(backend_name, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", mb.FLOATING_DTYPES)
+def test_every_floating_dtype_can_be_selected(backend_name: str, dtype: str) -> None:
+    with use_backend(backend_name, dtype=dtype) as backend:
+        (x,) = convert_neutral((1.5,), backend)
+        assert backend.dtype_name(x) == dtype
+
+
+def test_jax_refuses_float64_while_it_is_switched_off() -> None:
+    require("jax")
+    import jax
+
+    enabled = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        with pytest.raises(BackendError, match="jax_enable_x64"):
+            set_backend("jax", dtype="float64")
+    finally:
+        jax.config.update("jax_enable_x64", enabled)
+
+
+@pytest.mark.parametrize("pair", PAIRS[:1], indirect=True, ids="-".join)
+def test_a_failed_selection_keeps_the_previous_one(pair: tuple[Backend, Backend]) -> None:
+    set_backend(pair[0].name)
+    with pytest.raises(BackendError):
+        set_backend(pair[1].name, device="abacus")
+    assert current_backend() is pair[0]
+
+
+# -- threads and tasks -------------------------------------------------------------------
+
+
+def in_thread(work: Any) -> Any:
+    result: list[Any] = []
+
+    def target() -> None:
+        try:
+            result.append(work())
+        except MetaframeError as error:
+            result.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_set_backend_holds_in_every_thread(backend_name: str) -> None:
+    set_backend(backend_name)
+    assert in_thread(current_backend).name == backend_name
+
+
+def test_use_backend_holds_in_its_own_thread_only(backend_name: str) -> None:
+    with use_backend(backend_name):
+        assert isinstance(in_thread(current_backend), BackendError)
+
+
+@pytest.mark.parametrize("pair", PAIRS[::2], indirect=True, ids="-".join)
+def test_threads_select_at_the_same_time(pair: tuple[Backend, Backend]) -> None:
+    both_selected = threading.Barrier(2, timeout=60)
+    seen: dict[str, Backend] = {}
+
+    def work(name: str) -> None:
+        with use_backend(name):
+            both_selected.wait()
+            seen[name] = current_backend()
+
+    threads = [threading.Thread(target=work, args=(backend.name,)) for backend in pair]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {backend.name: backend for backend in pair}
+
+
+@pytest.mark.parametrize("pair", PAIRS[::2], indirect=True, ids="-".join)
+def test_tasks_interleave(pair: tuple[Backend, Backend]) -> None:
+    async def work(backend: Backend) -> bool:
+        held = []
+        with use_backend(backend.name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                held.append(current_backend() is backend)
+        return all(held)
+
+    async def main() -> list[bool]:
+        return await asyncio.gather(*(work(backend) for backend in pair))
+
+    assert asyncio.run(main()) == [True, True]
+
+
+# -- which backends there are ------------------------------------------------------------
+
+
+def test_unknown_backend_names_the_nearest() -> None:
+    with pytest.raises(UnknownKeyError, match=r"'pytorch'\. Did you mean 'torch'"):
+        set_backend("pytorch")
+    with pytest.raises(KeyError, match="Known: jax, tensorflow, torch"):
+        load_backend("zzz")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A backend whose framework cannot be imported; parametrise with its name."""
+    name: str = request.param
+    monkeypatch.delitem(mb._loaded, name, raising=False)
+    monkeypatch.setattr(mb, "_by_type", {})
+    monkeypatch.setitem(sys.modules, name, None)
+    return name
+
+
+@pytest.mark.parametrize("without", BACKENDS, indirect=True)
+def test_backend_not_installed_gives_the_command(without: str) -> None:
+    with pytest.raises(BackendNotInstalledError) as caught:
+        set_backend(without)
+    assert f'Run: pip install "metaframe[{without}]"' in str(caught.value)
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize("without", BACKENDS, indirect=True)
+def test_a_missing_framework_stops_nobody_else(without: str) -> None:
+    other = next(name for name in BACKENDS if name != without)
+    require(other)
+    x = load_backend(other).asarray(1.0)
+    assert current_backend(x).name == other
+    (row,) = (info for info in available_backends() if info.name == without)
+    assert row.version is None
+    assert row.devices == ()
+    assert row.install == f'pip install "metaframe[{without}]"'
+
+
+def test_available_backends(backend_name: str) -> None:
+    (row,) = (info for info in available_backends() if info.name == backend_name)
+    assert row.version == sys.modules[backend_name].__version__
+    assert row.devices == load_backend(backend_name).devices() != ()
+
+
+FRAMEWORK = """
+__version__ = "3.1"
+
+class Array(list):
+    pass
+"""
+
+BACKEND = """
+import abacus
+from metaframe.backend import Backend
+
+class AbacusBackend(Backend):
+    name = "abacus"
+
+    def owns(self, x):
+        return isinstance(x, abacus.Array)
+
+    def asarray(self, x, dtype=None, device=None):
+        return abacus.Array([x])
+
+    def devices(self):
+        return ("frame",)
+
+# Selection needs no more than this of a backend.
+AbacusBackend.__abstractmethods__ = frozenset()
+"""
+
+
+@pytest.fixture
+def abacus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package installed next to its framework that registers a backend for it."""
+    info = tmp_path / "metaframe_abacus-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: metaframe-abacus\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[metaframe.backends]\nabacus = metaframe_abacus:AbacusBackend\n"
+    )
+    (tmp_path / "metaframe_abacus.py").write_text(BACKEND)
+    (tmp_path / "abacus.py").write_text(FRAMEWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(mb, "_known", None)
+    monkeypatch.setattr(mb, "_by_type", {})
+    yield tmp_path
+    for registry in (mb._loaded, sys.modules):
+        registry.pop("abacus", None)
+    sys.modules.pop("metaframe_abacus", None)
+
+
+@pytest.mark.usefixtures("abacus")
+def test_a_registered_backend_is_selected_by_name() -> None:
+    set_backend("abacus")
+    assert type(current_backend()).__qualname__ == "AbacusBackend"
+    assert "abacus" in [info.name for info in available_backends() if info.version == "3.1"]
+
+
+@pytest.mark.usefixtures("abacus")
+def test_a_registered_backend_is_inferred_and_not_loaded_before() -> None:
+    with pytest.raises(BackendError):
+        current_backend(1.0)
+    assert "abacus" not in sys.modules
+    import abacus
+
+    assert current_backend(abacus.Array([1])).name == "abacus"
+
+
+@pytest.mark.usefixtures("abacus")
+def test_a_registered_backend_takes_part_in_the_errors() -> None:
+    with pytest.raises(UnknownKeyError, match="Did you mean 'abacus'"):
+        load_backend("abakus")
+
+
+def test_a_registered_backend_without_its_framework(abacus: Path) -> None:
+    (abacus / "abacus.py").unlink()
+    with pytest.raises(BackendNotInstalledError, match=r"needs abacus.*pip install"):
+        load_backend("abacus")
+
+
+@pytest.mark.usefixtures("abacus")
+def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    hijack = mb.importlib.metadata.EntryPoint("torch", "evil:Backend", mb.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(mb.importlib.metadata, "entry_points", lambda group: [hijack])
+    monkeypatch.setattr(mb, "_known", None)
+    assert mb.known_backends()["torch"].target == "metaframe_torch:TorchBackend"
+
+
+def test_a_backend_with_a_missing_method_cannot_be_made() -> None:
+    class Incomplete(Backend):
+        name = "incomplete"
+
+    with pytest.raises(TypeError, match=r"abstract method.*value_and_grad"):
+        Incomplete()  # type: ignore[abstract]
