@@ -112,9 +112,9 @@ def _float_dtype(dtype: Any) -> str | None:
     try:
         known = np.dtype(dtype)
     except TypeError:
-        # torch.float32 is no NumPy dtype and prints as "torch.float32".
+        # torch.float32 and tf.float32 are no NumPy dtypes; their repr ends in the NumPy name.
         try:
-            known = np.dtype(str(dtype).rpartition(".")[2])
+            known = np.dtype(repr(dtype).rpartition(".")[2])
         except TypeError:
             raise InputTypeError(
                 f"dtype must be a NumPy dtype name such as 'float32', received {dtype!r}."

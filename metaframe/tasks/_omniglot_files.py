@@ -1,0 +1,273 @@
+"""Reading Omniglot's files, trusting nothing in them.
+
+Archives are read in memory and never extracted, so no name in one can reach the file system;
+names that try are reported. Sizes are checked before anything is decompressed or decoded.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from metaframe.errors import InputError
+from metaframe.tasks._checks import MissingDependencyError
+
+SIDE = 105
+"""Pixels along a side of a drawing."""
+DRAWERS = 20
+"""Drawings of every character."""
+RUNS = 20
+"""One-shot runs, of as many characters each."""
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
+_AGAIN = f"The file is damaged or incomplete; download it again from {_SOURCE}."
+# The largest official file has 1 KiB.
+_MAX_BYTES = 64 * 1024
+_PNG_HEADER = struct.Struct(">8s8xII")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_DRAWING = re.compile(r"(?:^|/)([^/.][^/]*/character\d+)/\d+_(\d\d)\.png$")
+_RUN_FILE = re.compile(
+    r"(?:^|/)(run\d\d)/((?:training/class|test/item)\d\d\.png|class_labels\.txt)$"
+)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Named files of one archive or folder."""
+
+    where: str
+    names: tuple[str, ...]
+    read: Callable[[str], bytes]
+
+
+def locate(path: str | Path, stem: str) -> Path:
+    """The folder `stem` or the archive `stem`.zip in the directory `path`, or `path` itself."""
+    here = Path(path)
+    root = here.parent if here.name in (stem, f"{stem}.zip") else here
+    for candidate in (root / stem, root / f"{stem}.zip"):
+        if candidate.exists():
+            return candidate
+    raise InputError(
+        f"{root} has neither {stem}.zip nor a folder {stem}. Download the file from {_SOURCE} "
+        "and pass the directory it is in."
+    )
+
+
+@contextmanager
+def open_files(location: Path) -> Iterator[Files]:
+    """The files of a folder or a zip archive."""
+    if location.is_dir():
+        names = tuple(sorted(p.relative_to(location).as_posix() for p in location.rglob("*.*")))
+        yield Files(str(location), names, lambda name: _read_file(location / name))
+        return
+    with _reporting(str(location)):
+        archive = zipfile.ZipFile(location)
+    with archive:
+        names = tuple(sorted(archive.namelist()))
+        for name in names:
+            _check_name(location, name)
+        yield Files(str(location), names, lambda name: _read_member(archive, location, name))
+
+
+def _check_name(location: Path, name: str) -> None:
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+        raise InputError(
+            f"{location} has a member called {name!r}, which no official archive has and which "
+            f"points outside it. Do not extract this file; download it from {_SOURCE}."
+        )
+
+
+def _read_file(file: Path) -> bytes:
+    with _reporting(str(file)):
+        _check_bytes(str(file), file.stat().st_size)
+        return file.read_bytes()
+
+
+def _read_member(archive: zipfile.ZipFile, location: Path, name: str) -> bytes:
+    where = f"{location}, member {name}"
+    with _reporting(where):
+        # zipfile never returns more than the directory entry promises.
+        _check_bytes(where, archive.getinfo(name).file_size)
+        return archive.read(name)
+
+
+def _check_bytes(where: str, size: int) -> None:
+    if size > _MAX_BYTES:
+        raise InputError(f"{where}: {size} bytes, no official file has over {_MAX_BYTES}. {_AGAIN}")
+
+
+@contextmanager
+def _reporting(where: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes a decoder raise into an error that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        OSError,
+        EOFError,
+        SyntaxError,  # Pillow, for a broken PNG chunk
+        ValueError,
+        RuntimeError,  # zipfile, for an encrypted member or an unknown compression
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise InputError(f"{where} cannot be read: {error}. {_AGAIN}") from error
+
+
+def read_drawings(files: Files, size: int) -> dict[str, Pixels]:
+    """Every character's drawings, `(20, size, size)`, by "Alphabet/characterNN"."""
+    found: dict[str, dict[str, str]] = {}
+    for name in files.names:
+        if match := _DRAWING.search(name):
+            character, drawer = match.groups()
+            _put(found.setdefault(character, {}), drawer, name, files)
+    if not found:
+        raise InputError(
+            f"{files.where} has no files called <alphabet>/characterNN/NNNN_NN.png. {_AGAIN}"
+        )
+    decode = _decoder()
+    result = {}
+    for character, names in found.items():
+        if len(names) != DRAWERS:
+            raise InputError(
+                f"{files.where}: {character} has {len(names)} drawings, expected {DRAWERS}. "
+                f"{_AGAIN}"
+            )
+        result[character] = _load(files, [names[drawer] for drawer in sorted(names)], size, decode)
+    return result
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One official run: images `(20, size, size)`, and the answer to each test image."""
+
+    name: str
+    train: Pixels
+    test: Pixels
+    answers: list[int]
+
+
+def read_runs(files: Files, size: int) -> list[RunFiles]:
+    """The 20 official runs, in order."""
+    found: dict[str, dict[str, str]] = {}
+    for name in files.names:
+        if match := _RUN_FILE.search(name):
+            run, item = match.groups()
+            _put(found.setdefault(run, {}), item, name, files)
+    expected = [f"run{i:02d}" for i in range(1, RUNS + 1)]
+    if sorted(found) != expected:
+        raise InputError(
+            f"{files.where} has the runs {sorted(found)}, expected run01 to run{RUNS}. {_AGAIN}"
+        )
+    decode = _decoder()
+    return [_read_run(files, run, found[run], size, decode) for run in expected]
+
+
+def _read_run(
+    files: Files, run: str, items: Mapping[str, str], size: int, decode: Decode
+) -> RunFiles:
+    groups = {
+        group: sorted(item for item in items if item.startswith(f"{group}/"))
+        for group in ("training", "test")
+    }
+    for group, members in groups.items():
+        if len(members) != RUNS:
+            raise InputError(
+                f"{files.where}: {run}/{group} has {len(members)} images, expected {RUNS}. {_AGAIN}"
+            )
+    if "class_labels.txt" not in items:
+        raise InputError(f"{files.where}: {run} has no class_labels.txt. {_AGAIN}")
+    answers = _answers(files, run, items["class_labels.txt"], groups["training"], groups["test"])
+    train, test = (
+        _load(files, [items[item] for item in groups[group]], size, decode)
+        for group in ("training", "test")
+    )
+    return RunFiles(run, train, test, answers)
+
+
+def _answers(
+    files: Files, run: str, label_file: str, train: list[str], test: list[str]
+) -> list[int]:
+    """For each test image the position of its character among the train images."""
+    where = f"{files.where}, {label_file}"
+    with _reporting(where):
+        lines = files.read(label_file).decode("ascii").split("\n")
+    true: dict[str, str] = {}
+    for line in filter(None, map(str.strip, lines)):
+        pair = [name.removeprefix(f"{run}/") for name in line.split()]
+        if len(pair) != 2 or pair[0] not in test or pair[1] not in train or pair[0] in true:
+            raise InputError(
+                f"{where}: line {line!r} does not pair one test image of {run} with one training "
+                f"image. {_AGAIN}"
+            )
+        true[pair[0]] = pair[1]
+    if len(true) != len(test):
+        raise InputError(f"{where}: {len(true)} answers, expected {len(test)}. {_AGAIN}")
+    return [train.index(true[item]) for item in test]
+
+
+def _put(table: dict[str, str], key: str, name: str, files: Files) -> None:
+    if key in table:
+        raise InputError(f"{files.where}: {table[key]!r} and {name!r} are the same item. {_AGAIN}")
+    table[key] = name
+
+
+Decode = Callable[[bytes], "np.ndarray[Any, np.dtype[np.bool_]]"]
+
+
+def _load(files: Files, names: Iterable[str], size: int, decode: Decode) -> Pixels:
+    drawings = []
+    for name in names:
+        data = files.read(name)
+        with _reporting(f"{files.where}, {name}"):
+            drawings.append(decode(data))
+    return reduce_ink(np.stack(drawings), size)
+
+
+def _decoder() -> Decode:
+    """PNG bytes to `(105, 105)` booleans, True where there is ink."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingDependencyError("omniglot", "Pillow", "pip install pillow") from None
+
+    def decode(data: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        if len(data) < _PNG_HEADER.size or not data.startswith(_PNG_SIGNATURE):
+            raise ValueError("not a PNG image")
+        _, width, height = _PNG_HEADER.unpack_from(data)
+        if (width, height) != (SIDE, SIDE):
+            raise ValueError(f"{width}x{height} pixels, expected {SIDE}x{SIDE}")
+        with Image.open(BytesIO(data), formats=("PNG",)) as picture:
+            ink: np.ndarray[Any, np.dtype[np.bool_]] = np.asarray(picture.convert("L")) < 128
+        return ink
+
+    return decode
+
+
+def reduce_ink(ink: np.ndarray[Any, np.dtype[np.bool_]], size: int) -> Pixels:
+    """The share of ink in each pixel's area: 0 none, 255 all; `(N, 105, 105) -> (N, size, size)`.
+
+    Computed in whole numbers, so that no library's rounding enters: float32 holds every sum.
+    """
+    # Old and new pixel edges both lie on a grid of size * 105 steps; count shared steps.
+    old, new = np.arange(SIDE), np.arange(size)[:, None]
+    shared = np.minimum((old + 1) * size, (new + 1) * SIDE) - np.maximum(old * size, new * SIDE)
+    weights = shared.clip(0).astype(np.float32)
+    total = (weights @ ink.astype(np.float32) @ weights.T).astype(np.int64)
+    whole = SIDE * SIDE
+    return ((total * 255 + whole // 2) // whole).astype(np.uint8)

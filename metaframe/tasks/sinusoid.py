@@ -1,0 +1,99 @@
+"""Few-shot sinusoid regression, the standard first experiment of meta-learning.
+
+A task is y = A sin(w x + b). The MAML paper's family has w = 1; Meta-SGD's table is on one where
+the frequency varies too, so figures of the two are not comparable.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from metaframe.errors import InputError, InputTypeError
+from metaframe.tasks import _checks
+from metaframe.tasks.sampling import IndexedSampler, Split, uniform
+from metaframe.tasks.task import Task
+
+
+class SinusoidTaskSampler(IndexedSampler):
+    """Sample tasks y = amplitude * sin(frequency * x + phase).
+
+    Amplitude, phase, frequency and then x are drawn uniformly, support before query. All
+    arrays are `(k, 1)`. The sine is taken in float64 and then rounded to the dtype.
+
+    Args:
+        amp_range: (low, high) of the amplitude.
+        phase_range: (low, high) of the phase, in radians.
+        x_range: (low, high) of the inputs.
+        k_support, k_query: points in the support set and in the query set.
+        generator: a NumPy generator to draw the seed from, once; instead of `seed`.
+        seed: the tasks' seed; None, with no generator, takes a fresh one, readable as
+            `sampler.seed`.
+        device, dtype: where the arrays are placed and their floating dtype; default: as the
+            selected backend says, NumPy float32 arrays without one. See `IndexedSampler`.
+        freq_range: (low, high) of the angular frequency.
+        split: which of the three streams of tasks. The family is the same in all of them.
+
+    Raises:
+        InputError: an empty or infinite range, or fewer than one point.
+        InputTypeError: a generator of another library.
+
+    >>> sampler = SinusoidTaskSampler(k_support=10, k_query=5, seed=0)
+    >>> sampler.sample(2)[1]
+    Task(support_x=(10, 1), support_y=(10, 1), query_x=(5, 1), query_y=(5, 1))
+
+    Source: Finn et al., "Model-agnostic meta-learning" (ICML 2017), section 5.1; with
+    `freq_range`: Li et al., "Meta-SGD" (arXiv 1707.09835).
+    """
+
+    def __init__(
+        self,
+        amp_range: tuple[float, float] = (0.1, 5.0),
+        phase_range: tuple[float, float] = (0.0, math.pi),
+        x_range: tuple[float, float] = (-5.0, 5.0),
+        k_support: int = 10,
+        k_query: int = 10,
+        generator: np.random.Generator | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        dtype: Any = None,
+        *,
+        freq_range: tuple[float, float] = (1.0, 1.0),
+        split: Split = "train",
+    ) -> None:
+        if generator is not None:
+            seed = _seed_from(generator, seed)
+        super().__init__(seed=seed, split=split, device=device, dtype=dtype)
+        self.amp_range = _checks.interval("amp_range", amp_range)
+        self.phase_range = _checks.interval("phase_range", phase_range)
+        self.x_range = _checks.interval("x_range", x_range)
+        self.freq_range = _checks.interval("freq_range", freq_range)
+        self.k_support = _checks.integer("k_support", k_support, 1)
+        self.k_query = _checks.integer("k_query", k_query, 1)
+
+    def draw(self, rng: np.random.Generator) -> Task:
+        """One task; see the class for the order of the draws."""
+        amplitude = uniform(rng, self.amp_range)
+        phase = uniform(rng, self.phase_range)
+        frequency = uniform(rng, self.freq_range)
+        support_x = uniform(rng, self.x_range, (self.k_support, 1))
+        query_x = uniform(rng, self.x_range, (self.k_query, 1))
+
+        def curve(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            y: np.ndarray[Any, Any] = amplitude * np.sin(frequency * x + phase)
+            return y
+
+        return Task(support_x, curve(support_x), query_x, curve(query_x))
+
+
+def _seed_from(generator: np.random.Generator, seed: int | None) -> int:
+    if seed is not None:
+        raise InputError(f"give generator or seed, not both; received seed={seed!r} as well.")
+    if not isinstance(generator, np.random.Generator):
+        raise InputTypeError(
+            f"generator must be a numpy.random.Generator, received {type(generator).__qualname__}. "
+            "Tasks are drawn in NumPy on every backend: pass numpy.random.default_rng(0) or seed=0."
+        )
+    return int(generator.integers(2**63))

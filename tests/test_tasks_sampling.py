@@ -1,0 +1,354 @@
+"""Tasks are pure functions of (seed, split, index), and checked where they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metaframe import tree
+from metaframe.backend import use_backend
+from metaframe.errors import InputError, InputTypeError
+from metaframe.tasks import (
+    IndexedSampler,
+    SinusoidTaskSampler,
+    Task,
+    TaskSampler,
+    digits_sampler,
+    mean_and_ci95,
+    stack_tasks,
+    task_rng,
+)
+from metaframe.tasks.sampling import SPLITS
+
+
+def digest(task: Task) -> str:
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in tree.leaves(task))).hexdigest()
+
+
+SAMPLERS = {
+    "sinusoid": lambda **kw: SinusoidTaskSampler(freq_range=(0.5, 2.0), **kw),
+    "digits": lambda **kw: digits_sampler(**kw),
+}
+
+
+@pytest.fixture(params=SAMPLERS)
+def make(request):
+    return SAMPLERS[request.param]
+
+
+# -- purity --------------------------------------------------------------------------------
+
+
+def test_a_task_does_not_depend_on_what_was_sampled_before(make):
+    sampler, fresh = make(seed=7), make(seed=7)
+    sampled = sampler.sample(3) + sampler.sample(2)
+    assert [digest(t) for t in sampled] == [digest(fresh.task(i)) for i in range(5)]
+    assert (sampler.position, fresh.position) == (5, 0)
+
+
+def test_seed_split_and_index_each_give_another_task(make):
+    tasks = {
+        digest(make(seed=seed, split=split).task(index))
+        for seed, split, index in itertools.product((0, 1), SPLITS, (0, 1, 2**40))
+    }
+    assert len(tasks) == 2 * 3 * 3
+
+
+def test_another_process_draws_the_same_bits():
+    code = (
+        "from metaframe.tasks import digits_sampler as d, SinusoidTaskSampler as s;"
+        "from metaframe import tree; import hashlib, json, sys;"
+        "h = lambda t: hashlib.sha256(b''.join(x.tobytes() for x in tree.leaves(t))).hexdigest();"
+        "print(json.dumps([h(s(seed=3).task(11)), h(d(seed=3).task(11)),"
+        " sorted({'torch', 'jax', 'tensorflow'} & set(sys.modules))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = [digest(SinusoidTaskSampler(seed=3).task(11)), digest(digits_sampler(seed=3).task(11))]
+    assert json.loads(done.stdout) == [*here, []]
+
+
+def test_the_stream_is_pinned():
+    """These bits are what every published number was drawn with; they never change."""
+    drawn = task_rng(2024, "validation", 2**33 + 5).random(3)
+    pinned = ["0x1.d92ed100b6475p-1", "0x1.11d60e94783ecp-3", "0x1.7f0f98f5eff94p-3"]
+    assert [float(x).hex() for x in drawn] == pinned
+    raw = np.random.Philox(
+        key=np.array([2024, 1], np.uint64), counter=np.array([0, 0, 2**33 + 5, 0], np.uint64)
+    ).random_raw(3)
+    np.testing.assert_array_equal(drawn, (raw >> np.uint64(11)) * 2.0**-53)
+
+
+@given(seed=st.integers(0, 2**64 - 1), index=st.integers(0, 2**64 - 1))
+def test_every_seed_and_index_in_range_is_accepted(seed, index):
+    for split in SPLITS:
+        assert 0 <= task_rng(seed, split, index).random() < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((-1, "train", 0), InputError, "seed must be at least 0"),
+        ((2**64, "train", 0), InputError, "below 2"),
+        ((0.5, "train", 0), InputTypeError, "seed=0.5"),
+        ((True, "train", 0), InputTypeError, "bool"),
+        ((0, "trian", 0), InputError, "Did you mean 'train'"),
+        ((0, "train", -1), InputError, "index"),
+    ],
+)
+def test_bad_coordinates_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        task_rng(*arguments)
+
+
+# -- state ---------------------------------------------------------------------------------
+
+
+def test_a_restored_sampler_goes_on_where_the_first_stopped(make):
+    first, second = make(seed=1), make(seed=1)
+    first.sample(3)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert digest(second.sample(1)[0]) == digest(first.sample(1)[0])
+
+
+def test_a_state_of_another_stream_is_refused(make):
+    state = make(seed=1).state()
+    with pytest.raises(InputError, match="seed=1, this sampler has seed=2"):
+        make(seed=2).restore(state)
+    with pytest.raises(InputError, match="split='train'"):
+        make(seed=1, split="test").restore(state)
+    with pytest.raises(InputError, match=r"lacks \['position'\]"):
+        make(seed=1).restore({"seed": 1, "split": "train"})
+
+
+def test_seed_none_is_fresh_and_can_be_repeated():
+    first, second = SinusoidTaskSampler(), SinusoidTaskSampler()
+    assert first.seed != second.seed
+    assert digest(SinusoidTaskSampler(seed=first.seed).task(0)) == digest(first.task(0))
+
+
+def test_a_generator_gives_the_seed():
+    rng = np.random.default_rng(5)
+    first, second = SinusoidTaskSampler(generator=rng), SinusoidTaskSampler(generator=rng)
+    again = SinusoidTaskSampler(generator=np.random.default_rng(5))
+    assert first.seed == again.seed != second.seed
+    with pytest.raises(InputError, match="not both"):
+        SinusoidTaskSampler(generator=rng, seed=0)
+    with pytest.raises(InputTypeError, match=r"numpy\.random\.Generator, received int"):
+        SinusoidTaskSampler(generator=3)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_sampling_no_tasks_is_an_error(make, count):
+    with pytest.raises(InputError, match="meta_batch_size must be at least 1"):
+        make().sample(count)
+
+
+# -- backends ------------------------------------------------------------------------------
+
+
+def test_a_selected_backend_gets_the_same_numbers(make, backend):
+    on_backend = make(seed=4, dtype="float32").task(2)
+    values = [backend.to_numpy(x) for x in tree.leaves(on_backend)]
+    assert all(backend.owns(x) for x in tree.leaves(on_backend))
+    with use_backend(backend.name, dtype="float32"):
+        assert backend.dtype_name(make(seed=4).task(2).support_x) == "float32"
+    assert backend.dtype_name(make(seed=4).task(2).support_x) == "float64"
+    for value, expected in zip(values, tree.leaves(numpy_task(make)), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+def numpy_task(make) -> Task:
+    """The task as drawn, before any backend sees it."""
+    sampler = make(seed=4)
+    drawn = sampler.draw(task_rng(4, "train", 2))
+    return tree.map(lambda x: x.astype("float32") if x.dtype.kind == "f" else x, drawn)
+
+
+def test_without_a_backend_tasks_are_numpy():
+    task = SinusoidTaskSampler(seed=0).task(0)
+    assert {(type(x), x.dtype.name) for x in tree.leaves(task)} == {(np.ndarray, "float32")}
+    assert SinusoidTaskSampler(seed=0, dtype="float64").task(0).query_y.dtype == np.float64
+    assert SinusoidTaskSampler(seed=0, device="cpu").task(0).query_y.dtype == np.float32
+    with pytest.raises(InputError, match="needs a backend"):
+        SinusoidTaskSampler(seed=0, device="cuda").task(0)
+
+
+def test_dtypes_of_frameworks_are_understood(backend_name):
+    framework = pytest.importorskip(backend_name)
+    dtype = (framework.numpy if backend_name == "jax" else framework).float64
+    assert SinusoidTaskSampler(dtype=dtype).dtype == "float64"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64"])
+def test_a_dtype_must_be_floating(dtype):
+    with pytest.raises(InputError, match=f"floating dtype, received '{dtype}'"):
+        SinusoidTaskSampler(dtype=dtype)
+    with pytest.raises(InputTypeError, match="NumPy dtype name"):
+        SinusoidTaskSampler(dtype="float33")
+
+
+# -- sinusoids -----------------------------------------------------------------------------
+
+ranges = st.tuples(st.floats(-10, 10), st.floats(0, 10)).map(lambda t: (t[0], t[0] + t[1]))
+
+
+@given(
+    amp=ranges,
+    phase=ranges,
+    x=ranges,
+    freq=ranges,
+    k=st.integers(1, 30),
+    q=st.integers(1, 30),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_sinusoids_stay_in_their_ranges(amp, phase, x, freq, k, q, seed):
+    sampler = SinusoidTaskSampler(amp, phase, x, k, q, seed=seed, dtype="float64", freq_range=freq)
+    task = sampler.task(0)
+    assert task.support_x.shape == task.support_y.shape == (k, 1)
+    assert task.query_x.shape == task.query_y.shape == (q, 1)
+    inputs = np.concatenate([task.support_x, task.query_x])
+    outputs = np.concatenate([task.support_y, task.query_y])
+    # low + (high - low) * u can round to one place beyond high.
+    assert (inputs >= x[0] - 1e-12).all()
+    assert (inputs <= x[1] + 1e-12).all()
+    assert np.abs(outputs).max() <= max(map(abs, amp)) + 1e-12
+
+
+def test_support_and_query_lie_on_one_curve_of_the_family():
+    for task in SinusoidTaskSampler(seed=0, k_support=20, dtype="float64").sample(50):
+        basis = np.hstack([np.sin(task.support_x), np.cos(task.support_x)])
+        (a, b), *_ = np.linalg.lstsq(basis, task.support_y[:, 0], rcond=None)
+        np.testing.assert_allclose(
+            task.query_y, a * np.sin(task.query_x) + b * np.cos(task.query_x), atol=1e-12
+        )
+        assert 0.1 <= math.hypot(a, b) <= 5.0
+        assert 0.0 <= math.atan2(b, a) <= math.pi
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"amp_range": (5.0, 0.1)}, InputError, "amp_range must be finite with low <= high"),
+        ({"x_range": (0.0, math.inf)}, InputError, "x_range"),
+        ({"phase_range": (math.nan, 1.0)}, InputError, "phase_range"),
+        ({"freq_range": 1.0}, InputTypeError, r"pair of numbers \(low, high\), received freq"),
+        ({"k_support": 0}, InputError, "k_support must be at least 1, received k_support=0"),
+        ({"k_query": 2.5}, InputTypeError, "k_query must be an integer"),
+    ],
+)
+def test_bad_sinusoid_settings_are_named(settings, error, words):
+    with pytest.raises(error, match=words):
+        SinusoidTaskSampler(**settings)
+
+
+# -- Task ----------------------------------------------------------------------------------
+
+
+def test_samplers_follow_the_protocol(make):
+    assert isinstance(make(), TaskSampler)
+    assert isinstance(make(), IndexedSampler)
+
+
+def test_a_task_is_a_node():
+    task = SinusoidTaskSampler(seed=0).task(0)
+    assert tree.key_chains(task) == ("support_x", "support_y", "query_x", "query_y")
+    means = tree.map(lambda x: x.mean(), task)
+    assert isinstance(means, Task)
+    assert np.isscalar(means.query_y)
+
+
+def test_tasks_are_frozen():
+    task = SinusoidTaskSampler(seed=0).task(0)
+    with pytest.raises(AttributeError):
+        task.query_x = None
+
+
+def test_stacking_puts_the_task_axis_first(make, backend):
+    tasks = make(seed=0).sample(3)
+    stacked = stack_tasks(tasks)
+    for name in ("support_x", "support_y", "query_x", "query_y"):
+        column = backend.to_numpy(getattr(stacked, name))
+        expected = np.stack([backend.to_numpy(getattr(t, name)) for t in tasks])
+        np.testing.assert_array_equal(column, expected)
+
+
+def test_tasks_of_nested_inputs_stack():
+    x = {"image": np.zeros((5, 4, 4)), "where": (np.zeros((5, 2)), None)}
+    stacked = stack_tasks([Task(x, np.zeros(5), x, np.zeros(5))] * 2)
+    assert stacked.support_x["image"].shape == (2, 5, 4, 4)
+    assert stacked.support_x["where"][0].shape == (2, 5, 2)
+
+
+def shaped(*shapes) -> Task:
+    return Task(*(np.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((3, 1), (2, 1), (3, 1), (3, 1)), "support_x has 3 examples and support_y has 2"),
+        (((3, 1), (3, 1), (3, 1), (4, 1)), "query_x has 3 examples and query_y has 4"),
+        (((3, 1), (3, 1), (0, 1), (0, 1)), "query_x has no examples"),
+        (((3, 1), (3,), (3, 1), (3, 1)), r"support_y has shape \(3,\) and query_y"),
+    ],
+)
+def test_a_malformed_task_is_refused(shapes, words):
+    with pytest.raises(InputError, match=words):
+        shaped(*shapes)
+
+
+def test_stacking_names_what_does_not_fit():
+    small, large = (shaped((k, 1), (k, 1), (4, 1), (4, 1)) for k in (3, 5))
+    with pytest.raises(InputError, match=r"support_x is \(3, 1\) in task 0 and \(5, 1\) in task 1"):
+        stack_tasks([small, large])
+    with pytest.raises(InputError, match="at least one task"):
+        stack_tasks([])
+    with pytest.raises(InputTypeError, match="task 1 is a tuple"):
+        stack_tasks([small, (1, 2)])
+    nested = Task({"a": np.zeros((3, 1))}, small.support_y, small.query_x, small.query_y)
+    with pytest.raises(InputError, match="task 1 has another structure"):
+        stack_tasks([small, nested])
+
+
+def test_stacking_arrays_of_two_frameworks_is_refused(backend_name):
+    other = {"torch": "jax", "jax": "tensorflow", "tensorflow": "torch"}[backend_name]
+    pytest.importorskip(other)
+    with use_backend(backend_name):
+        first = SinusoidTaskSampler(seed=0).task(0)
+    with use_backend(other):
+        second = SinusoidTaskSampler(seed=0).task(0)
+    with pytest.raises(InputTypeError, match="two frameworks"):
+        stack_tasks([first, second])
+
+
+# -- estimates -----------------------------------------------------------------------------
+
+
+def test_the_interval_is_1_96_standard_errors():
+    values = np.random.default_rng(0).normal(48.7, 23.0, 600)
+    estimate = mean_and_ci95(values)
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.ci95 == pytest.approx(1.96 * values.std() / np.sqrt(600))
+    assert str(estimate) == f"{values.mean():.2f} ± {estimate.ci95:.2f} (600 tasks, 95% CI)"
+
+
+def test_the_interval_covers_the_mean_in_95_of_100_cases():
+    rng = np.random.default_rng(0)
+    estimates = [mean_and_ci95(rng.normal(1.0, 2.0, 200)) for _ in range(2000)]
+    covered = np.mean([abs(e.mean - 1.0) <= e.ci95 for e in estimates])
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_one_task_has_no_interval_and_none_no_mean():
+    assert math.isnan(mean_and_ci95([3.0]).ci95)
+    with pytest.raises(InputError, match="at least one value"):
+        mean_and_ci95([])
