@@ -47,11 +47,11 @@ class JaxNN(NNTable):
 def _platform(x: Array) -> str:
     """Where work on `x` runs; for a tracer, where it runs unless told otherwise."""
     if not isinstance(x, jax.core.Tracer):
-        return next(iter(x.devices())).platform
+        return str(next(iter(x.devices())).platform)
     device: Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    return device if isinstance(device, str) else str(device.platform)
 
 
 def _conv2d_by_patches(x: Array, kernel: Array, stride: tuple[int, int], pads: Pads) -> Array:

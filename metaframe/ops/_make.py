@@ -35,7 +35,7 @@ def asarray(x: Any, dtype: str | None = None) -> Array:
         return convert_neutral((value,), backend)[0]
     # Straight to `dtype`: by way of the selected one, digits of a wider dtype would be lost.
     selection = _selection()
-    return backend.asarray(value, dtype, selection and selection.device)
+    return backend.asarray(value, dtype, None if selection is None else selection.device)
 
 
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:

@@ -1,0 +1,214 @@
+"""Layers as pure functions of arrays.
+
+Images are (N, H, W, C), convolution kernels (height, width, channels in, channels out).
+Normalisation is composed from means: fused kernels are where frameworks get second derivatives
+wrong, and where they differ from one another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from metaframe.backend import Array
+from metaframe.errors import InputError
+from metaframe.ops._dispatch import native
+from metaframe.optable import Pads
+
+Pair = int | tuple[int, int]
+Padding = Literal["same", "valid"] | int | Pads
+
+
+def dense(x: Array, w: Array, b: Array | None = None) -> Array:
+    """(..., inputs) to (..., outputs): `x @ w + b`, with `w` of shape (inputs, outputs).
+
+    >>> x, w = ops.asarray([[1.0, 2.0]]), ops.asarray([[3.0], [4.0]])
+    >>> ops.to_numpy(nn.dense(x, w, ops.asarray([0.5]))).tolist()
+    [[11.5]]
+    """
+    backend, (x, w) = native(x, w)
+    if x.shape[-1] != w.shape[0]:
+        raise InputError(
+            f"dense needs inputs of size {w.shape[0]} for w of shape {tuple(w.shape)}, "
+            f"received x of shape {tuple(x.shape)}."
+        )
+    return _add(backend.ops.matmul(x, w), b)
+
+
+def conv2d(
+    x: Array,
+    kernel: Array,
+    bias: Array | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Padding = "same",
+) -> Array:
+    """Cross-correlate (N, H, W, C in) images with a (height, width, C in, C out) kernel.
+
+    Args:
+        x: images.
+        kernel: weights.
+        bias: (C out), added last.
+        stride: pixels between outputs, one number or (down, right).
+        padding: "same" pads with zeros to ceil(size / stride) outputs, the odd pixel below and
+            right; "valid" not at all; a number pads by it on every side; or the numbers
+            `((above, below), (left, right))`.
+
+    >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
+    >>> ones = ops.ones_like(image[0, :, :, :, None])
+    >>> ops.to_numpy(nn.conv2d(image, ones))[0, :, :, 0].tolist()
+    [[10.0, 6.0], [7.0, 4.0]]
+    """
+    backend, (x, kernel) = native(x, kernel)
+    if len(x.shape) != 4 or len(kernel.shape) != 4 or x.shape[3] != kernel.shape[2]:
+        raise InputError(
+            "conv2d needs x of shape (N, H, W, C in) and a kernel of shape (height, width, C in, "
+            f"C out), received {tuple(x.shape)} and {tuple(kernel.shape)}."
+        )
+    strides = _pair(stride)
+    pads = _pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return _add(backend.nn.conv2d(x, kernel, strides, pads), bias)
+
+
+def _add(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + native(x, bias)[1][1]
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _pads(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], padding: Padding
+) -> Pads:
+    if padding == "same":
+        height, width = map(_same, size, window, stride)
+        return height, width
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    if isinstance(padding, str):
+        raise InputError(
+            f'padding is "same", "valid", a number or ((above, below), (left, right)), '
+            f"received {padding!r}."
+        )
+    return padding
+
+
+def _same(size: int, window: int, stride: int) -> tuple[int, int]:
+    total = max((math.ceil(size / stride) - 1) * stride + window - size, 0)
+    return total // 2, total - total // 2
+
+
+def max_pool2d(x: Array, window: Pair = 2) -> Array:
+    """The largest pixel of each `window`, without overlap; what is left at the edges is dropped.
+
+    Equal largest pixels share the gradient, and the second derivative exists on every backend.
+
+    >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
+    >>> ops.to_numpy(nn.max_pool2d(image)).tolist()
+    [[[[4.0]]]]
+    """
+    backend, (x,) = native(x)
+    return backend.nn.max_pool2d(x, _pair(window))
+
+
+def mean_pool(x: Array) -> Array:
+    """(N, H, W, C) to (N, C): the mean over all pixels.
+
+    >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
+    >>> ops.to_numpy(nn.mean_pool(image)).tolist()
+    [[2.5]]
+    """
+    backend, (x,) = native(x)
+    return backend.ops.mean(x, (1, 2))
+
+
+def batch_norm(
+    x: Array, scale: Array | None = None, shift: Array | None = None, *, eps: float = 1e-5
+) -> Array:
+    """Normalise each channel (last axis) by mean and variance over all other axes.
+
+    The statistics are always those of `x`, as MAML uses them: nothing is remembered between
+    calls, so support and query are each normalised by their own.
+
+    >>> x = ops.asarray([[1.0], [3.0]])
+    >>> ops.to_numpy(nn.batch_norm(x, shift=ops.asarray([2.0]), eps=0.0)).tolist()
+    [[1.0], [3.0]]
+    """
+    backend, (x,) = native(x)
+    table, axes = backend.ops, tuple(range(len(x.shape) - 1))
+    centred = x - table.mean(x, axes, keepdims=True)
+    factor = 1.0 / table.sqrt(table.mean(table.square(centred), axes, keepdims=True) + eps)
+    if scale is not None:
+        factor = factor * native(x, scale)[1][1]  # on (1, ..., C) numbers, not on every pixel
+    return _add(centred * factor, shift)
+
+
+def layer_norm(
+    x: Array, scale: Array | None = None, shift: Array | None = None, *, eps: float = 1e-5
+) -> Array:
+    """Normalise each row (last axis) by its own mean and variance.
+
+    >>> ops.to_numpy(nn.layer_norm(ops.asarray([[1.0, 3.0]]), eps=0.0)).tolist()
+    [[-1.0, 1.0]]
+    """
+    backend, (x,) = native(x)
+    table = backend.ops
+    centred = x - table.mean(x, -1, keepdims=True)
+    result = centred / table.sqrt(table.mean(table.square(centred), -1, keepdims=True) + eps)
+    if scale is not None:
+        result = result * native(x, scale)[1][1]
+    return _add(result, shift)
+
+
+def embedding(table: Array, ids: Array) -> Array:
+    """(...) integer ids in `[0, rows)` to (..., width): rows of a (rows, width) table.
+
+    >>> table = ops.asarray([[1.0, 2.0], [3.0, 4.0]])
+    >>> ops.to_numpy(nn.embedding(table, ops.asarray([1, 1]))).tolist()
+    [[3.0, 4.0], [3.0, 4.0]]
+    """
+    backend, (table, ids) = native(table, ids)
+    return backend.ops.take(table, ids, 0)
+
+
+def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    """Scaled dot-product attention, `softmax(query @ key.T / sqrt(width)) @ value`.
+
+    Args:
+        query: (..., queries, width).
+        key: (..., keys, width).
+        value: (..., keys, width out).
+        mask: booleans that broadcast to (..., queries, keys): may this query see that key? At
+            least one key each.
+
+    >>> q, k = ops.asarray([[0.0]]), ops.asarray([[1.0], [2.0]])
+    >>> ops.to_numpy(nn.attention(q, k, ops.asarray([[4.0], [8.0]]))).tolist()
+    [[6.0]]
+    """
+    backend, (query, key, value) = native(query, key, value)
+    table = backend.ops
+    axes = list(range(len(key.shape)))
+    transposed = table.transpose(key, [*axes[:-2], axes[-1], axes[-2]])
+    scores = table.matmul(query / math.sqrt(query.shape[-1]), transposed)
+    if mask is not None:
+        scores = table.where(native(scores, mask)[1][1], scores, -math.inf)
+    return table.matmul(backend.nn.softmax(scores, -1), value)
+
+
+def dropout(x: Array, keep: Array, rate: float) -> Array:
+    """`x / (1 - rate)` where `keep` is true and zero elsewhere.
+
+    The mask is an argument, and so part of the batch, because a mask drawn inside is another
+    one in every recomputation and on every backend. Draw it with `dropout_mask`.
+
+    >>> x, keep = ops.asarray([1.0, 2.0]), ops.asarray([True, False])
+    >>> ops.to_numpy(nn.dropout(x, keep, rate=0.5)).tolist()
+    [2.0, 0.0]
+    """
+    if not 0.0 <= rate < 1.0:
+        raise InputError(f"rate is the share that is dropped, in [0, 1), received {rate}.")
+    backend, (x, keep) = native(x, keep)
+    return backend.ops.where(keep, x / (1.0 - rate), 0.0)

@@ -1,0 +1,72 @@
+"""Costs, and the accuracy, as means over everything they are given."""
+
+from __future__ import annotations
+
+from metaframe.backend import Array, Arrays, Backend
+from metaframe.errors import InputError, InputTypeError
+from metaframe.ops._dispatch import native
+
+
+def mse(prediction: Array, target: Array) -> Array:
+    """The mean squared difference of two arrays of the same shape.
+
+    >>> float(nn.mse(ops.asarray([1.0, 2.0]), ops.asarray([1.0, 4.0])))
+    2.0
+    """
+    backend, (prediction, target) = native(prediction, target)
+    if tuple(prediction.shape) != tuple(target.shape):
+        # (N, 1) and (N,) would broadcast to (N, N) and give a plausible number.
+        raise InputError(
+            "mse needs two arrays of the same shape, received prediction "
+            f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Reshape one of them."
+        )
+    return backend.ops.mean(backend.ops.square(prediction - target))
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """The mean of `-log softmax(logits)[label]`.
+
+    Args:
+        logits: (..., classes).
+        labels: (...) integers in `[0, classes)`. Any other makes the cost NaN.
+
+    >>> logits = ops.asarray([[0.0, 0.0], [0.0, 1000.0]])
+    >>> round(float(nn.cross_entropy(logits, ops.asarray([0, 1]))), 4)
+    0.3466
+    """
+    backend, (logits, labels) = _classification("cross_entropy", logits, labels)
+    table = backend.ops
+    # Selecting with `where` and not by a product keeps a logit of -inf from making NaN.
+    hit = table.one_hot(labels, logits.shape[-1], "bool")
+    chosen = table.where(hit, backend.nn.log_softmax(logits, -1), 0.0)
+    # The count is 1, or 0 for a label out of range.
+    count = table.sum(table.astype(hit, backend.dtype_name(logits)), -1)
+    return -table.mean(table.sum(chosen, -1) / count)
+
+
+def accuracy(logits: Array, labels: Array) -> Array:
+    """The share of (...) integer labels that (..., classes) logits put first.
+
+    >>> float(nn.accuracy(ops.asarray([[1.0, 2.0], [3.0, 0.0]]), ops.asarray([1, 1])))
+    0.5
+    """
+    backend, (logits, labels) = _classification("accuracy", logits, labels)
+    table = backend.ops
+    hit = table.astype(table.argmax(logits, -1), "int32") == table.astype(labels, "int32")
+    return table.mean(table.astype(hit, backend.dtype_name(logits)))
+
+
+def _classification(name: str, logits: Array, labels: Array) -> tuple[Backend, Arrays]:
+    backend, arrays = native(logits, labels)
+    logits, labels = arrays
+    if backend.is_floating(labels):
+        raise InputTypeError(
+            f"{name} needs integer labels, received {backend.dtype_name(labels)}. Convert them: "
+            'ops.astype(labels, "int32"), or ops.argmax(labels) if they are one-hot.'
+        )
+    if tuple(labels.shape) != tuple(logits.shape[:-1]):
+        raise InputError(
+            f"{name} needs labels of shape {tuple(logits.shape[:-1])} for logits of shape "
+            f"{tuple(logits.shape)}, received {tuple(labels.shape)}."
+        )
+    return backend, arrays

@@ -1,0 +1,138 @@
+"""Models defined once for every backend: a pair of pure functions, as an optimizer is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from metaframe import ops
+from metaframe.backend import Array
+from metaframe.container import Container
+from metaframe.errors import InputError
+from metaframe.nn import init
+from metaframe.nn.activations import relu
+from metaframe.nn.layers import batch_norm, conv2d, dense, max_pool2d, mean_pool
+
+
+class Model(NamedTuple):
+    """What a model is: how its parameters start, and what it computes from them.
+
+    >>> model = nn.mlp([1, 40, 40, 1])
+    >>> params = model.init(0)
+    >>> model.apply(params, ops.zeros((10, 1))).shape == (10, 1)
+    True
+    """
+
+    init: Callable[..., Container]
+    """`init(seed, dtype=None)`: parameters on the selected backend, the same numbers on each."""
+    apply: Callable[[Any, Array], Array]
+    """`apply(params, x)`: the outputs. `params` may be any mapping with the keys of `init`."""
+
+
+def mlp(
+    sizes: Sequence[int],
+    activation: Callable[[Array], Array] = relu,
+    initializer: init.Initializer = init.glorot_uniform,
+) -> Model:
+    """Dense layers "layer1", "layer2", ..., "head", with an activation after all but the head.
+
+    Args:
+        sizes: inputs, hidden sizes, outputs: `[1, 40, 40, 1]` is the sinusoid model of MAML.
+        activation: elementwise function.
+        initializer: of the weights; biases start at zero.
+
+    >>> sorted(nn.mlp([1, 40, 40, 1]).init(0))
+    ['head', 'layer1', 'layer2']
+    """
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise InputError(
+            f"sizes needs inputs and outputs, each at least 1, received {list(sizes)}."
+        )
+    hidden = [f"layer{i}" for i in range(1, len(sizes) - 1)]
+    pairs = list(zip([*hidden, "head"], sizes[:-1], sizes[1:], strict=True))
+
+    def start(seed: int, dtype: str | None = None) -> Container:
+        layers = {name: _dense(seed, name, pair, initializer) for name, *pair in pairs}
+        return Container(layers).map(lambda values: ops.asarray(values, dtype))
+
+    def apply(params: Any, x: Array) -> Array:
+        for name in hidden:
+            x = activation(dense(x, params[name]["w"], params[name]["b"]))
+        return dense(x, params["head"]["w"], params["head"]["b"])
+
+    return Model(start, apply)
+
+
+def conv4(
+    ways: int,
+    channels: int = 64,
+    in_channels: int = 1,
+    image_size: int = 28,
+    pooling: Literal["max", "stride"] = "max",
+    initializer: init.Initializer = init.glorot_uniform,
+) -> Model:
+    """The four-block convolutional network of MAML and its successors.
+
+    Each block is a 3x3 convolution, batch normalisation on the batch's own statistics, relu and
+    2x2 max pooling; the head is dense. The convolutions have no bias, which the normalisation
+    would cancel. Parameters are "block1" to "block4" ("kernel", "scale", "shift") and "head".
+
+    Args:
+        ways: classes.
+        channels: filters in every block; 64 for Omniglot, 32 for miniImageNet.
+        in_channels: of the images.
+        image_size: height and width of the images, at least 16 with max pooling.
+        pooling: "max", or "stride" for strided convolutions and a mean over the last pixels, as
+            MAML's Omniglot network has it.
+        initializer: of kernels and head weights.
+
+    Finn, Abbeel and Levine, 2017, arXiv 1703.03400.
+
+    >>> model = nn.conv4(ways=5, channels=8)
+    >>> model.apply(model.init(0), ops.zeros((2, 28, 28, 1))).shape == (2, 5)
+    True
+    """
+    if min(ways, channels, in_channels, image_size) < 1 or pooling not in ("max", "stride"):
+        raise InputError(
+            "conv4 needs positive sizes and pooling 'max' or 'stride', received "
+            f"{ways=}, {channels=}, {in_channels=}, {image_size=}, {pooling=}."
+        )
+    pixels = (image_size // 16) ** 2 if pooling == "max" else 1
+    if pixels == 0:
+        raise InputError(
+            f"four max poolings need images of at least 16x16, received {image_size=}. Use "
+            "pooling='stride'."
+        )
+    blocks = [f"block{i}" for i in range(1, 5)]
+
+    def start(seed: int, dtype: str | None = None) -> Container:
+        params = {"head": _dense(seed, "head", (pixels * channels, ways), initializer)}
+        for name, inputs in zip(blocks, (in_channels, *[channels] * 3), strict=True):
+            params[name] = {
+                "kernel": initializer(seed, f"{name}/kernel", (3, 3, inputs, channels)),
+                "scale": init.ones(seed, f"{name}/scale", (channels,)),
+                "shift": init.zeros(seed, f"{name}/shift", (channels,)),
+            }
+        return Container(params).map(lambda values: ops.asarray(values, dtype))
+
+    def apply(params: Any, x: Array) -> Array:
+        for name in blocks:
+            block = params[name]
+            x = conv2d(x, block["kernel"], stride=1 if pooling == "max" else 2)
+            x = batch_norm(x, block["scale"], block["shift"])
+            # relu after the pooling is the same function for a quarter of the work.
+            x = relu(max_pool2d(x) if pooling == "max" else x)
+        x = mean_pool(x) if pooling == "stride" else ops.reshape(x, (-1, math.prod(x.shape[1:])))
+        return dense(x, params["head"]["w"], params["head"]["b"])
+
+    return Model(start, apply)
+
+
+def _dense(
+    seed: int, name: str, shape: Sequence[int], initializer: init.Initializer
+) -> dict[str, init.Values]:
+    return {
+        "w": initializer(seed, f"{name}/w", shape),
+        "b": init.zeros(seed, f"{name}/b", shape[1:]),
+    }
