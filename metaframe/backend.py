@@ -291,6 +291,14 @@ def backend_of(*arrays: object) -> Backend:
     return found
 
 
+def refuse_mixed(*arrays: object) -> None:
+    """Raise `InputTypeError` if `arrays` belong to two frameworks."""
+    owners = [own for own in map(owner, arrays) if own is not None]
+    for own in owners[1:]:
+        if own is not owners[0]:
+            raise InputTypeError(_mixed(owners[0], own, selected=False))
+
+
 def _not_an_array(x: object) -> str:
     return (
         f"{type(x).__module__}.{type(x).__qualname__} is neither an array of a loaded framework "

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import backend_of, backends_in_use
+from metaframe.backend import backend_of, backends_in_use, convert_neutral, refuse_mixed
 from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
 
 _INDENT = "    "
+_MISSING = object()
 
 
 class Container(dict[str, Any]):
@@ -38,6 +39,9 @@ class Container(dict[str, Any]):
     metaframe.errors.UnknownAttributeError: Container has no key 'layr'. Did you mean 'layer'?
     """
 
+    # NumPy leaves `array * container` to us instead of making an array of objects.
+    __array_ufunc__ = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         _register_with_loaded_frameworks()
@@ -54,12 +58,19 @@ class Container(dict[str, Any]):
         """`c["a"]`, `c["a/b"]` (a key chain), or `c[0:1]` (index every leaf)."""
         if not isinstance(key, str):
             return self.map(lambda leaf: leaf[key])
-        node: Any = self
-        for part in key.split("/"):
-            if not isinstance(node, Container) or part not in node:
-                raise UnknownKeyError(f"no key {key!r}. {nearest(key, _all_chains(self))}")
-            node = dict.__getitem__(node, part)
-        return node
+        found = _find(self, key)
+        if found is _MISSING:
+            raise UnknownKeyError(f"no key {key!r}. {nearest(key, _all_chains(self))}")
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        """Is there something at this key or key chain?"""
+        return isinstance(key, str) and _find(self, key) is not _MISSING
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What is at this key or key chain, or `default`."""
+        found = _find(self, key)
+        return default if found is _MISSING else found
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -195,36 +206,50 @@ class Container(dict[str, Any]):
 
     def _reduce(self, name: str, axis: Any, keepdims: bool) -> Container:
         def reduce(leaf: Any) -> Any:
-            return getattr(backend_of(leaf).ops, name)(leaf, axis=axis, keepdims=keepdims)
+            backend = backend_of(leaf)
+            (array,) = convert_neutral((leaf,), backend)
+            return getattr(backend.ops, name)(array, axis=axis, keepdims=keepdims)
 
         return self.map(reduce)
 
     @staticmethod
     def stack(containers: Sequence[Container], axis: int = 0) -> Container:
         """Corresponding leaves stacked along a new axis."""
-        return Container.multi_map(
-            lambda *xs: backend_of(xs[0]).ops.stack(xs, axis=axis), containers
-        )
+
+        def stack(*leaves: Any) -> Any:
+            backend = backend_of(*leaves)
+            return backend.ops.stack(convert_neutral(leaves, backend), axis=axis)
+
+        return Container.multi_map(stack, containers)
 
     def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
         """One Container for each index along `axis`, which must be as long in every leaf."""
-        sizes = {chain: leaf.shape[axis] for chain, leaf in self.to_iterator()}
-        if len(set(sizes.values())) != 1:
-            raise InputError(f"unstack needs one size along axis {axis}, received {sizes}.")
+        shapes = {chain: tuple(getattr(leaf, "shape", ())) for chain, leaf in self.to_iterator()}
+        sizes = {
+            shape[axis] if -len(shape) <= axis < len(shape) else None for shape in shapes.values()
+        }
+        if len(sizes) != 1 or None in sizes:
+            raise InputError(
+                f"unstack needs leaves of one size along axis {axis}, received shapes {shapes}."
+            )
 
         def at(i: int) -> Container:
             index = slice(i, i + 1) if keepdims else i
-            return self.map(lambda leaf: leaf[(slice(None),) * (axis % leaf.ndim) + (index,)])
+            return self.map(lambda leaf: leaf[(slice(None),) * (axis % len(leaf.shape)) + (index,)])
 
-        return [at(i) for i in range(next(iter(sizes.values())))]
+        return [at(i) for i in range(sizes.pop())]
 
     # -- arithmetic: with a Container leaf by leaf, with anything else on every leaf -------
 
     def _binary(self, other: Any, op: Callable[[Any, Any], Any]) -> Container:
+        def apply(a: Any, b: Any) -> Any:
+            refuse_mixed(a, b)  # JAX and TensorFlow would convert
+            return op(a, b)
+
         if isinstance(other, Mapping):
-            result: Container = tree.map(op, self, Container(other))
+            result: Container = tree.map(apply, self, Container(other))
             return result
-        return self.map(lambda leaf: op(leaf, other))
+        return self.map(lambda leaf: apply(leaf, other))
 
     def __add__(self, other: Any) -> Container:
         return self._binary(other, operator.add)
@@ -269,6 +294,17 @@ def _wrap(value: Any) -> Any:
     return Container(value) if isinstance(value, dict) else value
 
 
+def _find(container: Container, chain: str) -> Any:
+    """What is at a key chain, or _MISSING."""
+    node: Any = container
+    for part in chain.split("/"):
+        below = node if isinstance(node, Container) else tree.children(node)
+        node = dict.get(below, part, _MISSING)
+        if node is _MISSING:
+            break
+    return node
+
+
 def _all_chains(container: Container) -> list[str]:
     """Every key chain of the Container, inner nodes included."""
     found = []
@@ -282,10 +318,16 @@ def _all_chains(container: Container) -> list[str]:
 def _set(node: Container, path: list[str], value: Any) -> None:
     head, *rest = path
     if rest:
-        _set(node.setdefault(head, {}), rest, value)
+        inner = node.setdefault(head, {})
+        if not isinstance(inner, Container):
+            raise InputError(
+                f"{'/'.join(rest)!r} cannot be set below {head!r}, which is a "
+                f"{type(inner).__name__} and no Container. Replace {head!r} as a whole."
+            )
+        _set(inner, rest, value)
     elif isinstance(value, Mapping) and isinstance(node.get(head), Container):
-        for key, inner in value.items():
-            _set(node[head], key.split("/"), inner)
+        for key, part in value.items():
+            _set(node[head], key.split("/"), part)
     else:
         node[head] = value
 
@@ -301,7 +343,7 @@ def _show(value: Any, indent: str) -> str:
 
 
 def _show_leaf(leaf: Any) -> str:
-    """`float32[2, 3] [[1. 2. 3.] [4. 5. 6.]]`, alike on every backend; large arrays without values."""
+    """`float32[2] [1. 2.]`, alike on every backend; large arrays without their values."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return repr(leaf)
     shape = list(map(int, leaf.shape))

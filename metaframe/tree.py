@@ -30,16 +30,15 @@ Leaves = tuple[Any, ...]
 TreeSpec = optree.PyTreeSpec
 T = TypeVar("T")
 
-def flatten(
-    tree: Tree, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[Leaves, TreeSpec]:
+
+def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
     """Leaves in canonical order, and the structure that `unflatten` needs.
 
     >>> leaves, spec = flatten({"b": 2, "a": [1, None]})
     >>> leaves
     (1, 2)
     >>> unflatten(spec, leaves)
-    {'a': [1, None], 'b': 2}
+    {'b': 2, 'a': [1, None]}
     """
     leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
@@ -64,12 +63,10 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `fn` to corresponding leaves; every tree must have the structure of the first.
 
     >>> map(lambda a, b: a + b, {"w": 1, "b": (2, 3)}, {"w": 10, "b": (20, 30)})
-    {'b': (22, 33), 'w': 11}
+    {'w': 11, 'b': (22, 33)}
     """
     first, spec = flatten(tree)
-    columns = [first] + [
-        same_structure(other, spec, what="tree") for other in rest
-    ]
+    columns = [first] + [same_structure(other, spec, what="tree") for other in rest]
     return unflatten(spec, [fn(*row) for row in zip(*columns, strict=True)])
 
 
@@ -97,6 +94,22 @@ def key_chains(tree: Tree) -> tuple[str, ...]:
     ('a/0', 'a/1', 'b/w')
     """
     return _chains_of(structure(tree))
+
+
+def children(node: Tree) -> dict[str, Tree]:
+    """What is directly below a node, by the names key chains use; empty for a leaf.
+
+    >>> children({"b": {"w": 1}, "a": None})
+    {'a': None, 'b': {'w': 1}}
+    """
+    if optree.tree_is_leaf(node, namespace=NAMESPACE):
+        return {}
+    below, spec = _one_level(node)
+    return dict(zip(_chains_of(spec), below, strict=True))
+
+
+def _one_level(node: Tree) -> tuple[Leaves, TreeSpec]:
+    return flatten(node, is_leaf=lambda inner: inner is not node)
 
 
 def _chains_of(spec: TreeSpec) -> tuple[str, ...]:
@@ -137,13 +150,13 @@ def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
         return None
     if optree.tree_is_leaf(node, namespace=NAMESPACE):
         return node if next(flags) else None
-    children, _, keys, rebuild = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
-    kept = [_prune(child, flags) for child in children]
+    below, spec = _one_level(node)
+    kept = [_prune(child, flags) for child in below]
     if all(child is None for child in kept):
         return None
-    result = rebuild(kept)
+    result = unflatten(spec, kept)
     if isinstance(result, MutableMapping):
-        for key, child in zip(keys, kept, strict=True):
+        for key, child in zip(spec.entries(), kept, strict=True):
             if child is None:
                 del result[key]
     return result
@@ -155,8 +168,8 @@ def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
     Args:
         tree: the structure to choose from.
         choice: `None` (everything), a key chain `"a/b"` (a leaf or a whole subtree), a sequence
-            of key chains, or a nested mapping of booleans where False and missing both mean
-            not chosen.
+            of key chains, or a nested mapping of booleans (sequences inside it are entered
+            too) where False and missing both mean not chosen.
         keep: False inverts the choice, except for `None`.
 
     Raises:
@@ -186,14 +199,16 @@ def _matching(chain: str, chains: Sequence[str]) -> list[str]:
     return hits
 
 
-def _true_chains(choice: Mapping[Any, Any], chains: Sequence[str], prefix: str) -> list[str]:
+def _true_chains(choice: Tree, chains: Sequence[str], prefix: str) -> list[str]:
     found: list[str] = []
-    for key, value in choice.items():
+    # A mapping that is no node for us, such as a frozen one, still says what it chooses.
+    entries = choice if isinstance(choice, Mapping) else children(choice)
+    for key, value in entries.items():
         chain = f"{prefix}{key}"
         _matching(chain, chains)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or not optree.tree_is_leaf(value, namespace=NAMESPACE):
             found += _true_chains(value, chains, chain + "/")
-        elif value is not None and bool(value):
+        elif bool(value):
             found.append(chain)
     return found
 
@@ -254,7 +269,7 @@ class Packed:
     >>> packed.arrays
     (1.5, 2.5)
     >>> packed.unpack((10, 20))
-    ({'name': 'a', 'w': 10}, [20])
+    ({'w': 10, 'name': 'a'}, [20])
     """
 
     def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
