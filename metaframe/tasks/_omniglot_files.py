@@ -264,10 +264,13 @@ def reduce_ink(ink: np.ndarray[Any, np.dtype[np.bool_]], size: int) -> Pixels:
 
     Computed in whole numbers, so that no library's rounding enters: float32 holds every sum.
     """
+    if size == SIDE:
+        return ink * np.uint8(255)
     # Old and new pixel edges both lie on a grid of size * 105 steps; count shared steps.
     old, new = np.arange(SIDE), np.arange(size)[:, None]
     shared = np.minimum((old + 1) * size, (new + 1) * SIDE) - np.maximum(old * size, new * SIDE)
     weights = shared.clip(0).astype(np.float32)
     total = (weights @ ink.astype(np.float32) @ weights.T).astype(np.int64)
     whole = SIDE * SIDE
-    return ((total * 255 + whole // 2) // whole).astype(np.uint8)
+    share: Pixels = ((total * 255 + whole // 2) // whole).astype(np.uint8)
+    return share
