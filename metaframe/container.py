@@ -113,7 +113,7 @@ class Container(dict[str, Any]):
     def __or__(self, other: Any) -> Container:  # type: ignore[override]
         return Container({**self, **other})
 
-    def __ior__(self, other: Any) -> Container:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> Container:  # type: ignore[override]
         self.update(other)
         return self
 
@@ -225,7 +225,7 @@ class Container(dict[str, Any]):
     def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
         """One Container for each index along `axis`, which must be as long in every leaf."""
         shapes = {chain: tuple(getattr(leaf, "shape", ())) for chain, leaf in self.to_iterator()}
-        sizes = {
+        sizes: set[Any] = {
             shape[axis] if -len(shape) <= axis < len(shape) else None for shape in shapes.values()
         }
         if len(sizes) != 1 or None in sizes:
@@ -237,7 +237,7 @@ class Container(dict[str, Any]):
             index = slice(i, i + 1) if keepdims else i
             return self.map(lambda leaf: leaf[(slice(None),) * (axis % len(leaf.shape)) + (index,)])
 
-        return [at(i) for i in range(sizes.pop())]
+        return [at(i) for i in range(next(iter(sizes)))]
 
     # -- arithmetic: with a Container leaf by leaf, with anything else on every leaf -------
 

@@ -219,10 +219,11 @@ def register(
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
     """Make `cls` a node. `flatten_fn` returns (children, metadata, keys)."""
-    optree.register_pytree_node(
+    register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
+    register_node(
         cls,
         lambda node: _as_tuples(*flatten_fn(node)),
-        unflatten_fn,  # type: ignore[arg-type]
+        unflatten_fn,
         path_entry_type=optree.MappingEntry,
         namespace=NAMESPACE,
     )
@@ -237,6 +238,8 @@ def _as_tuples(
 def register_dataclass(cls: type[T]) -> type[T]:
     """Make a dataclass a node whose fields are its children. Usable as a decorator.
 
+    Fields with `init=False` are no children: the class computes them anew.
+
     >>> @register_dataclass
     ... @dataclasses.dataclass
     ... class Batch:
@@ -245,15 +248,16 @@ def register_dataclass(cls: type[T]) -> type[T]:
     >>> key_chains(Batch(1, {"t": 2}))
     ('x', 'y/t')
     """
-    if not dataclasses.is_dataclass(cls):
+    checked: Any = cls
+    if not dataclasses.is_dataclass(checked):
         raise InputError(f"{cls.__qualname__} is not a dataclass.")
-    names = tuple(field.name for field in dataclasses.fields(cls))
+    names = tuple(field.name for field in dataclasses.fields(checked) if field.init)
 
     def flatten_fn(node: T) -> tuple[Iterable[Any], Any, Iterable[Any]]:
         return [getattr(node, name) for name in names], None, names
 
-    def unflatten_fn(_: Any, children: Iterable[Any]) -> T:
-        return cls(**dict(zip(names, children, strict=True)))
+    def unflatten_fn(_: Any, values: Iterable[Any]) -> T:
+        return cls(**dict(zip(names, values, strict=True)))
 
     register(cls, flatten_fn, unflatten_fn)
     return cls

@@ -137,6 +137,19 @@ def test_our_registrations_stay_in_our_namespace() -> None:
     assert optree.tree_leaves(Batch(1, 2)) == [Batch(1, 2)]
 
 
+def test_a_field_that_the_class_computes_is_no_child() -> None:
+    @tree.register_dataclass
+    @dataclasses.dataclass
+    class Scaled:
+        x: int
+        twice: int = dataclasses.field(init=False)
+
+        def __post_init__(self) -> None:
+            self.twice = 2 * self.x
+
+    assert tree.map(lambda x: x + 1, Scaled(1)) == Scaled(2)
+
+
 def test_register_dataclass_wants_a_dataclass() -> None:
     with pytest.raises(InputError, match="Plain is not a dataclass"):
 
