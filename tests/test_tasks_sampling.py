@@ -76,6 +76,15 @@ def test_another_process_draws_the_same_bits():
     assert json.loads(done.stdout) == [*here, []]
 
 
+def test_importing_the_package_imports_no_framework_and_no_image_library():
+    code = (
+        "import sys, metaframe.tasks;"
+        "print({'torch', 'jax', 'tensorflow', 'sklearn', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_the_stream_is_pinned():
     """These bits are what every published number was drawn with; they never change."""
     drawn = task_rng(2024, "validation", 2**33 + 5).random(3)
@@ -264,6 +273,21 @@ def test_a_task_is_a_node():
     means = tree.map(lambda x: x.mean(), task)
     assert isinstance(means, Task)
     assert np.isscalar(means.query_y)
+
+
+def test_frameworks_take_tasks_apart():
+    """As an argument of the user's own `vmap` and `jit`; TensorFlow has no such registry."""
+    batch = stack_tasks(SinusoidTaskSampler(seed=0).sample(3))
+    expected = batch.query_y.sum(1)
+
+    def query_sum(task):
+        return task.query_y.sum(0)
+
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    on_jax = jax.jit(jax.vmap(query_sum))(stack_tasks([*SinusoidTaskSampler(seed=0).sample(3)]))
+    np.testing.assert_allclose(on_jax, expected, rtol=1e-6)
+    on_torch = torch.func.vmap(query_sum)(tree.map(torch.as_tensor, batch))
+    np.testing.assert_allclose(on_torch, expected, rtol=1e-6)
 
 
 def test_tasks_are_frozen():

@@ -1,7 +1,8 @@
 """Task: the examples a learner adapts on, and the examples it is then judged by.
 
-A Task is a node for `metaframe.tree`, so tasks can be mapped over, and stacked into one Task
-whose arrays carry a leading task axis. That stacked form is the `batch` of the steps.
+A Task is a node for `metaframe.tree`, and for the frameworks' own `jit` and `vmap`. Tasks can be
+mapped over, and stacked into one Task whose arrays carry a leading task axis: the `batch` of the
+steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import backend_of, is_neutral
+from metaframe.backend import backend_of, backends_in_use, is_neutral
 from metaframe.errors import InputError, InputTypeError
 
 Array = Any
@@ -51,6 +52,7 @@ class Task:
     query_y: Array
 
     def __post_init__(self) -> None:
+        _register_with_loaded_frameworks()
         _check_lengths("support_x", self.support_x, "support_y", self.support_y)
         _check_lengths("query_x", self.query_x, "query_y", self.query_y)
         _check_axes("support_x", self.support_x, "query_x", self.query_x)
@@ -96,11 +98,11 @@ def _describe(x: Array) -> str:
     return repr(x) if shape is None else str(shape)
 
 
-def _flatten(task: Task) -> tuple[list[Array], None, tuple[str, ...]]:
-    return [getattr(task, name) for name in _FIELDS], None, _FIELDS
+def _flatten(task: Task) -> tuple[list[Array], tuple[str, ...], tuple[str, ...]]:
+    return [getattr(task, name) for name in _FIELDS], _FIELDS, _FIELDS
 
 
-def _unflatten(_: None, children: Iterable[Array]) -> Task:
+def _unflatten(_: tuple[str, ...], children: Iterable[Array]) -> Task:
     # Not through __init__: structures are rebuilt around shapes, means and placeholders too,
     # for which the checks on examples have no meaning.
     task = object.__new__(Task)
@@ -110,6 +112,16 @@ def _unflatten(_: None, children: Iterable[Array]) -> Task:
 
 
 tree.register(Task, _flatten, _unflatten)
+
+_registered_with: set[str] = set()
+
+
+def _register_with_loaded_frameworks() -> None:
+    """Let a user's own `jax.jit` or `torch.func.vmap` take tasks apart, if that is imported."""
+    for backend in backends_in_use():
+        if backend.name not in _registered_with:
+            _registered_with.add(backend.name)
+            backend.register_node(Task, _flatten, _unflatten)
 
 
 @runtime_checkable
@@ -153,6 +165,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     for i, task in enumerate(tasks):
         if not isinstance(task, Task):
             raise InputTypeError(f"task {i} is a {type(task).__qualname__}, expected a Task.")
+    _register_with_loaded_frameworks()
     spec, chains = tree.structure(tasks[0]), tree.key_chains(tasks[0])
     rows = [tree.same_structure(task, spec, what=f"task {i}") for i, task in enumerate(tasks)]
     columns = [
