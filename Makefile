@@ -24,6 +24,7 @@ pip_install := -m pip install --quiet --constraint constraints-test.txt
 demo_venv := .venv-demo-$(BACKEND)
 demo_python := $(demo_venv)/bin/python
 test_python := .venv/bin/python
+pytest = $(test_python) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-slow lint types bench dist clean
 
@@ -49,10 +50,10 @@ $(demo_venv)/.installed: $(inputs)
 	touch $@
 
 test: lint types
-	$(test_python) -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(pytest) $(PYTEST_ARGS)
 
 test-slow: .venv/.installed
-	$(test_python) -m pytest -m slow $(PYTEST_ARGS)
+	$(pytest) -m slow $(PYTEST_ARGS)
 
 lint: .venv/.installed
 	$(test_python) -m ruff check .
