@@ -137,7 +137,7 @@ class FewShotSampler(IndexedSampler):
         split: which classes are used, and which stream of tasks.
         classes: the classes of each split; default `split_classes(labels)`.
         rotations: count each class turned by 0, 90, 180 and 270 degrees as four classes, which
-            stay in one split.
+            stay in one split. One image may then occur in two classes of a task, turned.
         seed, device, dtype: see `IndexedSampler`.
 
     Raises:
