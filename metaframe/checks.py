@@ -53,7 +53,9 @@ def learning_rate(lr: Any) -> None:
             raise InputError(f"{where} must be finite and not negative, received {rate!r}.")
 
 
-def variables(v: tree.Tree, chosen: Sequence[bool], backend: Backend, name: str = "inner_v") -> None:
+def variables(
+    v: tree.Tree, chosen: Sequence[bool], backend: Backend, name: str = "inner_v"
+) -> None:
     """At least one variable is chosen and every chosen one is floating."""
     leaves = tree.leaves(v)
     if not leaves:
@@ -78,9 +80,7 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
     sizes = {}
     for chain, leaf in zip(chains, leaves, strict=True):
         if len(leaf.shape) == 0:
-            raise InputError(
-                f"batch[{chain!r}] is a scalar; every leaf needs a leading task axis."
-            )
+            raise InputError(f"batch[{chain!r}] is a scalar; every leaf needs a leading task axis.")
         sizes[chain] = int(leaf.shape[0])
     first, size = next(iter(sizes.items()))
     for chain, other in sizes.items():
@@ -177,4 +177,6 @@ def finite_leaves(grads: tree.Tree, backend: Backend) -> None:
         values = backend.to_numpy(leaf)
         if not np.all(np.isfinite(values)):
             count = int(math.prod(values.shape)) - int(np.isfinite(values).sum())
-            raise NonFiniteError(f"the gradient of {chain!r} has {count} values that are not finite.")
+            raise NonFiniteError(
+                f"the gradient of {chain!r} has {count} values that are not finite."
+            )

@@ -61,9 +61,11 @@ class Compiled(Generic[P, R]):
 
     @property
     def traces(self) -> int:
+        """How many programs have been traced and compiled."""
         return len(self._programs)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the program for arguments like these, compiling it first if there is none."""
         packed = tree.Packed((args, kwargs), _is_array)
         backend = backend_of(*packed.arrays)
         arrays = convert_neutral(packed.arrays, backend)
@@ -77,7 +79,6 @@ class Compiled(Generic[P, R]):
             self._programs[key] = program
         result: R = program(arrays)
         return result
-
 
     def _compiled(self, packed: tree.Packed, backend: Backend, arrays: Arrays) -> _Program:
         name = getattr(self._fn, "__name__", repr(self._fn))

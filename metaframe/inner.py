@@ -239,7 +239,9 @@ class InnerLoop:
     def _divide(self, leaves: Arrays) -> tuple[Arrays, Arrays]:
         """Adapted leaves, and the others."""
         flagged = list(zip(leaves, self._chosen, strict=True))
-        return tuple(x for x, inner in flagged if inner), tuple(x for x, inner in flagged if not inner)
+        return tuple(x for x, inner in flagged if inner), tuple(
+            x for x, inner in flagged if not inner
+        )
 
     def _variables(self, params: Arrays, others: Arrays | None = None) -> tree.Tree:
         """All variables, from the adapted ones and the others (default: as they came)."""

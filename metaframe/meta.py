@@ -88,9 +88,7 @@ def meta_value_and_grad(
         def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
             def objective(xs: Arrays) -> tuple[Array, Arrays]:
                 fresh = iter(xs)
-                full = [
-                    next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)
-                ]
+                full = [next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)]
                 return cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
 
             cost, aux, grads = backend.value_and_grad(objective)(wanted)
@@ -175,7 +173,7 @@ def map_tasks(
 
 def _in_python(backend: Backend, fn: TaskFn, tasks: Arrays) -> tuple[Arrays, Arrays]:
     sums: Arrays = ()
-    rows = []
+    rows: list[Arrays] = []
     for i in range(tasks[0].shape[0]):
         terms, row = fn(tuple(x[i] for x in tasks))
         sums = _added(sums, terms) if rows else terms

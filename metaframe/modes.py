@@ -65,9 +65,7 @@ def mixed(
         return (
             tuple(a + h for a, h in zip(params_bar, curvature, strict=True)),
             state_bar,
-            tuple(
-                bar + next(cross) if i in floats else None for i, bar in enumerate(context_bar)
-            ),
+            tuple(bar + next(cross) if i in floats else None for i, bar in enumerate(context_bar)),
         )
 
     return _with_rule(backend, gradient, apply, transpose)

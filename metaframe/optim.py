@@ -209,7 +209,9 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
     return tree.map(lambda g: g * scale, grads)
 
 
-def clipped(optimizer: Optimizer, *, norm: float | None = None, value: float | None = None) -> Optimizer:
+def clipped(
+    optimizer: Optimizer, *, norm: float | None = None, value: float | None = None
+) -> Optimizer:
     """`optimizer` with its gradients clipped first, by element and then by global norm."""
     if norm is None and value is None:
         raise InputError("clipped needs norm=, value= or both, received neither.")
@@ -230,7 +232,8 @@ def _rate(own: Rate, given: Rate) -> Rate:
     if own is not None and given is not None:
         raise InputError(
             "the learning rate is given twice: to the optimizer and to the loop that uses it. "
-            "Leave it out of one: optim.adam() takes the loop's, a loop rate of None the optimizer's."
+            "Leave it out of one: optim.adam() takes the loop's; with a loop rate of None the "
+            "optimizer's counts."
         )
     if own is None and given is None:
         raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")

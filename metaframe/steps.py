@@ -14,20 +14,17 @@ is the argument `batched`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
-from metaframe import checks, ops, tree
-from metaframe.backend import Array, Arrays, Backend
+from metaframe import checks, tree
+from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.inner import Cost, InnerLoop, InnerSettings, Mode, StepView
-from metaframe.meta import MetaResult, TaskMap, arrays_of, map_tasks, meta_value_and_grad
+from metaframe.inner import Cost, InnerSettings, Mode
+from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner
+from metaframe.meta import MetaResult, map_tasks, meta_value_and_grad
+from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
-
-Batched = bool | Literal["vmap", "scan"]
-ReturnInner = bool | Literal["first", "all"]
-BatchFn = Callable[[tree.Tree], tree.Tree]
 
 
 def maml_step(
@@ -109,8 +106,8 @@ def maml_step(
     >>> round(float(cost), 5), round(float(grads.latent), 5)
     (1.4007, -1.13723)
     """
-    layout = _Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    task = _AdaptedCost(
+    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
+    task = AdaptedCost(
         inner_cost_fn,
         outer_cost_fn,
         inner_grad_steps,
@@ -122,7 +119,7 @@ def maml_step(
         average_across_steps,
         return_inner_v,
     )
-    choices = _Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
+    choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
     cost, grads, adapted = _meta_step(layout, task, choices, chunk_size, check_finite)
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
@@ -169,8 +166,8 @@ def fomaml_step(
     >>> fomaml_step(batch, cost_fn, None, {"w": torch.tensor(1.0)}, 1, 0.25, batched="vmap")
     (tensor(1.2500), {'w': tensor(-2.)})
     """
-    layout = _Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    task = _AdaptedCost(
+    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
+    task = AdaptedCost(
         inner_cost_fn,
         outer_cost_fn,
         inner_grad_steps,
@@ -186,7 +183,7 @@ def fomaml_step(
         average_across_steps,
         return_inner_v,
     )
-    choices = _Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
+    choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
     cost, grads, adapted = _meta_step(layout, task, choices, chunk_size, check_finite)
     if not return_inner_v:
         return layout.cost(cost), grads
@@ -247,9 +244,9 @@ def reptile_step(
     checks.choice(direction, "direction", ("gradients", "displacement"))
     checks.steps(inner_grad_steps, "inner_grad_steps", at_least=1)
     checks.chunk_size(chunk_size)
-    checks.choice(return_inner_v, "return_inner_v", _RETURN_INNER)
+    checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
-    layout = _Layout.of(batch, variables, num_tasks, batched, stop_gradients)
+    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     settings = InnerSettings(
         inner_learning_rate,
         inner_optimization_step,
@@ -257,7 +254,7 @@ def reptile_step(
         scale=layout.scale,
         stop_gradients=stop_gradients,
     )
-    task = _ReptileTask(layout, cost_fn, inner_grad_steps, settings, direction, return_inner_v)
+    task = ReptileTask(layout, cost_fn, inner_grad_steps, settings, direction, return_inner_v)
     leaves, spec = tree.flatten(layout.batch)
     mean, (costs, *adapted) = map_tasks(
         layout.backend,
@@ -280,170 +277,10 @@ def reptile_step(
     return cost, grads, layout.inner(inner, return_inner_v)
 
 
-_RETURN_INNER = (False, True, "first", "all")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The tasks and variables of one call, checked, as arrays, laid out for `map_tasks`."""
-
-    backend: Backend
-    batch: tree.Tree
-    variables: tree.Tree
-    num_tasks: int
-    tiled: bool
-    task_map: TaskMap
-    stop_gradients: bool
-
-    @staticmethod
-    def of(
-        batch: tree.Tree,
-        variables: tree.Tree,
-        num_tasks: int | None,
-        batched: Batched,
-        stop_gradients: bool,
-    ) -> _Layout:
-        checks.choice(batched, "batched", (True, False, "vmap", "scan"))
-        variables, batch, backend = arrays_of(variables, batch)
-        count = checks.tasks(batch, num_tasks)
-        tiled = batched is True
-        if tiled:
-            checks.tiled(variables, count)
-
-        def lay_out(x: Array) -> Array:
-            x = x if x.shape[0] == count else x[:count]
-            # All tasks as a single one, or each with a leading axis of size 1.
-            return x[None] if tiled else backend.ops.expand_dims(x, 1) if batched is False else x
-
-        prepare = backend.stop_gradient if stop_gradients else backend.asarray
-        return _Layout(
-            backend,
-            tree.map(lay_out, batch),
-            tree.map(prepare, variables),
-            count,
-            tiled,
-            "loop" if isinstance(batched, bool) else batched,
-            stop_gradients,
-        )
-
-    @property
-    def scale(self) -> int:
-        """What turns the gradient of a mean over tiled tasks into every task's own."""
-        return self.num_tasks if self.tiled else 1
-
-    def without_task_axis(self, x: Array, how: Literal["sum", "mean"]) -> Array:
-        if not self.tiled:
-            return x
-        reduce = self.backend.ops.sum if how == "sum" else self.backend.ops.mean
-        return reduce(x, axis=0)
-
-    def cost(self, cost: Array) -> Array:
-        return self.backend.stop_gradient(cost) if self.stop_gradients else cost
-
-    def inner(self, adapted: tree.Tree, which: ReturnInner) -> tree.Tree:
-        """Adapted variables as the caller asked for them, from those of all tasks."""
-        if not which:
-            return ()
-        if self.tiled:
-            adapted = tree.map(lambda x: x[0], adapted)
-        if which == "first":
-            adapted = tree.map(lambda x: x[:1], adapted)
-        return tree.map(self.backend.stop_gradient, adapted) if self.stop_gradients else adapted
-
-
-@dataclass(frozen=True)
-class _AdaptedCost:
-    """The outer cost after adaptation, for one task."""
-
-    inner_cost: Cost
-    outer_cost: Cost | None
-    steps: int
-    settings: InnerSettings
-    inner_batch_fn: BatchFn | None
-    outer_batch_fn: BatchFn | None
-    average_across_steps: bool
-    return_inner_v: ReturnInner
-
-    def __post_init__(self) -> None:
-        checks.function(self.inner_cost, "inner_cost_fn")
-        if self.outer_cost is not None:
-            checks.function(self.outer_cost, "outer_cost_fn")
-        for name in ("inner_batch_fn", "outer_batch_fn"):
-            if getattr(self, name) is not None:
-                checks.function(getattr(self, name), name)
-        checks.steps(self.steps, "inner_grad_steps", at_least=0)
-        checks.choice(self.return_inner_v, "return_inner_v", _RETURN_INNER)
-
-    def bound(
-        self, backend: Backend, chosen: tuple[bool, ...]
-    ) -> Callable[[tree.Tree, tree.Tree], tuple[Array, tree.Tree]]:
-        """`(v, task) -> (outer cost, adapted variables)`, adapting the `chosen` variables."""
-        outer = checks.scalar_cost(self.outer_cost or self.inner_cost, "outer_cost_fn", backend)
-
-        def task_cost(v: tree.Tree, task: tree.Tree) -> tuple[Array, tree.Tree]:
-            inner_batch = self.inner_batch_fn(task) if self.inner_batch_fn else task
-            outer_batch = self.outer_batch_fn(task) if self.outer_batch_fn else task
-
-            def observe(at: tree.Tree, _: StepView | None) -> Arrays:
-                return (outer(outer_batch, at),)
-
-            loop = InnerLoop(self.inner_cost, v, inner_batch, chosen, self.settings)
-            result = loop.run(self.steps, observe if self.average_across_steps else None)
-            cost = outer(outer_batch, result.variables)
-            for total in result.total:
-                cost = (total + cost) / (self.steps + 1)
-            return cost, result.variables if self.return_inner_v else ()
-
-        return task_cost
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """Which variables adapt and which are differentiated, possibly another choice each task."""
-
-    inner_v: Any
-    keep_inner_v: bool
-    outer_v: Any
-    keep_outer_v: bool
-
-    @property
-    def per_task(self) -> bool:
-        return _is_per_task(self.inner_v) or _is_per_task(self.outer_v)
-
-    def inner(self, variables: tree.Tree, task: int | None = None) -> tuple[bool, ...]:
-        return tree.chosen(variables, _at(self.inner_v, task), self.keep_inner_v)
-
-    def outer(self, variables: tree.Tree, task: int | None = None) -> tuple[bool, ...]:
-        return tree.chosen(variables, _at(self.outer_v, task), self.keep_outer_v)
-
-    def check_count(self, layout: _Layout) -> None:
-        for name, choice in (("inner_v", self.inner_v), ("outer_v", self.outer_v)):
-            if not _is_per_task(choice):
-                continue
-            if layout.tiled or layout.task_map != "loop":
-                raise InputError(f"{name} gives one choice a task, which needs batched=False.")
-            if len(choice) != layout.num_tasks:
-                raise InputError(
-                    f"{name} gives {len(choice)} choices for {layout.num_tasks} tasks."
-                )
-
-
-def _is_per_task(choice: Any) -> bool:
-    return (
-        isinstance(choice, (list, tuple))
-        and len(choice) > 0
-        and isinstance(choice[0], (list, tuple, Mapping, type(None)))
-    )
-
-
-def _at(choice: Any, task: int | None) -> Any:
-    return choice[task] if _is_per_task(choice) else choice
-
-
 def _meta_step(
-    layout: _Layout,
-    task: _AdaptedCost,
-    choices: _Choices,
+    layout: Layout,
+    task: AdaptedCost,
+    choices: Choices,
     chunk_size: int | None,
     check_finite: bool,
 ) -> MetaResult:
@@ -462,13 +299,11 @@ def _meta_step(
         keep_outer_v=choices.keep_outer_v,
         check_finite=check_finite,
     )(v, layout.batch)
-    return MetaResult(
-        cost, tree.map(lambda g: layout.without_task_axis(g, "sum"), grads), adapted
-    )
+    return MetaResult(cost, tree.map(lambda g: layout.without_task_axis(g, "sum"), grads), adapted)
 
 
 def _one_choice_a_task(
-    layout: _Layout, task: _AdaptedCost, choices: _Choices, check_finite: bool
+    layout: Layout, task: AdaptedCost, choices: Choices, check_finite: bool
 ) -> MetaResult:
     """As `_meta_step` with the tasks one by one; a variable not chosen in a task counts as zero."""
     v, backend = layout.variables, layout.backend
@@ -513,38 +348,6 @@ def _frozen(
         )
 
     return call
-
-
-@dataclass(frozen=True)
-class _ReptileTask:
-    """One task of Reptile: `task -> (direction, (cost, *adapted))`."""
-
-    layout: _Layout
-    cost_fn: Cost
-    steps: int
-    settings: InnerSettings
-    direction: Literal["gradients", "displacement"]
-    return_inner_v: ReturnInner
-
-    def __call__(self, task: tree.Tree) -> tuple[Arrays, Arrays]:
-        v = self.layout.variables
-        loop = InnerLoop(self.cost_fn, v, task, tree.chosen(v, None), self.settings)
-        result = loop.run(self.steps, self._observe)
-        total_cost, *total = result.total
-        last_cost, last_grads = loop.cost_and_gradient(result.variables)
-        if self.direction == "gradients":
-            pairs = zip(total, last_grads, strict=True)
-            step = tuple((a + b) / (self.steps + 1) for a, b in pairs)
-        else:
-            step = tuple(-x for x in total)
-        cost = (total_cost + last_cost) / (self.steps + 1)
-        return step, (cost, *(tree.leaves(result.variables) if self.return_inner_v else ()))
-
-    def _observe(self, at: tree.Tree, view: StepView | None) -> Arrays:
-        del at
-        if view is None:
-            raise InputError("Reptile needs the gradients of the inner steps: mode='reverse'.")
-        return (view.cost, *(view.grads if self.direction == "gradients" else view.updates))
 
 
 def _divisor(lr: Rate, update: Any) -> Rate:

@@ -35,7 +35,7 @@ class JaxBackend(Backend):
         return isinstance(x, jax.Array)
 
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
-        if dtype == "float64" and not jax.config.jax_enable_x64:
+        if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
             raise BackendError(
                 "JAX has 64-bit types switched off and would return float32. Before any other "
                 'use of JAX: jax.config.update("jax_enable_x64", True).'

@@ -85,7 +85,7 @@ class TorchBackend(Backend):
                 value = value + sum((x.sum() * 0 for x in xs), start=torch.zeros_like(value))
             return value, (value, aux)
 
-        transformed = torch.func.grad(checked, has_aux=True)
+        transformed: Any = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             grads, (value, aux) = transformed(xs)
@@ -104,22 +104,8 @@ class TorchBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
-        class Rule(torch.autograd.Function):
-            generate_vmap_rule = True
-
-            @staticmethod
-            def forward(*xs: Array) -> Arrays:  # type: ignore[override]
-                return forward(xs)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Arrays, output: Arrays) -> None:
-                ctx.save_for_backward(*inputs)
-
-            @staticmethod
-            def backward(ctx: Any, *cotangents: Array) -> Arrays:
-                return backward(ctx.saved_tensors, cotangents)
-
-        return lambda xs: tuple(Rule.apply(*xs))
+        apply: Any = _Rule.apply
+        return lambda xs: tuple(apply(forward, backward, *xs))
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
@@ -140,3 +126,24 @@ class TorchBackend(Backend):
             lambda children, metadata: unflatten(metadata, children),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
+
+
+class _Rule(torch.autograd.Function):
+    """A function with its own derivative, which keeps its inputs and nothing else."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays], *xs: Array
+    ) -> Arrays:
+        return forward(xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Arrays) -> None:
+        _, ctx.transpose, *xs = inputs
+        ctx.save_for_backward(*xs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
+        return (None, None, *ctx.transpose(ctx.saved_tensors, cotangents))
