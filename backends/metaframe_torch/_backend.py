@@ -85,7 +85,7 @@ class TorchBackend(Backend):
                 value = value + sum((x.sum() * 0 for x in xs), start=torch.zeros_like(value))
             return value, (value, aux)
 
-        transformed: Any = torch.func.grad(checked, has_aux=True)
+        transformed = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             grads, (value, aux) = transformed(xs)
@@ -94,7 +94,7 @@ class TorchBackend(Backend):
         return call
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
-        _, pull_back = torch.func.vjp(fn, xs)
+        pull_back: Any = torch.func.vjp(fn, xs)[1]
         (result,) = pull_back(cotangents)
         return tuple(result)
 
