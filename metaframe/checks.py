@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,20 @@ def function(value: Any, name: str) -> None:
 
 def learning_rate(lr: Any) -> None:
     """Numbers are finite and not negative; arrays are not looked at, they may be traced."""
-    for chain, rate in zip(tree.key_chains(lr), tree.leaves(lr), strict=True):
-        where = f"learning rate {chain!r}" if chain else "the learning rate"
+    for i, rate in enumerate(tree.leaves(lr)):
         if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
-            raise InputTypeError(f"{where} must be a number or an array, received {rate!r}.")
+            raise InputTypeError(
+                f"{_rate_name(lr, i)} must be a number or an array, received {rate!r}."
+            )
         if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
-            raise InputError(f"{where} must be finite and not negative, received {rate!r}.")
+            raise InputError(
+                f"{_rate_name(lr, i)} must be finite and not negative, received {rate!r}."
+            )
+
+
+def _rate_name(lr: Any, leaf: int) -> str:
+    chain = tree.key_chains(lr)[leaf]
+    return f"learning rate {chain!r}" if chain else "the learning rate"
 
 
 def variables(
@@ -64,29 +73,32 @@ def variables(
         raise InputError(
             f"{name} chooses none of the variables {list(tree.key_chains(v))}. Choose at least one."
         )
-    for chain, leaf, flag in zip(tree.key_chains(v), leaves, chosen, strict=True):
+    for i, (leaf, flag) in enumerate(zip(leaves, chosen, strict=True)):
         if flag and not backend.is_floating(leaf):
             raise InputTypeError(
-                f"variable {chain!r} is {backend.dtype_name(leaf)}; gradients need a float dtype. "
-                f"Convert it, or leave it out through {name}."
+                f"variable {tree.key_chains(v)[i]!r} is {backend.dtype_name(leaf)}; gradients need "
+                f"a float dtype. Convert it, or leave it out through {name}."
             )
 
 
 def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
     """The number of tasks to use, after checking that all leaves of `batch` have that many."""
-    leaves, chains = tree.leaves(batch), tree.key_chains(batch)
+    leaves = tree.leaves(batch)
     if not leaves:
         raise InputError("batch holds no arrays, so no tasks.")
-    sizes = {}
-    for chain, leaf in zip(chains, leaves, strict=True):
+    for i, leaf in enumerate(leaves):
         if len(leaf.shape) == 0:
-            raise InputError(f"batch[{chain!r}] is a scalar; every leaf needs a leading task axis.")
-        sizes[chain] = int(leaf.shape[0])
-    first, size = next(iter(sizes.items()))
-    for chain, other in sizes.items():
-        if other != size:
             raise InputError(
-                f"task axis differs: batch[{first!r}] has {size}, batch[{chain!r}] has {other}."
+                f"batch[{tree.key_chains(batch)[i]!r}] is a scalar; every leaf needs a leading "
+                "task axis."
+            )
+    size = int(leaves[0].shape[0])
+    for i, leaf in enumerate(leaves):
+        if leaf.shape[0] != size:
+            chains = tree.key_chains(batch)
+            raise InputError(
+                f"task axis differs: batch[{chains[0]!r}] has {size}, "
+                f"batch[{chains[i]!r}] has {leaf.shape[0]}."
             )
     if size == 0:
         raise InputError("batch holds no tasks: its leading axis has length 0.")
@@ -100,13 +112,13 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
 
 def tiled(v: tree.Tree, num_tasks: int) -> None:
     """With batched=True the variables carry the task axis."""
-    for chain, leaf in zip(tree.key_chains(v), tree.leaves(v), strict=True):
+    for i, leaf in enumerate(tree.leaves(v)):
         shape = tuple(leaf.shape)
         if not shape or shape[0] != num_tasks:
             raise InputError(
                 f"batched=True needs a leading task axis of {num_tasks} on every variable, "
-                f"received {chain!r} with shape {shape}. Tile the variables, or share one copy "
-                'with batched="vmap", "scan" or False.'
+                f"received {tree.key_chains(v)[i]!r} with shape {shape}. Tile the variables, or "
+                'share one copy with batched="vmap", "scan" or False.'
             )
 
 
@@ -142,6 +154,11 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
 
 
 def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:
+    if isinstance(cost, FunctionType) and not hasattr(cost, "__wrapped__"):
+        # The common case, without the cost of a signature.
+        code = cost.__code__
+        first = code.co_argcount
+        return "v" in code.co_varnames[first : first + code.co_kwonlyargcount]
     try:
         parameters = inspect.signature(cost).parameters
     except (TypeError, ValueError):  # builtins and some extension types have no signature

@@ -69,11 +69,13 @@ class Compiled(Generic[P, R]):
         packed = tree.Packed((args, kwargs), _is_array)
         backend = backend_of(*packed.arrays)
         arrays = convert_neutral(packed.arrays, backend)
-        key = (backend.name, packed.constants, tuple(map(backend.signature, arrays)))
+        constants = packed.constants
+        # With their types: True, 1 and 1.0 are equal and compile to different programs.
+        key = (constants, tuple(map(type, constants)), tuple(map(backend.signature, arrays)))
         try:
             program = self._programs.get(key)
         except TypeError:
-            raise InputTypeError(_unhashable(packed.constants[1])) from None
+            raise InputTypeError(_unhashable(constants)) from None
         if program is None:
             program = self._compiled(packed, backend, arrays)
             self._programs[key] = program
@@ -112,7 +114,7 @@ def _is_array(x: object) -> bool:
     return isinstance(x, np.ndarray) or owner(x) is not None
 
 
-def _unhashable(constants: tree.Leaves) -> str:
+def _unhashable(constants: tuple[Any, ...]) -> str:
     for constant in constants:
         try:
             hash(constant)

@@ -1,9 +1,8 @@
 """From a cost for one task to its mean and gradient over a batch of tasks.
 
-Tasks are independent, so the gradient of the mean is the mean of the tasks' gradients, and every
-strategy here computes the latter: one gradient a task, under `vmap`, in a sequential scan, or in
-a Python loop. Taking `vmap` of the gradient and never the gradient of `vmap` is also what keeps
-torch right, whose fused normalisation layers have wrong second derivatives the other way round.
+Tasks are independent, so the gradient of the mean is the mean of the tasks' gradients. They are
+computed one after the other, in a sequential scan or a Python loop, or all at once by the backend's
+`mapped_value_and_grad`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ TaskMap = Literal["vmap", "scan", "loop"]
 TASK_MAPS = ("vmap", "scan", "loop")
 
 TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
-"""One task's arrays -> (arrays to average over tasks, arrays to stack)."""
+"""The arrays of one task, or of several -> (arrays to add up, arrays to stack)."""
 
 
 class MetaResult(NamedTuple):
@@ -85,17 +84,21 @@ def meta_value_and_grad(
         wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
         cost_of = _Checked(task_cost, has_aux, backend)
 
-        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
-            def objective(xs: Arrays) -> tuple[Array, Arrays]:
-                fresh = iter(xs)
-                full = [next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)]
-                return cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
+        def objective(xs: Arrays, task: Arrays) -> tuple[Array, Arrays]:
+            fresh = iter(xs)
+            full = [next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)]
+            return cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
 
-            cost, aux, grads = backend.value_and_grad(objective)(wanted)
+        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
+            cost, aux, grads = backend.value_and_grad(lambda xs: objective(xs, task))(wanted)
             return grads, (cost, *aux)
 
+        def of_chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
+            costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, tasks)
+            return grads, (costs, *aux)
+
         grads, (costs, *aux) = map_tasks(
-            backend, of_task, first_tasks(batch, count), wanted, task_map, chunk_size
+            backend, of_task, of_chunk, first_tasks(batch, count), wanted, task_map, chunk_size
         )
         if check_finite:
             checks.finite(costs, backend)
@@ -151,23 +154,29 @@ def first_tasks(batch: Arrays, count: int) -> Arrays:
 
 def map_tasks(
     backend: Backend,
-    fn: TaskFn,
+    of_task: TaskFn,
+    of_chunk: TaskFn,
     tasks: Arrays,
     like: Arrays,
     task_map: TaskMap,
     chunk_size: int | None = None,
 ) -> tuple[Arrays, Arrays]:
-    """`fn` on every task: (means over tasks, stacked over tasks).
+    """Every task's contribution: (means over tasks, stacked over tasks).
 
-    `like` has the shapes and dtypes of what is averaged.
+    Args:
+        of_task: one task's arrays -> (arrays to average, arrays to stack).
+        of_chunk: the same for several tasks at once -> (sums over them, stacked).
+        tasks: every task's arrays, with a leading task axis.
+        like: the shapes and dtypes of what is averaged.
+        task_map, chunk_size: as for `meta_value_and_grad`.
     """
     count = tasks[0].shape[0]
     if task_map == "vmap":
-        sums, stacked = _in_chunks(backend, fn, tasks, like, min(chunk_size or count, count))
+        sums, stacked = _in_chunks(backend, of_chunk, tasks, like, min(chunk_size or count, count))
     elif task_map == "scan":
-        sums, stacked = backend.scan(_adding(fn), _zeros(backend, like), tasks)
+        sums, stacked = backend.scan(_adding(of_task), _zeros(backend, like), tasks)
     else:
-        sums, stacked = _in_python(backend, fn, tasks)
+        sums, stacked = _in_python(backend, of_task, tasks)
     return tuple(x / count for x in sums) if count > 1 else sums, stacked
 
 
@@ -182,17 +191,11 @@ def _in_python(backend: Backend, fn: TaskFn, tasks: Arrays) -> tuple[Arrays, Arr
 
 
 def _in_chunks(
-    backend: Backend, fn: TaskFn, tasks: Arrays, like: Arrays, size: int
+    backend: Backend, chunk: TaskFn, tasks: Arrays, like: Arrays, size: int
 ) -> tuple[Arrays, Arrays]:
     """Vectorised within chunks of `size` tasks, sequential over chunks."""
     count = tasks[0].shape[0]
     whole = count // size
-
-    def chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
-        summed = len(like)
-        out = backend.vmap(lambda task: _joined(fn(task)))(tasks)
-        return tuple(backend.ops.sum(x, axis=0) for x in out[:summed]), out[summed:]
-
     if whole == 1:
         sums, stacked = chunk(tuple(x[:size] for x in tasks) if count > size else tasks)
     else:
@@ -218,10 +221,6 @@ def _adding(fn: TaskFn) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]:
 
 def _added(xs: Arrays, ys: Arrays) -> Arrays:
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
-
-
-def _joined(parts: tuple[Arrays, Arrays]) -> Arrays:
-    return (*parts[0], *parts[1])
 
 
 def _zeros(backend: Backend, like: Arrays) -> Arrays:

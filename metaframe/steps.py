@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from metaframe import checks, tree
-from metaframe.backend import Array, Backend
+from metaframe.backend import Array, Arrays, Backend
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
 from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner
@@ -256,13 +256,18 @@ def reptile_step(
     )
     task = ReptileTask(layout, cost_fn, inner_grad_steps, settings, direction, return_inner_v)
     leaves, spec = tree.flatten(layout.batch)
+
+    def of_task(xs: Arrays) -> tuple[Arrays, Arrays]:
+        return task(tree.unflatten(spec, xs))
+
+    def of_chunk(xs: Arrays) -> tuple[Arrays, Arrays]:
+        out = layout.backend.vmap(lambda row: (*(parts := of_task(row))[0], *parts[1]))(xs)
+        directions, stacked = out[: len(like)], out[len(like) :]
+        return tuple(layout.backend.ops.sum(x, axis=0) for x in directions), stacked
+
+    like = tree.leaves(layout.variables)
     mean, (costs, *adapted) = map_tasks(
-        layout.backend,
-        lambda xs: task(tree.unflatten(spec, xs)),
-        leaves,
-        tree.leaves(layout.variables),
-        layout.task_map,
-        chunk_size,
+        layout.backend, of_task, of_chunk, leaves, like, layout.task_map, chunk_size
     )
     if check_finite:
         checks.finite(costs, layout.backend)

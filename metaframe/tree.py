@@ -180,9 +180,9 @@ def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
     >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, "a", keep=False)
     (False, False, True)
     """
-    chains = key_chains(tree)
     if choice is None:
-        return (True,) * len(chains)
+        return (True,) * len(leaves(tree))
+    chains = key_chains(tree)
     wanted = [choice] if isinstance(choice, str) else choice
     if isinstance(wanted, Mapping):
         wanted = _true_chains(wanted, chains, "")
@@ -215,24 +215,18 @@ def _true_chains(choice: Tree, chains: Sequence[str], prefix: str) -> list[str]:
 
 def register(
     cls: type[T],
-    flatten_fn: Callable[[T], tuple[Iterable[Any], Any, Iterable[Any]]],
+    flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
     """Make `cls` a node. `flatten_fn` returns (children, metadata, keys)."""
     register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
     register_node(
         cls,
-        lambda node: _as_tuples(*flatten_fn(node)),
+        flatten_fn,
         unflatten_fn,
         path_entry_type=optree.MappingEntry,
         namespace=NAMESPACE,
     )
-
-
-def _as_tuples(
-    children: Iterable[Any], metadata: Any, keys: Iterable[Any]
-) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
-    return tuple(children), metadata, tuple(keys)
 
 
 def register_dataclass(cls: type[T]) -> type[T]:
@@ -253,7 +247,7 @@ def register_dataclass(cls: type[T]) -> type[T]:
         raise InputError(f"{cls.__qualname__} is not a dataclass.")
     names = tuple(field.name for field in dataclasses.fields(checked) if field.init)
 
-    def flatten_fn(node: T) -> tuple[Iterable[Any], Any, Iterable[Any]]:
+    def flatten_fn(node: T) -> tuple[Sequence[Any], Any, tuple[Any, ...]]:
         return [getattr(node, name) for name in names], None, names
 
     def unflatten_fn(_: Any, values: Iterable[Any]) -> T:
@@ -277,27 +271,27 @@ class Packed:
     """
 
     def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        self._leaves, self._spec = flatten(tree)
-        self._flags = tuple(is_array(leaf) for leaf in self._leaves)
-        self.arrays: Leaves = tuple(
-            leaf for leaf, flag in zip(self._leaves, self._flags, strict=True) if flag
-        )
+        # Every call of a compiled function comes through here: one pass, plain lists.
+        leaves, self._spec = flatten(tree)
+        arrays, places = [], []
+        aside = list(leaves)
+        for i, leaf in enumerate(leaves):
+            if is_array(leaf):
+                arrays.append(leaf)
+                places.append(i)
+                aside[i] = None
+        self.arrays: Leaves = tuple(arrays)
+        self._places = places
+        self._aside = aside
 
     @property
-    def constants(self) -> tuple[TreeSpec, Leaves]:
+    def constants(self) -> tuple[Any, ...]:
         """Everything but the arrays: two trees with equal constants unpack alike."""
-        aside = (
-            None if flag else leaf for leaf, flag in zip(self._leaves, self._flags, strict=True)
-        )
-        return self._spec, tuple(aside)
+        return self._spec, *self._aside
 
     def unpack(self, arrays: Iterable[Any]) -> Tree:
         """The tree with `arrays` in the places of `self.arrays`."""
-        fresh = iter(arrays)
-        return unflatten(
-            self._spec,
-            [
-                next(fresh) if flag else leaf
-                for leaf, flag in zip(self._leaves, self._flags, strict=True)
-            ],
-        )
+        leaves = list(self._aside)
+        for i, array in zip(self._places, arrays, strict=True):
+            leaves[i] = array
+        return unflatten(self._spec, leaves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -108,6 +108,21 @@ class JaxBackend(Backend):
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return jax.vmap(fn)
 
+    def mapped_value_and_grad(
+        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        def total(xs: Arrays, tasks: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
+            values, aux = jax.vmap(fn, (None, 0))(xs, tasks)
+            return values.sum(), (values, aux)
+
+        transformed = jax.grad(total, has_aux=True)
+
+        def call(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            grads, (values, aux) = transformed(xs, tasks)
+            return values, aux, grads
+
+        return call
+
     def scan(
         self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
     ) -> tuple[Arrays, Arrays]:
@@ -121,9 +136,11 @@ class JaxBackend(Backend):
         return final
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
-        lowered = jax.jit(lambda *xs: fn(xs)).lower(*examples)
-        compiled = lowered.compile()
-        return lambda xs: tuple(compiled(*xs))
+        del examples  # jit looks at the arrays itself, in C++, faster than a compiled stage
+        return jax.jit(fn)
+
+    def signature(self, x: Array) -> Hashable:
+        return x.aval, x.sharding
 
     def register_node(
         self,

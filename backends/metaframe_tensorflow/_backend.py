@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
+from metaframe_tensorflow._compile import compile_graph
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 
@@ -105,7 +106,19 @@ class TensorFlowBackend(Backend):
         return lambda xs: tuple(rule(*xs))
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        return lambda xs: tuple(tf.vectorized_map(lambda row: fn(tuple(row)), xs))
+        def mapped(*xs: Array) -> list[Array]:
+            return list(tf.vectorized_map(lambda row: fn(tuple(row)), xs))
+
+        def call(xs: Arrays) -> Arrays:
+            if not tf.executing_eagerly():
+                return tuple(mapped(*xs))
+            # vectorized_map makes a graph even for one eager call, and warns of it from the
+            # fifth call on. In a function of our own it does so without the warning.
+            graph = tf.function(mapped, autograph=False)
+            graph._omit_frequent_tracing_warning = True
+            return tuple(graph(*xs))
+
+        return call
 
     def scan(
         self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
@@ -132,11 +145,11 @@ class TensorFlowBackend(Backend):
         )
         return tuple(carry), tuple(store.stack() for store in stores)
 
+    def signature(self, x: Array) -> Hashable:
+        return tuple(x.shape), x.dtype, x.device
+
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
-        concrete = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(
-            *(tf.TensorSpec(x.shape, x.dtype) for x in examples)
-        )
-        return lambda xs: tuple(concrete(*xs))
+        return compile_graph(fn, examples)
 
 
 def _dense(grad: Any, x: Array) -> Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch._inductor import compile as inductor_compile
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,7 +28,9 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     graph = make_fx(flat)(*plain)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(unroll_reductions_threshold=1):
+        # Reductions over a few elements stay reductions: unrolled, the steps of an inner loop on
+        # small tensors become one expression that grows exponentially with their number.
         compiled: Any = inductor_compile(graph, plain)
 
     def call(xs: Arrays) -> Arrays:
