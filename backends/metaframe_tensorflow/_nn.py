@@ -28,8 +28,10 @@ class TensorFlowNN(NNTable):
     def conv2d(
         self, x: tf.Tensor, kernel: tf.Tensor, stride: tuple[int, int], pads: Pads
     ) -> tf.Tensor:
-        padding = [[0, 0], list(pads[0]), list(pads[1]), [0, 0]]
-        return tf.nn.conv2d(x, kernel, strides=[1, *stride, 1], padding=padding)
+        if pads != ((0, 0), (0, 0)):
+            # By hand: vectorized_map loses the `explicit_paddings` of the gradient's kernels.
+            x = tf.pad(x, ((0, 0), *pads, (0, 0)))
+        return tf.nn.conv2d(x, kernel, stride, "VALID")
 
     def max_pool2d(self, x: tf.Tensor, window: tuple[int, int]) -> tf.Tensor:
         # Not tf.nn.max_pool2d: it has no second derivative for some shapes, and gives the
@@ -38,4 +40,8 @@ class TensorFlowNN(NNTable):
         rows, columns, channels = x.shape[1] // height, x.shape[2] // width, x.shape[3]
         cropped = x[:, : rows * height, : columns * width]
         blocks = tf.reshape(cropped, (-1, rows, height, columns, width, channels))
-        return tf.reduce_max(blocks, (2, 4))
+        # Windows last: the gradient of a maximum over two separate axes broadcasts in a pattern
+        # that TensorFlow does not support once vectorized_map has added an axis.
+        windows = tf.transpose(blocks, (0, 1, 3, 5, 2, 4))
+        pixels = tf.reshape(windows, (-1, rows, columns, channels, height * width))
+        return tf.reduce_max(pixels, -1)

@@ -71,7 +71,9 @@ class TorchOps(OpsTable):
         return torch.square(x)
 
     def abs(self, x: Tensor) -> Tensor:
-        return torch.abs(x)
+        # The second derivative of torch.abs is a tensor without memory, which cannot become a
+        # NumPy array nor be written to.
+        return x * torch.sign(x)
 
     def sign(self, x: Tensor) -> Tensor:
         return torch.sign(x)
