@@ -11,6 +11,8 @@ import numpy as np
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, nearest
+from metaframe.models import ModelAdapter
+from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
 from metaframe_jax._ops import JaxOps
 
@@ -136,8 +138,11 @@ class JaxBackend(Backend):
         return final
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
-        del examples  # jit looks at the arrays itself, in C++, faster than a compiled stage
-        return jax.jit(fn)
+        jitted = jax.jit(fn)
+        # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
+        # than that of a compiled stage and finds the trace again.
+        jitted.trace(examples)
+        return jitted
 
     def signature(self, x: Array) -> Hashable:
         return x.aval, x.sharding
@@ -154,6 +159,9 @@ class JaxBackend(Backend):
             return list(zip(named, children, strict=True)), metadata
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
+
+    def adapter(self, model: object) -> ModelAdapter | None:
+        return find_adapter(model, self)
 
 
 def _depends(value: Array, xs: Arrays) -> bool:
