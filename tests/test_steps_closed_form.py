@@ -1,0 +1,341 @@
+"""MAML, FOMAML and Reptile against matrix algebra, in float64 to 1e-12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from closed_form import (
+    RATE,
+    Problem,
+    assert_close,
+    cost,
+    query,
+    query_cost,
+    support,
+    support_cost,
+    unpacked,
+)
+from metaframe import compile as compile_whole
+from metaframe import fomaml_step, maml_step, reptile_step
+
+Call = Callable[..., Any]
+
+LAYOUTS = [True, False, "vmap", "scan"]
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+GRID = [
+    (0, False),
+    (1, True),
+    (3, False),
+    *(slow(*point) for point in [(0, True), (1, False), (2, False), (2, True), (3, True)]),
+]
+"""Inner steps, and whether to average over them."""
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda value: f"batched={value}")
+def batched(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def data(arr: Call, batched: Any) -> Call:
+    """`data(problem)`: its batch and its variables, tiled if the layout needs it."""
+    return lambda problem: (
+        arr(problem.batch),
+        arr(problem.tiled if batched is True else problem.variables),
+    )
+
+
+# -- every layout, number of steps and judged points ----------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "average"), GRID)
+def test_maml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
+    problem = Problem(steps, average_across_steps=average)
+    batch, variables = data(problem)
+    found = to_np(
+        maml_step(
+            batch,
+            support_cost,
+            query_cost,
+            variables,
+            steps,
+            RATE,
+            batched=batched,
+            average_across_steps=average,
+        )
+    )
+    assert_close(found[0], problem.cost)
+    assert_close(found[1], unpacked(problem.maml))
+    assert found[2] == ()
+
+
+@pytest.mark.parametrize(("steps", "average"), GRID)
+def test_fomaml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
+    problem = Problem(steps, average_across_steps=average)
+    batch, variables = data(problem)
+    found = to_np(
+        fomaml_step(
+            batch,
+            support_cost,
+            query_cost,
+            variables,
+            steps,
+            RATE,
+            batched=batched,
+            average_across_steps=average,
+        )
+    )
+    assert len(found) == 2
+    assert_close(found[0], problem.cost)
+    assert_close(found[1], unpacked(problem.fomaml))
+
+
+@pytest.mark.parametrize(
+    ("steps", "direction"),
+    [
+        (1, "displacement"),
+        (3, "gradients"),
+        *(slow(*point) for point in [(1, "gradients"), (2, "gradients"), (3, "displacement")]),
+    ],
+)
+def test_reptile(data: Call, to_np: Call, batched: Any, steps: int, direction: Any) -> None:
+    problem = Problem(steps)
+    batch, variables = data(problem)
+    found = to_np(
+        reptile_step(
+            batch, support_cost, variables, steps, RATE, batched=batched, direction=direction
+        )
+    )
+    assert len(found) == 2
+    assert_close(found[0], problem.reptile_cost)
+    assert_close(found[1], unpacked(problem.reptile(direction)))
+
+
+# -- the same as compiled programs -----------------------------------------------------------
+
+
+def all_three(
+    batch: Any, variables: Any, steps: int, batched: Any, average: bool
+) -> dict[str, Any]:
+    """One function with all three steps in it: compiling it costs about as much as one."""
+    costs, inner = (support_cost, query_cost), (variables, steps, RATE)
+    maml, fomaml = (
+        step(batch, *costs, *inner, batched=batched, average_across_steps=average)
+        for step in (maml_step, fomaml_step)
+    )
+    directions = {
+        direction: reptile_step(batch, support_cost, *inner, batched=batched, direction=direction)
+        for direction in ("gradients", "displacement")
+    }
+    return {"maml": maml, "fomaml": fomaml, **directions}
+
+
+def check_all_three(found: dict[str, Any], problem: Problem) -> None:
+    assert_close(found["maml"][:2], [problem.cost, unpacked(problem.maml)])
+    assert_close(found["fomaml"], [problem.cost, unpacked(problem.fomaml)])
+    for direction in ("gradients", "displacement"):
+        expected = [problem.reptile_cost, unpacked(problem.reptile(direction))]
+        assert_close(found[direction], expected)
+
+
+def test_compiled(backend: Any, arr: Call, to_np: Call) -> None:
+    compiled = compile_whole(all_three)
+    for problem in (Problem(average_across_steps=True), Problem(average_across_steps=True, seed=9)):
+        found = to_np(compiled(arr(problem.batch), arr(problem.variables), 2, "vmap", True))
+        check_all_three(found, problem)
+    assert compiled.traces == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_compiled_grid(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
+    problem = Problem(steps, average_across_steps=average)
+    found = to_np(compile_whole(all_three)(*data(problem), steps, batched, average))
+    check_all_three(found, problem)
+
+
+# -- costs and batches ------------------------------------------------------------------------
+
+
+def test_the_outer_cost_is_the_inner_one_unless_given(
+    data: Call, to_np: Call, batched: Any
+) -> None:
+    problem = Problem(same_cost=True)
+    batch, variables = data(problem)
+    found = to_np(maml_step(batch, support_cost, None, variables, 2, RATE, batched=batched))
+    assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
+
+
+def test_batch_functions_choose_what_each_cost_sees(data: Call, to_np: Call, batched: Any) -> None:
+    problem = Problem()
+    batch, variables = data(problem)
+    found = to_np(
+        maml_step(
+            batch,
+            cost,
+            None,
+            variables,
+            2,
+            RATE,
+            batched=batched,
+            inner_batch_fn=support,
+            outer_batch_fn=query,
+        )
+    )
+    assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
+
+
+def test_a_cost_that_takes_v_by_keyword(data: Call, to_np: Call, batched: Any) -> None:
+    problem = Problem(same_cost=True)
+    batch, variables = data(problem)
+
+    def by_keyword(sub_batch: Any, *, v: Any) -> Any:
+        return support_cost(sub_batch, v)
+
+    found = to_np(maml_step(batch, by_keyword, None, variables, 2, RATE, batched=batched))
+    assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
+def test_the_outer_cost_is_computed_no_more_often_than_it_is_used(
+    backend: Any, arr: Call, average: bool
+) -> None:
+    calls = {"inner": 0, "outer": 0}
+
+    def counted(name: str, fn: Call) -> Call:
+        def counting(batch: Any, v: Any) -> Any:
+            calls[name] += 1
+            return fn(batch, v)
+
+        return counting
+
+    problem = Problem()
+    maml_step(
+        arr(problem.batch),
+        counted("inner", support_cost),
+        counted("outer", query_cost),
+        arr(problem.tiled),
+        3,
+        RATE,
+        average_across_steps=average,
+    )
+    assert calls == {"inner": 3, "outer": 4 if average else 1}
+
+
+# -- numbers of tasks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [maml_step, fomaml_step])
+def test_num_tasks_uses_the_first_tasks(data: Call, to_np: Call, batched: Any, step: Any) -> None:
+    problem = Problem(tasks=2)
+    _, variables = data(problem)
+    batch, _ = data(Problem(tasks=5))
+    found = to_np(
+        step(batch, support_cost, query_cost, variables, 2, RATE, batched=batched, num_tasks=2)
+    )
+    exact = problem.maml if step is maml_step else problem.fomaml
+    assert_close(found[:2], [problem.cost, unpacked(exact)])
+
+
+def test_num_tasks_of_reptile(data: Call, to_np: Call, batched: Any) -> None:
+    problem = Problem(tasks=2)
+    _, variables = data(problem)
+    batch, _ = data(Problem(tasks=5))
+    found = to_np(
+        reptile_step(batch, support_cost, variables, 2, RATE, batched=batched, num_tasks=2)
+    )
+    assert_close(found, [problem.reptile_cost, unpacked(problem.reptile("gradients"))])
+
+
+def test_one_task(data: Call, to_np: Call, batched: Any) -> None:
+    problem = Problem(tasks=1)
+    found = to_np(all_three(*data(problem), 2, batched, False))
+    check_all_three(found, problem)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, slow(3), 5, slow(9)])
+def test_chunks(backend: Any, arr: Call, to_np: Call, chunk_size: int) -> None:
+    problem = Problem(tasks=5)
+    batch, variables = arr(problem.batch), arr(problem.variables)
+    how = {"batched": "vmap", "chunk_size": chunk_size, "return_inner_v": "all"}
+    maml = to_np(maml_step(batch, support_cost, query_cost, variables, 2, RATE, **how))
+    reptile = to_np(reptile_step(batch, support_cost, variables, 2, RATE, **how))
+    adapted = problem.adapted_variables
+    assert_close(maml, [problem.cost, unpacked(problem.maml), adapted])
+    exact = [problem.reptile_cost, unpacked(problem.reptile("gradients")), adapted]
+    assert_close(reptile, exact)
+
+
+@pytest.mark.slow
+def test_compiled_chunks(backend: Any, arr: Call, to_np: Call) -> None:
+    problem = Problem(tasks=5)
+    found = to_np(
+        compile_whole(maml_step)(
+            arr(problem.batch),
+            support_cost,
+            query_cost,
+            arr(problem.variables),
+            2,
+            RATE,
+            batched="vmap",
+            chunk_size=2,
+            return_inner_v="all",
+        )
+    )
+    assert_close(found, [problem.cost, unpacked(problem.maml), problem.adapted_variables])
+
+
+# -- adapted variables -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["all", "first", slow(True)])
+def test_returned_variables(data: Call, to_np: Call, batched: Any, which: Any) -> None:
+    problem = Problem()
+    batch, variables = data(problem)
+    exact = problem.adapted_variables
+    if which == "first":
+        exact = {
+            "body": {"b": exact["body"]["b"][:1], "w": exact["body"]["w"][:1]},
+            "head": exact["head"][:1],
+        }
+    settings = {"batched": batched, "return_inner_v": which}
+    maml = maml_step(batch, support_cost, query_cost, variables, 2, RATE, **settings)
+    fomaml = fomaml_step(batch, support_cost, query_cost, variables, 2, RATE, **settings)
+    reptile = reptile_step(batch, support_cost, variables, 2, RATE, **settings)
+    for result in (maml, fomaml, reptile):
+        assert len(result) == 3
+        assert_close(to_np(result[2]), exact)
+
+
+# -- rates ---------------------------------------------------------------------------------------
+
+
+def test_a_rate_as_an_array(data: Call, arr: Call, to_np: Call, batched: Any) -> None:
+    problem = Problem()
+    batch, variables = data(problem)
+    found = to_np(
+        maml_step(batch, support_cost, query_cost, variables, 2, arr(RATE), batched=batched)
+    )
+    assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
+
+
+def test_a_rate_for_each_variable(data: Call, arr: Call, to_np: Call, batched: Any) -> None:
+    rates = {"body": {"b": 0.02, "w": arr(0.05)}, "head": 0.11}
+    each = np.repeat([0.02, 0.05, 0.11], [2, 4, 3])
+    problem = Problem(rate=each)
+    batch, variables = data(problem)
+    maml = to_np(maml_step(batch, support_cost, query_cost, variables, 2, rates, batched=batched))
+    reptile = to_np(reptile_step(batch, support_cost, variables, 2, rates, batched=batched))
+    assert_close(maml[:2], [problem.cost, unpacked(problem.maml)])
+    exact = unpacked(problem.reptile("gradients"))
+    assert_close(reptile, [problem.reptile_cost, exact])
