@@ -139,7 +139,7 @@ class InnerLoop:
         settings: InnerSettings,
     ) -> None:
         leaves, self._spec = tree.flatten(v)
-        self._backend = backend_of(*leaves, *tree.leaves(batch))
+        self._backend = backend_of(*leaves, *tree.leaves(batch), *tree.leaves(settings.lr))
         checks.variables(v, chosen, self._backend)
         self._call_cost = checks.scalar_cost(cost, "cost", self._backend)
         self._chosen = tuple(chosen)
