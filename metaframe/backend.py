@@ -36,6 +36,7 @@ from metaframe.errors import (
 )
 
 if TYPE_CHECKING:
+    from metaframe.models.adapter import ModelAdapter
     from metaframe.optable import NNTable, OpsTable
 
 Array = Any
@@ -44,6 +45,8 @@ ArraysFn = Callable[[Arrays], Arrays]
 """A pure function from a flat tuple of arrays to a flat tuple of arrays."""
 ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
 """A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
+ObjectiveFn = Callable[[Arrays], Array]
+"""A pure function from a flat tuple of arrays to a scalar."""
 
 ENTRY_POINT_GROUP = "metaframe.backends"
 FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -62,6 +65,10 @@ class Backend(abc.ABC):
     """The portable array functions, in native calls."""
     nn: NNTable
     """The portable layers, in native calls."""
+    module_base: type | None = None
+    """What a wrapper around this framework's models has to derive from, if anything."""
+    compiles_quickly: bool = True
+    """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
 
     # -- arrays --------------------------------------------------------------------------
 
@@ -187,6 +194,36 @@ class Backend(abc.ABC):
     ) -> None:
         """Let the framework's own transforms take `cls` apart, if it has such a registry."""
         del cls, flatten, unflatten
+
+    # -- models --------------------------------------------------------------------------
+
+    def adapter(self, model: object) -> ModelAdapter | None:
+        """`model` behind the neutral interface; None if it is no model of this framework."""
+        del model
+        return None
+
+    def live(self, values: dict[str, Array]) -> ModelAdapter | None:
+        """`values` as parameters that the framework's own optimizers can update, if it has such."""
+        del values
+        return None
+
+    def loss_gradient(
+        self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
+    ) -> tuple[Array | None, ...]:
+        """Gradients of one inner step, constants with `first_order`; None for unused inputs.
+
+        `loss` is a function of `xs`, or, where operations are recorded as they happen, a value
+        computed from them. An unused input may get zeros instead of None.
+        """
+        if not callable(loss):
+            raise InputTypeError(
+                f"{self.name} keeps no record of how a loss was computed, so adapt cannot "
+                "differentiate an array. Pass a function of the learner: "
+                "learner.adapt(lambda learner: loss_fn(learner(x), y))."
+            )
+        function = loss
+        _, _, grads = self.value_and_grad(lambda xs: (function(xs), ()))(xs)
+        return tuple(map(self.stop_gradient, grads)) if first_order else grads
 
 
 @dataclass(frozen=True)

@@ -137,20 +137,22 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
     by_keyword = _takes_v_by_keyword(cost)
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:
-        value = cost(batch, v=v) if by_keyword else cost(batch, v)
-        if not backend.owns(value):
-            other = owner(value)
-            kind = f"an array of {other.name!r}" if other else type(value).__name__
-            raise InputTypeError(
-                f"{name} returned {kind}, need a scalar array of {backend.name!r}."
-            )
-        if len(value.shape) != 0:
-            raise InputError(
-                f"{name} returned shape {tuple(value.shape)}, need a scalar; did you forget a mean?"
-            )
-        return value
+        return scalar(cost(batch, v=v) if by_keyword else cost(batch, v), name, backend)
 
     return call
+
+
+def scalar(value: Any, name: str, backend: Backend) -> Array:
+    """`value`, what `name` returned, is a scalar array of `backend`."""
+    if not backend.owns(value):
+        other = owner(value)
+        kind = f"an array of {other.name!r}" if other else type(value).__name__
+        raise InputTypeError(f"{name} returned {kind}, need a scalar array of {backend.name!r}.")
+    if len(value.shape) != 0:
+        raise InputError(
+            f"{name} returned shape {tuple(value.shape)}, need a scalar; did you forget a mean?"
+        )
+    return value
 
 
 def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:

@@ -18,6 +18,10 @@ class InputError(MetaframeError, ValueError):
     """An argument has the right type and an unusable value, shape or structure."""
 
 
+class UnusedParameterError(InputError, RuntimeError):
+    """A parameter to adapt has no influence on the loss, and that was not allowed."""
+
+
 class InputTypeError(MetaframeError, TypeError):
     """An argument has the wrong type, or arrays of two frameworks were mixed."""
 

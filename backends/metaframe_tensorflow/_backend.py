@@ -11,6 +11,7 @@ import tensorflow as tf
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
 from metaframe_tensorflow._compile import compile_graph
+from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 
@@ -150,6 +151,12 @@ class TensorFlowBackend(Backend):
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         return compile_graph(fn, examples)
+
+    def adapter(self, model: object) -> ModuleAdapter | None:
+        return ModuleAdapter(model, self) if isinstance(model, tf.Module) else None
+
+    def live(self, values: dict[str, Array]) -> VariablesAdapter:
+        return VariablesAdapter(values, self)
 
 
 def _dense(grad: Any, x: Array) -> Array:

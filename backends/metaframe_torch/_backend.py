@@ -16,9 +16,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
 from metaframe_torch._compile import compile_traced
+from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 
@@ -27,6 +28,8 @@ class TorchBackend(Backend):
     """The backend boundary on PyTorch."""
 
     name = "torch"
+    module_base = torch.nn.Module
+    compiles_quickly = False
 
     def __init__(self) -> None:
         self.ops = TorchOps()
@@ -126,6 +129,20 @@ class TorchBackend(Backend):
             lambda children, metadata: unflatten(metadata, children),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
+
+    def adapter(self, model: object) -> TorchAdapter | None:
+        return TorchAdapter(model, self) if isinstance(model, torch.nn.Module) else None
+
+    def live(self, values: dict[str, Array]) -> LearnedAdapter:
+        return LearnedAdapter(values, self)
+
+    def loss_gradient(
+        self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
+    ) -> tuple[Array | None, ...]:
+        # Inside a transform nothing is recorded for autograd; only the transform can say.
+        if torch._C._functorch.peek_interpreter_stack() is not None and callable(loss):
+            return super().loss_gradient(loss, xs, first_order=first_order)
+        return tape_gradient(loss, xs, first_order=first_order)
 
 
 class _Rule(torch.autograd.Function):

@@ -1,0 +1,200 @@
+"""torch modules behind the neutral interface.
+
+A module runs on other values through `torch.func.functional_call`. What a module's own code does
+that would not survive a second derivative, or `vmap`, is caught on its way into torch: running
+statistics written in place, attention kernels and cuDNN cells without double backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
+from metaframe.models import Forward, ModelAdapter
+
+
+class TorchAdapter(ModelAdapter):
+    """A `torch.nn.Module`; names are those of `named_parameters`."""
+
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self.model = model
+        self.backend = backend
+
+    def params(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.model.named_buffers())
+
+    def trainable(self) -> tuple[str, ...]:
+        return tuple(n for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def signature(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self.model.modules())
+
+    def call(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        # Copies, because a module may write to its buffers; the ones given stay as they are.
+        state = {name: buffer.clone() for name, buffer in state.items()}
+        norm = _Normalisation(forward.norm, state)
+        with norm, _differentiable_twice(self.model) if forward.twice else _as_it_is():
+            output = torch.func.functional_call(self.model, {**params, **state}, args, kwargs)
+        return output, {**state, **norm.recorded}
+
+    def write(self, params: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(params[name])
+
+
+class _Normalisation(TorchFunctionMode):
+    """Batch normalisation by the statistics the policy names, without touching any buffer.
+
+    The affine part stays outside the fused operation: `vmap` gets the second derivative of the
+    fused affine one wrong.
+    """
+
+    def __init__(self, norm: str | None, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.recorded: dict[str, Tensor] = {}
+        self._norm = norm
+        self._names = {id(buffer): name for name, buffer in state.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return self._instance_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        del momentum
+        frozen = not training if self._norm is None else self._norm == "frozen"
+        shape = (-1, *[1] * (x.dim() - 2))
+        if frozen and running_mean is not None and running_var is not None:
+            scale = torch.rsqrt(running_var + eps)
+            normal = (x - running_mean.reshape(shape)) * scale.reshape(shape)
+        else:
+            normal = F.batch_norm(x, None, None, training=True, momentum=0.0, eps=eps)
+            if self._norm == "record":
+                self._record(x, running_mean, running_var)
+        if weight is not None:
+            normal = normal * weight.reshape(shape)
+        return normal if bias is None else normal + bias.reshape(shape)
+
+    def _record(self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+        if running_mean is None or running_var is None:
+            return  # a layer that keeps no statistics normalises by the examples' own, always
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        var, mean = torch.var_mean(x, over, correction=0)
+        self.recorded[self._names[id(running_mean)]] = mean
+        self.recorded[self._names[id(running_var)]] = var
+
+    def _instance_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        own = use_input_stats if self._norm is None else self._norm != "frozen"
+        if own or running_mean is None:
+            running_mean = running_var = None
+            own = True
+        return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+@contextlib.contextmanager
+def _differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Kernels that have a second derivative: no fused attention, no cuDNN recurrence."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def _as_it_is() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+class LearnedAdapter(ModelAdapter):
+    """Learned values as an `nn.ParameterDict`, whose names cannot hold a dot."""
+
+    def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
+        self.model = nn.ParameterDict({n.replace(".", "/"): x for n, x in values.items()})
+        self.backend = backend
+        self._names = tuple(values)
+
+    def params(self) -> dict[str, Tensor]:
+        return {name: self.model[name.replace(".", "/")] for name in self._names}
+
+    def call(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> NoReturn:
+        raise NotImplementedError("learned values are not a model")
+
+    def write(self, params: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.params().items():
+                parameter.copy_(params[name])
+
+
+def tape_gradient(
+    loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
+) -> tuple[Array | None, ...]:
+    """Gradients from autograd's record, which reaches from here back to whatever `xs` came from."""
+    second = torch.is_grad_enabled() and not first_order
+    with torch.enable_grad():
+        if callable(loss):
+            # Without a record to extend (under no_grad) every step starts from fresh leaves.
+            xs = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in xs)
+            loss = loss(xs)
+        wanted = [i for i, x in enumerate(xs) if x.requires_grad]
+        if not (wanted and loss.requires_grad):
+            return (None,) * len(xs)
+        found = torch.autograd.grad(
+            loss, [xs[i] for i in wanted], create_graph=second, allow_unused=True
+        )
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(i) for i in range(len(xs)))

@@ -1,0 +1,73 @@
+"""ANIL: MAML that adapts only the head (Raghu et al. 2020, arXiv 1909.09157)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metaframe import tree
+from metaframe.backend import is_neutral, owner
+from metaframe.errors import InputError
+from metaframe.learners.maml import MAML
+from metaframe.models import adapter_of
+
+
+class ANIL(MAML):
+    """MAML whose inner loop adapts the parameters of a head and leaves the body as it is.
+
+    The body still gets meta-gradients: through the features the head adapts on.
+
+    Args:
+        module: the model, see `MAML`.
+        head: the part to adapt, see `head_names`.
+        kwargs: passed to `MAML`; not `adapt_names`.
+
+    Raises:
+        InputError: the head shares no parameters with the model.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    >>> ANIL(model, model[1]).config.names
+    ('1.weight', '1.bias')
+    """
+
+    def __init__(self, module: Any, head: Any, **kwargs: Any) -> None:
+        if "adapt_names" in kwargs:
+            raise InputError("ANIL adapts its head; adapt_names is not an argument of it.")
+        super().__init__(module, adapt_names=head_names(module, head), **kwargs)
+
+
+def head_names(module: Any, head: Any) -> tuple[str, ...]:
+    """The names, as seen from `module`, of the parameters of `head`.
+
+    Args:
+        module: the model.
+        head: a submodule, matched by the identity of its parameters; or for models without
+            submodules the name of a part of the parameters, such as "head", or that part itself.
+
+    Raises:
+        InputError: no parameter is shared.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    >>> head_names(model, model[1])
+    ('1.weight', '1.bias')
+    """
+    params = adapter_of(module).params()
+    if isinstance(head, str):
+        names = tuple(n for n in params if n == head or n.startswith((f"{head}/", f"{head}.")))
+    else:
+        parts = {id(x) for x in _arrays(head)}
+        names = tuple(n for n, x in params.items() if id(x) in parts)
+    if not names:
+        raise InputError(
+            f"head shares no parameters with the module, whose parameters are {list(params)}. Pass "
+            "a submodule of it, or the name of a part of its parameters."
+        )
+    return names
+
+
+def _arrays(head: Any) -> tuple[Any, ...]:
+    leaves = tree.leaves(head)
+    if all(owner(leaf) is not None or is_neutral(leaf) for leaf in leaves):
+        return leaves
+    return tuple(adapter_of(head).params().values())

@@ -1,0 +1,66 @@
+"""How a learner adapts: the settings that MAML, its relatives and every learner share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from metaframe import checks, optim
+from metaframe.backend import Array
+from metaframe.learners.functional import LearningRate, rate_for
+from metaframe.models import Forward
+from metaframe.update import UpdateRule, update_rule
+
+Norm = Literal["batch", "frozen", "support"]
+NORMS = ("batch", "frozen", "support")
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """The settings of an adaptation. Checked when made.
+
+    Attributes:
+        names: the parameters to adapt.
+        inner_lr: step size; `None` if the update rule brings its own.
+        inner_steps: default number of steps, at least 1.
+        first_order: take inner gradients for constants.
+        allow_unused: leave parameters that the support loss does not depend on as they are.
+        norm: statistics of batch normalisation. "batch": of the examples in hand, so query
+            predictions depend on each other (transductive). "frozen": the model's running ones.
+            "support": of the support set under the adapted parameters.
+        update: the update rule; one learned value a parameter comes as its learning rate.
+    """
+
+    names: tuple[str, ...]
+    inner_lr: LearningRate | None
+    inner_steps: int
+    first_order: bool
+    allow_unused: bool
+    norm: Norm
+    update: Any
+
+    def __post_init__(self) -> None:
+        checks.steps(self.inner_steps, "inner_steps", at_least=1)
+        checks.choice(self.norm, "norm", NORMS)
+        if self.inner_lr is not None:
+            rate_for(self.inner_lr, self.names)
+        update_rule(self.update, stop_gradients=False)
+
+    @cached_property
+    def rule(self) -> UpdateRule:
+        """The update rule in its one form."""
+        return update_rule(self.update, stop_gradients=False)
+
+    def rate(self, learned: dict[str, Array]) -> optim.Rate:
+        """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
+        if learned or self.inner_lr is None:
+            return learned or None
+        return rate_for(self.inner_lr, self.names)
+
+    def forward(self, phase: Literal["support", "query"]) -> Forward:
+        """How the model is called on the examples of this phase."""
+        twice = not self.first_order
+        if self.norm == "support":
+            return Forward("record" if phase == "support" else "frozen", twice)
+        return Forward(self.norm, twice)

@@ -1,0 +1,56 @@
+"""Meta-SGD: MAML that learns its inner learning rates (Li et al. 2017, arXiv 1707.09835)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from metaframe import ops
+from metaframe.learners.config import Norm
+from metaframe.learners.maml import MAML
+from metaframe.models.values import live
+
+
+class MetaSGD(MAML):
+    """MAML with a learned inner learning rate for every number in every adapted parameter.
+
+        theta' = theta - alpha * grad L_support(theta),   alpha of the shape of theta and learned
+
+    The rates are meta-parameters next to the model's: on torch parameters of the wrapper, under
+    `rates`; everywhere in `meta_parameters()`, under "learned/".
+
+    Args:
+        module: the model, see `MAML`.
+        inner_lr: where every rate starts.
+        inner_steps: see `MAML`.
+        first_order: see `MAML`. The rates get their exact gradient either way.
+        adapt_names: names of the parameters to adapt, and to learn rates for.
+        allow_unused: see `MAML`.
+        norm: see `MAML`.
+
+    >>> import torch
+    >>> maml = MetaSGD(torch.nn.Linear(1, 1))
+    >>> sorted(maml.meta_parameters())
+    ['bias', 'learned/bias', 'learned/weight', 'weight']
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        inner_lr: float = 0.01,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        adapt_names: Iterable[str] | None = None,
+        allow_unused: bool = True,
+        *,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__(
+            module, inner_lr, inner_steps, first_order, adapt_names, allow_unused, norm=norm
+        )
+        params = self._adapter.params()
+        self._learned = live(
+            {n: inner_lr * ops.ones_like(params[n]) for n in self.config.names},
+            self._adapter.backend,
+        )
+        self.rates = self._learned.model

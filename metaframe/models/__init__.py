@@ -1,0 +1,21 @@
+"""Any framework's model as pure functions of its parameters.
+
+Understood are `torch.nn.Module`; `flax.nnx`, `flax.linen` and Equinox modules; Keras 3 models on
+any of its backends; `tf.Module`; and a pair `(apply, params)`, where `apply(params, *args)` may
+come from anywhere and `params` is any structure of arrays, such as
+`(model, model.init(seed))` with a model of `metaframe.nn`.
+
+- A linen module comes with its variables: `(module, variables)`.
+- An Equinox module takes one example, as is the convention there, and is vectorised over the
+  leading axis of its inputs. A module that takes a batch comes with a function that says so:
+  `(lambda module, x: module(x), module)`.
+- A Keras model has to be built.
+"""
+
+from metaframe.models.adapter import Forward as Forward
+from metaframe.models.adapter import ModelAdapter as ModelAdapter
+from metaframe.models.find import FunctionalModel as FunctionalModel
+from metaframe.models.find import adapter_of as adapter_of
+from metaframe.models.find import functional as functional
+
+__all__ = ["Forward", "FunctionalModel", "ModelAdapter", "adapter_of", "functional"]

@@ -1,0 +1,90 @@
+"""Keras 3, whichever framework it computes with.
+
+Keras is asked for nothing but `stateless_call`, which is why this needs neither Keras nor a
+framework to be imported. It comes before the frameworks' own adapters: with Keras on torch a
+Keras model is an `nn.Module` too, but `torch.func.functional_call` does not reach its variables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from metaframe.backend import backend_of
+from metaframe.errors import InputError
+from metaframe.models.adapter import Forward, ModelAdapter, Params
+
+
+class KerasAdapter(ModelAdapter):
+    """A built Keras layer or model; names are the variables' paths.
+
+    `training=` is one switch for batch normalisation and dropout in Keras. It follows the
+    normalisation policy unless the caller passes it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not model.built:
+            raise InputError(
+                f"Keras model {model.name!r} has no weights yet. Call it once on data, or "
+                "model.build(input_shape)."
+            )
+        self.model = model
+        values = [v.value for v in (*model.trainable_variables, *model.non_trainable_variables)]
+        self.backend = backend_of(*values)
+
+    def params(self) -> Params:
+        """The values of the trainable variables."""
+        return _values(self.model.trainable_variables)
+
+    def state(self) -> Params:
+        """Everything else: moving statistics, frozen weights, seed generators."""
+        return _values(self.model.non_trainable_variables)
+
+    def call(
+        self,
+        params: Params,
+        state: Params,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Params]:
+        """`model.stateless_call`, with `training=` as the policy says."""
+        if forward.norm == "record":
+            raise InputError(
+                "norm='support' is not available for Keras models, which do not say what the "
+                "statistics of one batch were. Use norm='batch' or norm='frozen'."
+            )
+        if forward.norm is not None:
+            kwargs = {"training": forward.norm == "batch", **kwargs}
+        output, after = self.model.stateless_call(
+            [self.backend.asarray(x) for x in params.values()],
+            [self.backend.asarray(x) for x in state.values()],
+            *args,
+            **kwargs,
+        )
+        return output, dict(zip(state, after, strict=True))
+
+    def write(self, params: Params) -> None:
+        """Assign the trainable variables."""
+        for variable, value in zip(self.model.trainable_variables, params.values(), strict=True):
+            variable.assign(value)
+
+
+def _values(variables: Sequence[Any]) -> Params:
+    values: Params = {}
+    for variable in variables:
+        name, copies = variable.path, 1
+        while name in values:  # layers made with the same explicit name share their path
+            copies += 1
+            name = f"{variable.path}:{copies}"
+        values[name] = variable.value
+    return values
+
+
+def keras_adapter(model: object) -> ModelAdapter | None:
+    """The adapter of a Keras layer; None for anything else."""
+    keras = sys.modules.get("keras")
+    # Half imported while Keras itself is being imported.
+    layer = getattr(getattr(keras, "layers", None), "Layer", None)
+    return KerasAdapter(model) if layer is not None and isinstance(model, layer) else None

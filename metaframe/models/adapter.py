@@ -1,0 +1,96 @@
+"""The neutral interface to a model: named parameters, named state, and a pure call.
+
+Every framework keeps parameters in another place, and every one can run a model on other values
+than the model holds. An adapter brings both to one form, flat dictionaries from names to arrays,
+and never changes the model, except in `assign`, where that is what is asked for.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metaframe import checks
+from metaframe.backend import Array, Backend
+from metaframe.errors import InputError, nearest
+
+Params = dict[str, Array]
+"""Name to array."""
+Norm = Literal["batch", "frozen", "record"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How a model is called, apart from what it is called on. Checked when it is made.
+
+    Attributes:
+        norm: what batch normalisation normalises by: "batch", the statistics of the examples in
+            hand; "frozen", those in the state; "record", the examples' own, which the returned
+            state then holds; None leaves it to the model.
+        twice: will the result be differentiated twice? Kernels without a second derivative are
+            then avoided.
+    """
+
+    norm: Norm | None = None
+    twice: bool = True
+
+    def __post_init__(self) -> None:
+        checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
+
+
+class ModelAdapter(abc.ABC):
+    """A model of any framework."""
+
+    model: Any
+    """The user's model, with the current parameters."""
+    backend: Backend
+
+    @abc.abstractmethod
+    def params(self) -> Params:
+        """The parameters, live where the framework's are, in the model's own order."""
+
+    @abc.abstractmethod
+    def call(
+        self,
+        params: Params,
+        state: Params,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Params]:
+        """The model's output with these values in place of its own, and the state it leaves."""
+
+    @abc.abstractmethod
+    def write(self, params: Params) -> None:
+        """Make `params`, which are complete and of the right shapes, the model's parameters."""
+
+    def state(self) -> Params:
+        """Arrays that are no parameters: running statistics, random keys. Default: none."""
+        return {}
+
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters to differentiate. Default: every floating one."""
+        return tuple(n for n, x in self.params().items() if self.backend.is_floating(x))
+
+    def signature(self) -> Hashable:
+        """What, besides arrays, decides what `call` computes, such as a training flag."""
+        return None
+
+    def assign(self, values: Mapping[str, Array]) -> None:
+        """Set parameters by name; those not named keep their values.
+
+        Raises:
+            InputError: an unknown name, or another shape than the parameter's.
+        """
+        params = self.params()
+        for name, value in values.items():
+            if name not in params:
+                raise InputError(f"no parameter called {name!r}. {nearest(name, params)}")
+            if tuple(value.shape) != tuple(params[name].shape):
+                raise InputError(
+                    f"parameter {name!r} has shape {tuple(params[name].shape)}, received shape "
+                    f"{tuple(value.shape)}."
+                )
+        self.write({**params, **values})
