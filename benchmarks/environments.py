@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def environment(name: str, *groups: Sequence[str]) -> str:
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    # Without our own path, or pip takes this checkout for an installed package.
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for group in ((TORCH,), *groups):
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *group], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *group], check=True, env=clean)
     stamp.write_text(wanted)
     return python

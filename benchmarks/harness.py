@@ -35,6 +35,7 @@ ONE_THREAD = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
 
@@ -111,8 +112,8 @@ class Timing:
 def time_interleaved(
     programs: Mapping[str, Program],
     *,
-    rounds: int = 15,
-    sample_s: float = 0.03,
+    rounds: int = 51,
+    sample_s: float = 0.02,
     budget_s: float = 60.0,
     device: str = "cpu",
 ) -> dict[str, Timing]:

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     exact = metaframe_program(case, Execution(), backend, "float64")()
     result["w1_error"] = {name: difference(run()[1:], exact[1:]) for name, run in programs.items()}
-    times = time_interleaved(programs, rounds=9, budget_s=options.budget)
+    times = time_interleaved(programs, budget_s=options.budget)
     result["ms"] = {name: timing.record() for name, timing in times.items()}
     result["ratio"] = {name: t.ratio(times["metaframe compiled"]) for name, t in times.items()}
     print(json.dumps(result))
