@@ -109,7 +109,7 @@ def _conv4_cost(p: Params, x: Array, y: Array) -> Array:
 
 def _convolution(x: Array, kernel: Array) -> Array:
     """As im2col and one matrix product: XLA's own CPU convolution is ten times slower here."""
-    n, height, width, c = x.shape
+    height, width, c = x.shape[1:]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     patches = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return jnp.concatenate(patches, -1) @ kernel.reshape(9 * c, -1)
