@@ -1,7 +1,7 @@
 """Meta-train a few-shot classifier and measure it: the part that all the examples share.
 
-Everything here is written once and runs on the backend that is selected. One compiled function
-does a meta-step, another scores a batch of held-out tasks before and after adaptation.
+Everything here is written once and runs on the backend that is selected. The meta-step, one inner
+step for the evaluation and its score are each compiled as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import metaframe
-from metaframe import nn, ops, optim
+from metaframe import nn, ops, optim, tree
 from metaframe.tasks import Estimate, Task, TaskSampler, mean_and_ci95, stack_tasks
 
 
@@ -68,7 +68,8 @@ class Learner:
         self.settings = settings
         self.optimizer = optim.adam(settings.outer_lr)
         self.train_step = metaframe.compile(self._train_step)
-        self.accuracies = metaframe.compile(self._accuracies)
+        self.adapt = metaframe.compile(self._adapt)
+        self.score = metaframe.compile(self._score)
 
     def cost(self, data: Any, params: Any) -> Any:
         """Cross-entropy of the model on (images, labels)."""
@@ -90,24 +91,34 @@ class Learner:
         updates, state = self.optimizer.update(grads, state, params)
         return metaframe.apply_updates(params, updates), state, cost
 
-    def _accuracies(self, params: Any, tasks: Task) -> Any:
+    def accuracies(self, params: Any, tasks: Task) -> Any:
         """(tasks, eval_steps + 1): query accuracy of each task before and after every step."""
+        count = tasks.support_y.shape[0]
+        adapted = tree.map(lambda p: ops.broadcast_to(p, (count, *p.shape)), params)
+        columns = [ops.to_numpy(self.score(adapted, tasks))]
+        for _ in range(self.settings.eval_steps):
+            adapted = self.adapt(adapted, tasks)
+            columns.append(ops.to_numpy(self.score(adapted, tasks)))
+        return np.stack(columns, axis=1)
 
-        def adapted(v: Any, task: Task) -> Any:
-            scores = []
-            for step in range(self.settings.eval_steps + 1):
-                if step:
-                    v = metaframe.inner_loop(
-                        self.cost, v, support(task), steps=1, lr=self.settings.inner_lr, order=1
-                    )
-                x, y = query(task)
-                scores.append(nn.accuracy(self.model.apply(v, x), y))
-            return self.cost(query(task), v), ops.stack(scores)
+    def _adapt(self, adapted: Any, tasks: Task) -> Any:
+        """One inner step of every task from its own variables."""
 
-        score = metaframe.meta_value_and_grad(
-            adapted, has_aux=True, task_map=self.settings.task_map
-        )
-        return score(params, tasks).aux
+        def step(v: Any, task: Task) -> Any:
+            return metaframe.inner_loop(
+                self.cost, v, support(task), steps=1, lr=self.settings.inner_lr, order=1
+            )
+
+        return metaframe.map_tasks(step, task_map=self.settings.task_map)(adapted, tasks)
+
+    def _score(self, adapted: Any, tasks: Task) -> Any:
+        """Every task's accuracy on its query set."""
+
+        def accuracy(v: Any, task: Task) -> Any:
+            x, y = query(task)
+            return nn.accuracy(self.model.apply(v, x), y)
+
+        return metaframe.map_tasks(accuracy, task_map=self.settings.task_map)(adapted, tasks)
 
 
 def run(
@@ -130,7 +141,7 @@ def run(
         rows = []
         for _ in range(0, settings.eval_tasks, settings.eval_batch):
             tasks = stack_tasks(test.sample(settings.eval_batch))
-            rows.append(ops.to_numpy(learner.accuracies(params, tasks)))
+            rows.append(learner.accuracies(params, tasks))
             progress.update(bar, advance=settings.eval_batch)
     scores = np.concatenate(rows)
     return Result(

@@ -1,6 +1,7 @@
 """metaframe: one definition of a meta-learning algorithm, on PyTorch, JAX and TensorFlow."""
 
 from metaframe import errors as errors
+from metaframe import models as models
 from metaframe import nn as nn
 from metaframe import ops as ops
 from metaframe import optim as optim
@@ -16,7 +17,18 @@ from metaframe.compile import compile as compile
 from metaframe.container import Container as Container
 from metaframe.errors import MetaframeError as MetaframeError
 from metaframe.inner import inner_loop as inner_loop
+from metaframe.learners import ANIL as ANIL
+from metaframe.learners import MAML as MAML
+from metaframe.learners import Learner as Learner
+from metaframe.learners import MetaSGD as MetaSGD
+from metaframe.learners import adapt as adapt
+from metaframe.learners import functional_forward as functional_forward
+from metaframe.learners import head_names as head_names
+from metaframe.learners import inner_step as inner_step
+from metaframe.learners import named_buffers as named_buffers
+from metaframe.learners import named_params as named_params
 from metaframe.meta import MetaResult as MetaResult
+from metaframe.meta import map_tasks as map_tasks
 from metaframe.meta import meta_value_and_grad as meta_value_and_grad
 from metaframe.optim import Optimizer as Optimizer
 from metaframe.optim import apply_updates as apply_updates

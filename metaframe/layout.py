@@ -19,7 +19,7 @@ RETURN_INNER = (False, True, "first", "all")
 
 @dataclass(frozen=True)
 class Layout:
-    """The tasks and variables of one call, checked, as arrays, laid out for `map_tasks`."""
+    """The tasks and variables of one call, checked, as arrays, laid out for `accumulate`."""
 
     backend: Backend
     batch: tree.Tree

@@ -97,7 +97,7 @@ def meta_value_and_grad(
             costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, tasks)
             return grads, (costs, *aux)
 
-        grads, (costs, *aux) = map_tasks(
+        grads, (costs, *aux) = accumulate(
             backend, of_task, of_chunk, first_tasks(batch, count), wanted, task_map, chunk_size
         )
         if check_finite:
@@ -106,6 +106,49 @@ def meta_value_and_grad(
         if check_finite:
             checks.finite_leaves(gradient, backend)
         return MetaResult(backend.ops.mean(costs), gradient, cost_of.unflatten_aux(aux))
+
+    return call
+
+
+def map_tasks(
+    fn: Callable[..., Any], *, task_map: TaskMap = "vmap", chunk_size: int | None = None
+) -> Callable[..., Any]:
+    """Turn a function of one task into one of many, such as an evaluation.
+
+    Args:
+        fn: a function of structures of arrays, without a task axis, that returns one.
+        task_map, chunk_size: as for `meta_value_and_grad`.
+
+    Returns:
+        `fn` for arguments with a leading task axis on every leaf; the results are stacked alike.
+
+    >>> import torch
+    >>> means = map_tasks(lambda task: {"mean": task["x"].mean()})
+    >>> means({"x": torch.tensor([[1.0, 3.0], [5.0, 7.0]])})
+    {'mean': tensor([2., 6.])}
+    """
+    checks.function(fn, "fn")
+    checks.choice(task_map, "task_map", TASK_MAPS)
+    checks.chunk_size(chunk_size)
+
+    def call(*tasks: tree.Tree) -> tree.Tree:
+        checks.tasks(tasks, None)
+        leaves, spec = tree.flatten(tasks)
+        backend = backend_of(*leaves)
+        results: list[tree.TreeSpec] = []
+
+        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
+            rows, row_spec = tree.flatten(fn(*tree.unflatten(spec, task)))
+            results.append(row_spec)
+            return (), rows
+
+        def of_chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
+            return (), backend.vmap(lambda task: of_task(task)[1])(tasks)
+
+        _, stacked = accumulate(
+            backend, of_task, of_chunk, convert_neutral(leaves, backend), (), task_map, chunk_size
+        )
+        return tree.unflatten(results[-1], stacked)
 
     return call
 
@@ -152,7 +195,7 @@ def first_tasks(batch: Arrays, count: int) -> Arrays:
     return tuple(x if x.shape[0] == count else x[:count] for x in batch)
 
 
-def map_tasks(
+def accumulate(
     backend: Backend,
     of_task: TaskFn,
     of_chunk: TaskFn,

@@ -22,7 +22,7 @@ from metaframe.backend import Array, Arrays, Backend
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
 from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner
-from metaframe.meta import MetaResult, map_tasks, meta_value_and_grad
+from metaframe.meta import MetaResult, accumulate, meta_value_and_grad
 from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
 
@@ -266,7 +266,7 @@ def reptile_step(
         return tuple(layout.backend.ops.sum(x, axis=0) for x in directions), stacked
 
     like = tree.leaves(layout.variables)
-    mean, (costs, *adapted) = map_tasks(
+    mean, (costs, *adapted) = accumulate(
         layout.backend, of_task, of_chunk, leaves, like, layout.task_map, chunk_size
     )
     if check_finite:

@@ -24,7 +24,8 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     def flat(*xs: Array) -> list[Array]:
         return list(fn(xs))
 
-    plain = [x.detach() for x in examples]
+    # Compiled code relies on the strides of its inputs, and callers do not think of them.
+    plain = [x.detach().contiguous() for x in examples]
     graph = make_fx(flat)(*plain)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -35,6 +36,6 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
 
     def call(xs: Arrays) -> Arrays:
         with torch.no_grad():
-            return tuple(compiled(*(x.detach() for x in xs)))
+            return tuple(compiled(*(x.detach().contiguous() for x in xs)))
 
     return call
