@@ -96,9 +96,10 @@ class Timing:
 
     def ratio(self, reference: Timing) -> float:
         """Median over rounds of this time by the reference's in the same round."""
-        return statistics.median(
-            a / b for a, b in zip(self.rounds, reference.rounds, strict=True) if b > 0
-        )
+        if len(self.rounds) != len(reference.rounds):  # not timed together
+            return self.ms / reference.ms
+        pairs = zip(self.rounds, reference.rounds, strict=True)
+        return statistics.median(a / b for a, b in pairs if b > 0)
 
     def record(self) -> dict[str, float]:
         return {

@@ -44,7 +44,7 @@ def gradient_shape(library: ModuleType, arrays: dict[str, Any], square_mean: Any
     return grads["w"].shape
 
 
-def ivy_program(ivy: ModuleType, variable: Any, backend: str) -> Program:
+def ivy_program(ivy: ModuleType, variable: Any) -> Program:
     """W1 with one inner step: all tasks in one call, as ivy's documentation does it."""
     workload = w1(TASKS)
     with metaframe.use_backend("torch", dtype="float64"):
@@ -79,7 +79,6 @@ def ivy_program(ivy: ModuleType, variable: Any, backend: str) -> Program:
         leaves = [grads[layer][key] for layer in sorted(tiled) for key in sorted(tiled[layer])]
         return [x.data if isinstance(x, ivy.Array) else x for x in (mean_cost, *leaves)]
 
-    del backend
     return program
 
 
@@ -135,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     case = Case(w1(TASKS), steps=1)
     programs = {
         "metaframe compiled": metaframe_program(case, Execution(), backend, "float32"),
-        "metaframe eager": metaframe_program(case, Execution().eager(), backend, "float32"),
-        "ivy": ivy_program(ivy, _variable, backend),
+        "metaframe eager": metaframe_program(case, Execution(compiled=False), backend, "float32"),
+        "ivy": ivy_program(ivy, _variable),
     }
     exact = metaframe_program(case, Execution(), backend, "float64")()
     result["w1_error"] = {name: difference(run()[1:], exact[1:]) for name, run in programs.items()}

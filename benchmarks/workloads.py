@@ -8,12 +8,13 @@ All arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from metaframe import nn, ops, optim, use_backend
+import metaframe
+from metaframe import nn, optim, tree, use_backend
 
 Array = np.ndarray[Any, Any]
 SEED = 0
@@ -102,9 +103,6 @@ class Execution:
         mode = "" if self.mode == "reverse" else f" {self.mode}"
         return f"metaframe {self.task_map}{mode}, {'compiled' if self.compiled else 'eager'}"
 
-    def eager(self) -> Execution:
-        return replace(self, compiled=False)
-
 
 def support(task: Any) -> Any:
     return task[:2]
@@ -118,9 +116,6 @@ def metaframe_program(
     case: Case, execution: Execution, backend: str, dtype: str, device: str | None = None
 ) -> Callable[[], Any]:
     """One meta-gradient of `case` by metaframe: cost and gradients, flat."""
-    import metaframe
-    from metaframe import tree
-
     workload = case.workload
     step = metaframe.maml_step if case.order == 2 else metaframe.fomaml_step
     options: dict[str, Any] = {"mode": execution.mode} if case.order == 2 else {}
@@ -136,7 +131,7 @@ def metaframe_program(
             inner_optimization_step=optim.sgd(),
             inner_batch_fn=support,
             outer_batch_fn=query,
-            batched=execution.task_map if execution.task_map != "loop" else "scan",
+            batched=execution.task_map,
             **options,
         )[:2]
 
@@ -149,6 +144,3 @@ def metaframe_program(
         return (cost, *tree.leaves(grads))
 
     return program
-
-
-__all__ = ["WORKLOADS", "Case", "Execution", "Workload", "metaframe_program", "ops", "w1", "w2"]
