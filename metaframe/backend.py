@@ -141,6 +141,10 @@ class Backend(abc.ABC):
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         """`fn` compiled as a whole for arrays like `examples`."""
 
+    @abc.abstractmethod
+    def needed_a_value(self, error: Exception) -> bool:
+        """Was `error` raised because traced code asked an array for its value?"""
+
     def scan(
         self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
     ) -> tuple[Arrays, Arrays]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import traceback
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
 from metaframe import tree
 from metaframe.backend import Arrays, Backend, backend_of, convert_neutral, owner
-from metaframe.errors import InputTypeError
+from metaframe.errors import CompileError, InputTypeError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,7 +104,12 @@ class _Program:
             self._outputs = tree.Packed(fn(*args, **kwargs), backend.owns)
             return self._outputs.arrays
 
-        self._run = backend.compile(flat, arrays)
+        try:
+            self._run = backend.compile(flat, arrays)
+        except Exception as error:
+            if not backend.needed_a_value(error):
+                raise
+            raise CompileError(_untraceable(fn, error)) from error
 
     def __call__(self, arrays: Arrays) -> Any:
         results = self._run(arrays)
@@ -112,6 +119,24 @@ class _Program:
 
 def _is_array(x: object) -> bool:
     return isinstance(x, np.ndarray) or owner(x) is not None
+
+
+def _untraceable(fn: Callable[..., Any], error: Exception) -> str:
+    name = getattr(fn, "__name__", repr(fn))
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if not _is_library(frame.filename)] or list(frames)
+    return (
+        f"{name} cannot be compiled: {ours[-1].filename}:{ours[-1].lineno} needs the value of an "
+        f"array, which a compiled function does not know yet: `{ours[-1].line}`. Compute both "
+        "sides and choose with ops.where, pass the value as a Python number, or call the function "
+        "without compile."
+    )
+
+
+def _is_library(filename: str) -> bool:
+    here = Path(__file__).parent
+    libraries = (str(here), str(here.parent / "backends"), "<frozen")
+    return filename.startswith(libraries) or "site-packages" in filename
 
 
 def _unhashable(constants: tuple[Any, ...]) -> str:

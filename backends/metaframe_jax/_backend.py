@@ -147,6 +147,17 @@ class JaxBackend(Backend):
     def signature(self, x: Array) -> Hashable:
         return x.aval, x.sharding
 
+    def needed_a_value(self, error: Exception) -> bool:
+        return isinstance(
+            error,
+            (
+                jax.errors.ConcretizationTypeError,
+                jax.errors.NonConcreteBooleanIndexError,
+                jax.errors.TracerArrayConversionError,
+                jax.errors.TracerIntegerConversionError,
+            ),
+        )
+
     def register_node(
         self,
         cls: type,

@@ -146,6 +146,12 @@ class TensorFlowBackend(Backend):
         )
         return tuple(carry), tuple(store.stack() for store in stores)
 
+    def needed_a_value(self, error: Exception) -> bool:
+        # NumPy conversion of a symbolic tensor and its `numpy` method have no class of their own.
+        return isinstance(error, tf.errors.OperatorNotAllowedInGraphError) or (
+            isinstance(error, (NotImplementedError, AttributeError)) and "ymbolic" in str(error)
+        )
+
     def signature(self, x: Array) -> Hashable:
         return tuple(x.shape), x.dtype, x.device
 

@@ -117,6 +117,11 @@ class TorchBackend(Backend):
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         return compile_traced(fn, examples)
 
+    def needed_a_value(self, error: Exception) -> bool:
+        # torch has no class for it, only these words of vmap, of torch.func and of the tracer.
+        words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
+        return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+
     def register_node(
         self,
         cls: type,

@@ -1,0 +1,137 @@
+"""`compile`: what is one program, what is another, and what cannot be one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaframe
+from metaframe import Container, ops
+from metaframe.backend import Backend
+from metaframe.errors import CompileError, InputTypeError
+
+Arr = Callable[..., Any]
+
+
+def scaled(v: Any, factor: Any = 2) -> Any:
+    return {"scaled": v["w"] * factor, "factor": factor}
+
+
+def test_same_arrays_are_one_program(backend: Backend, arr: Arr) -> None:
+    compiled = metaframe.compile(scaled)
+    for start in (0.0, 1.0, 2.0):
+        result = compiled({"w": arr([start, start + 1])})
+        np.testing.assert_array_equal(
+            backend.to_numpy(result["scaled"]), [2 * start, 2 * start + 2]
+        )
+    assert compiled.traces == 1
+
+
+def test_another_shape_dtype_or_structure_is_another_program(arr: Arr) -> None:
+    compiled = metaframe.compile(scaled)
+    calls = [
+        {"w": arr([1.0, 2.0])},
+        {"w": arr([1.0, 2.0, 3.0])},
+        {"w": arr([1.0, 2.0], dtype="float32")},
+        Container(w=arr([1.0, 2.0])),
+    ]
+    for count, v in enumerate(calls, start=1):
+        compiled(v)
+        assert compiled.traces == count
+    for v in calls:
+        compiled(v)
+    assert compiled.traces == len(calls)
+
+
+@pytest.mark.parametrize("factors", [(1, True, 1.0), (0.5, 0.25, 2)])
+def test_constants_belong_to_the_program(
+    backend: Backend, arr: Arr, factors: tuple[Any, ...]
+) -> None:
+    """1, True and 1.0 are equal and are three programs all the same."""
+    compiled = metaframe.compile(scaled)
+    for factor in factors:
+        result = compiled({"w": arr([3.0])}, factor=factor)
+        assert type(result["factor"]) is type(factor)
+        np.testing.assert_array_equal(backend.to_numpy(result["scaled"]), [3.0 * factor])
+    assert compiled.traces == len(factors)
+
+
+def test_neutral_arrays_are_inputs_and_not_constants(backend: Backend) -> None:
+    compiled = metaframe.compile(scaled)
+    for value in (1.0, 5.0):
+        result = compiled({"w": np.array([value])})
+        assert backend.owns(result["scaled"])
+        np.testing.assert_array_equal(backend.to_numpy(result["scaled"]), [2 * value])
+    assert compiled.traces == 1
+
+
+def test_memory_layout_of_inputs_does_not_matter(backend: Backend, arr: Arr) -> None:
+    """A transposed and a broadcast array next to a plain one of the same shape."""
+    compiled = metaframe.compile(lambda x: x @ x)
+    plain = np.arange(9.0).reshape(3, 3)
+    row = arr(plain[0])
+    for x, expected in (
+        (arr(plain), plain),
+        (ops.transpose(arr(plain), (1, 0)), plain.T),
+        (ops.broadcast_to(row, (3, 3)), np.broadcast_to(plain[0], (3, 3))),
+    ):
+        np.testing.assert_allclose(backend.to_numpy(compiled(x)), expected @ expected, rtol=1e-14)
+    assert compiled.traces == 1
+
+
+def test_structure_of_results_is_kept(arr: Arr) -> None:
+    compiled = metaframe.compile(lambda v: (v, Container(a=v["w"]), [None, "text", 3]))
+    first, container, rest = compiled({"w": arr([1.0])})
+    assert set(first) == {"w"}
+    assert isinstance(container, Container)
+    assert rest == [None, "text", 3]
+
+
+def test_new_program_is_reported(arr: Arr, caplog: pytest.LogCaptureFixture) -> None:
+    compiled = metaframe.compile(scaled)
+    with caplog.at_level(logging.DEBUG, logger="metaframe.compile"):
+        compiled({"w": arr([1.0])})
+        compiled({"w": arr([2.0])})
+        compiled({"w": arr([1.0, 2.0])})
+    messages = [r.message for r in caplog.records if r.message.startswith("program ")]
+    assert [m.split(":")[0].rsplit(" on ", 1)[0] for m in messages] == [
+        "program 1 of scaled",
+        "program 2 of scaled",
+    ]
+
+
+def branches_on_a_value(v: Any) -> Any:
+    if ops.sum(v["w"]) > 0:
+        return v["w"]
+    return -v["w"]
+
+
+def test_branch_on_a_value_is_an_error_with_its_line(arr: Arr) -> None:
+    compiled = metaframe.compile(branches_on_a_value)
+    line = branches_on_a_value.__code__.co_firstlineno + 1
+    with pytest.raises(CompileError, match=rf"test_compile.py:{line} needs the value.*ops.where"):
+        compiled({"w": arr([1.0])})
+    assert compiled.traces == 0
+
+
+def test_error_in_the_function_stays_what_it_is(arr: Arr) -> None:
+    def broken(v: Any) -> Any:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        metaframe.compile(broken)({"w": arr([1.0])})
+
+
+def test_unhashable_argument_is_named(arr: Arr) -> None:
+    with pytest.raises(InputTypeError, match="received set"):
+        metaframe.compile(lambda v, s: v)({"w": arr([1.0])}, {1, 2})
+
+
+def test_name_and_docstring_survive() -> None:
+    compiled = metaframe.compile(scaled)
+    assert compiled.__name__ == "scaled"  # type: ignore[attr-defined]
+    assert compiled.__wrapped__ is scaled  # type: ignore[attr-defined]
