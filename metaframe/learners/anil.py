@@ -67,7 +67,8 @@ def head_names(module: Any, head: Any) -> tuple[str, ...]:
 
 
 def _arrays(head: Any) -> tuple[Any, ...]:
-    leaves = tree.leaves(head)
+    # TensorFlow keeps a list of variables in a list class of its own.
+    leaves = tree.leaves(list(head) if isinstance(head, list) else head)
     if all(owner(leaf) is not None or is_neutral(leaf) for leaf in leaves):
         return leaves
     return tuple(adapter_of(head).params().values())

@@ -16,7 +16,8 @@ Norm = Literal["batch", "frozen", "support"]
 NORMS = ("batch", "frozen", "support")
 
 
-@dataclass(frozen=True)
+# By identity, because a learning rate may be an array or a mapping, which have no hash.
+@dataclass(frozen=True, eq=False)
 class AdaptConfig:
     """The settings of an adaptation. Checked when made.
 

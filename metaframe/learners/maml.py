@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metaframe import checks, optim
 from metaframe.backend import Array
@@ -18,10 +18,14 @@ from metaframe.learners.objective import Meta, TaskObjective, as_batch
 from metaframe.learners.wrapper import Wrapper
 from metaframe.meta import MetaResult, TaskMap, meta_value_and_grad
 from metaframe.models import ModelAdapter, adapter_of
-from metaframe.tasks import Task
+
+if TYPE_CHECKING:
+    from metaframe.tasks import Task
 
 LEARNED = "learned/"
 """Prefix of the names of what an update rule learns, among the meta-parameters."""
+PROGRAMS_KEPT = 16
+"""Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
 
 
 class MAML(Wrapper):
@@ -55,8 +59,7 @@ class MAML(Wrapper):
 
     >>> import torch
     >>> from metaframe.learners import MAML
-    >>> from metaframe.tasks import Task
-    >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
+    >>>     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
     >>> optimizer = torch.optim.SGD(maml.parameters(), lr=0.01)
     >>> x, y = torch.linspace(-1, 1, 8)[:, None], torch.ones(8, 1)
     >>> learner = maml.clone().adapt_on(torch.nn.functional.mse_loss, x, y)
@@ -218,7 +221,13 @@ class MAML(Wrapper):
             return run
         settings = (objective.config, objective.loss_fn, objective.steps, objective.mode)
         key = (*settings, task_map, chunk_size, self._adapter.signature())
+        if key not in self._programs and len(self._programs) == PROGRAMS_KEPT:
+            del self._programs[next(iter(self._programs))]
         return self._programs.setdefault(key, compile(run))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the compiled programs, which a copy makes anew."""
+        return {**self.__dict__, "_programs": {}}
 
     def _divided(self, values: Mapping[str, Array]) -> Meta:
         groups: Meta = {"params": {}, "learned": {}}

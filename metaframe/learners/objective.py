@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.models import ModelAdapter
-from metaframe.tasks import Task, stack_tasks
+
+if TYPE_CHECKING:
+    from metaframe.tasks import Task
 
 Meta = dict[str, Params]
 """The meta-parameters of a model, "params", and those of its update rule, "learned"."""
@@ -83,6 +85,9 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
         InputError: no tasks, or tasks of different shapes.
         InputTypeError: arrays of another framework.
     """
+    # Here, because the tasks' package reads data sets, which `import metaframe` need not load.
+    from metaframe.tasks import Task, stack_tasks
+
     stacked = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
     example = next(x for x in like.values() if backend.is_floating(x))
 

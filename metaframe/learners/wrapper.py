@@ -44,11 +44,12 @@ class Wrapper:
     def __new__(cls, module: Any, *args: Any, **kwargs: Any) -> Any:
         """An object of the concrete class for the framework of `module`."""
         del args, kwargs
-        base = adapter_of(module).backend.module_base or _Plain
-        return object.__new__(cls if issubclass(cls, base) else _concrete(cls, base))
+        base: Any = adapter_of(module).backend.module_base or _Plain
+        neutral: Any = cls
+        return object.__new__(neutral if issubclass(cls, base) else _concrete(neutral, base))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the two classes, since the one made of them has no importable name."""
         if self._parts is None:
             return super().__reduce_ex__(protocol)
-        return _blank, self._parts, self.__dict__
+        return _blank, self._parts, self.__getstate__()
