@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import abc
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -266,6 +265,8 @@ _scoped_selection: ContextVar[Selection | None] = ContextVar("metaframe_backend"
 
 
 def _sources() -> dict[str, _Source]:
+    import importlib.metadata  # slow to import, and needed when the first array is seen
+
     found = {
         entry.name: _Source(entry.value, f"pip install {entry.dist.name if entry.dist else ''}")
         for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)

@@ -39,6 +39,8 @@ class Container(dict[str, Any]):
     metaframe.errors.UnknownAttributeError: Container has no key 'layr'. Did you mean 'layer'?
     """
 
+    __slots__ = ()
+
     # NumPy leaves `array * container` to us instead of making an array of objects.
     __array_ufunc__ = None
 
@@ -360,14 +362,14 @@ def _show_leaf(leaf: Any) -> str:
 
 def _flatten(node: Container) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
     keys = tuple(sorted(node))
-    return [dict.__getitem__(node, key) for key in keys], keys, keys
+    get = super(Container, node).__getitem__
+    return [get(key) for key in keys], keys, keys
 
 
 def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
     # Frameworks rebuild structures around placeholders, so children are stored as they come.
     node = Container.__new__(Container)
-    for key, child in zip(keys, children, strict=True):
-        dict.__setitem__(node, key, child)
+    dict.update(node, zip(keys, children, strict=True))
     return node
 
 
