@@ -1,0 +1,206 @@
+"""The backend boundary: what a framework has to provide.
+
+A backend is transforms and hardly any operations. It sees flat tuples of arrays and never a
+nested structure; core code never asks which backend it has.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metaframe.errors import InputTypeError
+
+if TYPE_CHECKING:
+    from metaframe.models.adapter import ModelAdapter
+    from metaframe.optable import NNTable, OpsTable
+
+Array = Any
+Arrays = tuple[Array, ...]
+ArraysFn = Callable[[Arrays], Arrays]
+"""A pure function from a flat tuple of arrays to a flat tuple of arrays."""
+ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
+"""A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
+ObjectiveFn = Callable[[Arrays], Array]
+"""A pure function from a flat tuple of arrays to a scalar."""
+
+
+class Backend(abc.ABC):
+    """What metaframe needs from a framework.
+
+    A method without a body is required. The others have a correct default, which a backend
+    overrides only to be faster or to use less memory.
+    """
+
+    name: str
+    """The framework's import name; also the name users select it by."""
+    ops: OpsTable
+    """The portable array functions, in native calls."""
+    nn: NNTable
+    """The portable layers, in native calls."""
+    module_base: type | None = None
+    """What a wrapper around this framework's models has to derive from, if anything."""
+    compiles_quickly: bool = True
+    """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+
+    # -- arrays --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def owns(self, x: object) -> bool:
+        """Is `x` an array of this framework (a tracer or a variable counts)?"""
+
+    @abc.abstractmethod
+    def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        """`x` (own or neutral) as an array; `None` keeps the dtype and the device."""
+
+    @abc.abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """`x` as a NumPy array, detached and on the host."""
+
+    @abc.abstractmethod
+    def dtype_name(self, x: Array) -> str:
+        """The NumPy name of the dtype, such as "float32"."""
+
+    @abc.abstractmethod
+    def is_floating(self, x: Array) -> bool:
+        """Can `x` carry a gradient?"""
+
+    @abc.abstractmethod
+    def is_traced(self, x: Array) -> bool:
+        """Is `x` inside a transform or a compilation, so that it has no value to look at?"""
+
+    @abc.abstractmethod
+    def devices(self) -> tuple[str, ...]:
+        """The names `device=` accepts here."""
+
+    # -- transforms ----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def stop_gradient(self, x: Array) -> Array:
+        """`x` as a constant."""
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
+    ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        """`xs -> (scalar, aux, gradients)`, nestable to any depth.
+
+        An input that the scalar does not depend on gets a gradient of zeros. When it depends on
+        none of them, `on_disconnected` is called (it raises the caller's error).
+        """
+
+    @abc.abstractmethod
+    def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        """Cotangents of `xs`: the transposed Jacobian of `fn` at `xs` times `cotangents`."""
+
+    @abc.abstractmethod
+    def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        """Tangents of the outputs: the Jacobian of `fn` at `xs` times `tangents`."""
+
+    @abc.abstractmethod
+    def custom_vjp(
+        self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
+    ) -> ArraysFn:
+        """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
+
+        Everything differentiable has to be in `xs`.
+        """
+
+    @abc.abstractmethod
+    def vmap(self, fn: ArraysFn) -> ArraysFn:
+        """`fn` over the leading axis of every input and output."""
+
+    @abc.abstractmethod
+    def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        """`fn` compiled as a whole for arrays like `examples`."""
+
+    @abc.abstractmethod
+    def needed_a_value(self, error: Exception) -> bool:
+        """Was `error` raised because traced code asked an array for its value?"""
+
+    def scan(
+        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
+
+        The default is a Python loop: right everywhere, and for a framework without a compiled
+        loop the only form there is.
+        """
+        rows = []
+        for i in range(xs[0].shape[0]):
+            carry, y = fn(carry, tuple(x[i] for x in xs))
+            rows.append(y)
+        return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
+
+    def mapped_value_and_grad(
+        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        """`(xs, tasks) -> (scalars, aux, gradients with respect to xs)` of `fn(xs, task)`.
+
+        Tasks are mapped over the leading axis; scalars and aux come stacked, gradients summed.
+        The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
+        number for less work, for a framework where that is safe.
+        """
+
+        def of_tasks(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            def one(task: Arrays) -> Arrays:
+                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, task))(xs)
+                return (*grads, value, *aux)
+
+            out = self.vmap(one)(tasks)
+            grads, (values, *aux) = out[: len(xs)], out[len(xs) :]
+            return values, tuple(aux), tuple(self.ops.sum(g, axis=0) for g in grads)
+
+        return of_tasks
+
+    def repeat(self, fn: ArraysFn, carry: Arrays, times: int) -> Arrays:
+        """`fn` applied `times` times. The default unrolls."""
+        for _ in range(times):
+            carry = fn(carry)
+        return carry
+
+    def signature(self, x: Array) -> Hashable:
+        """What a compiled program depends on: shape, dtype and device."""
+        return x.shape, x.dtype, x.device
+
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
+        unflatten: Callable[[Any, Iterable[Any]], Any],
+    ) -> None:
+        """Let the framework's own transforms take `cls` apart, if it has such a registry."""
+        del cls, flatten, unflatten
+
+    # -- models --------------------------------------------------------------------------
+
+    def adapter(self, model: object) -> ModelAdapter | None:
+        """`model` behind the neutral interface; None if it is no model of this framework."""
+        del model
+        return None
+
+    def live(self, values: dict[str, Array]) -> ModelAdapter | None:
+        """`values` as parameters that the framework's own optimizers can update, if it has such."""
+        del values
+        return None
+
+    def loss_gradient(
+        self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
+    ) -> tuple[Array | None, ...]:
+        """Gradients of one inner step, constants with `first_order`; None for unused inputs.
+
+        `loss` is a function of `xs`, or, where operations are recorded as they happen, a value
+        computed from them. An unused input may get zeros instead of None.
+        """
+        if not callable(loss):
+            raise InputTypeError(
+                f"{self.name} keeps no record of how a loss was computed, so adapt cannot "
+                "differentiate an array. Pass a function of the learner: "
+                "learner.adapt(lambda learner: loss_fn(learner(x), y))."
+            )
+        function = loss
+        _, _, grads = self.value_and_grad(lambda xs: (function(xs), ()))(xs)
+        return tuple(map(self.stop_gradient, grads)) if first_order else grads
