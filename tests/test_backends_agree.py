@@ -1,0 +1,149 @@
+"""The same meta-gradient on every backend, and by every way of computing it.
+
+Differences are measured against the norm of the gradient. The reference is the loop over tasks on
+torch in float64, whose gradients finite differences confirm in `test_meta_gradient_fd.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from closed_form import assert_close
+from frameworks import require
+from meta_problems import OPTIMIZERS, MetaProblem, classification, meta_step, quick, regression
+from metaframe import compile as compile_whole
+from metaframe import tree, use_backend
+
+Call = Callable[..., Any]
+
+TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
+PROBLEMS: dict[str, Callable[[], MetaProblem]] = {"mlp": regression, "conv4": classification}
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@functools.cache
+def reference(problem: str, steps: int, optimizer: str) -> tuple[Any, Any]:
+    """The loop on torch in float64."""
+    require("torch")
+    with use_backend("torch", dtype="float64") as torch:
+        made = PROBLEMS[problem]()
+        step = meta_step(made, steps, optimizer=optimizer, batched=False)
+        found = step(*tree.map(torch.asarray, (made.batch, made.variables)))
+        return tree.map(torch.to_numpy, found)
+
+
+def check(found: Any, expected: Any, dtype: str) -> None:
+    (cost, grads), (expected_cost, expected_grads) = found, expected
+    assert {str(x.dtype) for x in (cost, *tree.leaves(grads))} == {dtype}
+    assert_close(cost, expected_cost, TOLERANCE[dtype])
+    assert_close(grads, expected_grads, TOLERANCE[dtype])
+
+
+# -- backend against backend ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("steps", "optimizer"),
+    [
+        (2, "sgd"),
+        (2, "adamw"),
+        *(slow(k, name) for k in (1, 5) for name in OPTIMIZERS),
+        *(slow(2, name) for name in OPTIMIZERS if name not in ("sgd", "adamw")),
+    ],
+)
+def test_mlp(backend: Any, arr: Call, to_np: Call, steps: int, optimizer: str, dtype: str) -> None:
+    problem = regression()
+    step = quick(backend, meta_step(problem, steps, optimizer=optimizer))
+    with use_backend(backend.name, dtype=dtype):
+        found = to_np(step(arr(problem.batch, dtype), arr(problem.variables, dtype)))
+    check(found, reference("mlp", steps, optimizer), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("steps", [1, slow(2), slow(5)])
+def test_conv4(backend: Any, arr: Call, to_np: Call, steps: int, dtype: str) -> None:
+    problem = classification()
+    step = quick(backend, meta_step(problem, steps))
+    batch = tree.map(lambda x: arr(x, dtype if x.dtype.kind == "f" else None), problem.batch)
+    found = to_np(step(batch, arr(problem.variables, dtype)))
+    check(found, reference("conv4", steps, "sgd"), dtype)
+
+
+# -- one way against another ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", [slow("mlp"), "conv4"])
+@pytest.mark.parametrize("batched", [False, "vmap", "scan"])
+def test_eager(backend: Any, arr: Call, to_np: Call, problem: str, batched: Any) -> None:
+    made = PROBLEMS[problem]()
+    found = to_np(meta_step(made, 1, batched=batched)(arr(made.batch), arr(made.variables)))
+    check(found, reference(problem, 1, "sgd"), "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("batched", [False, "vmap", "scan"])
+def test_compiled(backend: Any, arr: Call, to_np: Call, problem: str, batched: Any) -> None:
+    made = PROBLEMS[problem]()
+    step = compile_whole(meta_step(made, 2, batched=batched))
+    check(
+        to_np(step(arr(made.batch), arr(made.variables))), reference(problem, 2, "sgd"), "float64"
+    )
+
+
+@pytest.mark.parametrize("problem", ["mlp", slow("conv4")])
+def test_compiled_vectorised(backend: Any, arr: Call, to_np: Call, problem: str) -> None:
+    made = PROBLEMS[problem]()
+    step = compile_whole(meta_step(made, 1))
+    check(
+        to_np(step(arr(made.batch), arr(made.variables))), reference(problem, 1, "sgd"), "float64"
+    )
+
+
+@pytest.mark.parametrize("mode", ["remat", "mixed"])
+@pytest.mark.parametrize(
+    ("problem", "optimizer", "batched"),
+    [
+        ("mlp", "adam", "vmap"),
+        ("conv4", "sgd", "vmap"),
+        ("mlp", "momentum", "scan"),
+        slow("mlp", "adam", False),
+        slow("conv4", "adam", "scan"),
+        slow("conv4", "adam", False),
+        *(slow("mlp", name, "vmap") for name in OPTIMIZERS if name != "adam"),
+    ],
+)
+def test_modes(
+    backend: Any, arr: Call, to_np: Call, mode: str, problem: str, optimizer: str, batched: Any
+) -> None:
+    made = PROBLEMS[problem]()
+    step = quick(backend, meta_step(made, 2, optimizer=optimizer, batched=batched, mode=mode))
+    found = to_np(step(arr(made.batch), arr(made.variables)))
+    check(found, reference(problem, 2, optimizer), "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reverse", "remat", "mixed"])
+def test_many_steps(backend: Any, arr: Call, to_np: Call, mode: str) -> None:
+    """Past the number of steps that are unrolled."""
+    made = regression()
+    step = quick(backend, meta_step(made, 12, optimizer="adam", mode=mode))
+    found = to_np(step(arr(made.batch), arr(made.variables)))
+    check(found, reference("mlp", 12, "adam"), "float64")
+
+
+# -- bit for bit --------------------------------------------------------------------------------
+
+
+def test_twice_the_same_bits(backend: Any, arr: Call, to_np: Call) -> None:
+    made = classification()
+    step = quick(backend, meta_step(made, 1))
+    first, second = (to_np(step(arr(made.batch), arr(made.variables))) for _ in range(2))
+    for a, b in zip(tree.leaves(first), tree.leaves(second), strict=True):
+        assert a.tobytes() == b.tobytes()

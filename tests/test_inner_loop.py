@@ -1,0 +1,276 @@
+"""`inner_loop` on its own: what it is a function of, and every kind of update rule."""
+
+from __future__ import annotations
+
+import importlib
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from closed_form import RATE, SIZE, Problem, assert_close, mask, support_cost, unpacked
+from frameworks import require
+from meta_problems import classification, quick
+from metaframe import (
+    apply_updates,
+    inner_loop,
+    meta_value_and_grad,
+    nn,
+    ops,
+    optim,
+    tree,
+    use_backend,
+)
+
+Call = Callable[..., Any]
+
+MODES = ["reverse", "remat", "mixed"]
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def task(arr: Call) -> Any:
+    """The first task of the closed form, without a task axis."""
+    return arr(tree.map(lambda x: x[0], Problem().batch))
+
+
+# -- values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 11])
+def test_adapted_variables(arr: Call, to_np: Call, task: Any, mode: Any, steps: int) -> None:
+    problem = Problem(steps)
+    v = arr(problem.variables)
+    found = inner_loop(support_cost, v, task, steps=steps, lr=RATE, mode=mode)
+    assert_close(to_np(found), unpacked(problem.points(0)[-1][0]))
+
+
+def test_chosen_variables(arr: Call, to_np: Call, task: Any) -> None:
+    problem = Problem(adapted=mask("body/b", "body/w"))
+    v = arr(problem.variables)
+    found = inner_loop(support_cost, v, task, steps=2, lr=RATE, inner_v="head", keep_inner_v=False)
+    assert_close(to_np(found), unpacked(problem.points(0)[-1][0]))
+    assert found["head"] is v["head"]
+
+
+def test_any_structure(arr: Call, to_np: Call) -> None:
+    pair = namedtuple("pair", ["first", "second"])
+    v = arr({"a": pair(np.array(1.0), [2.0]), "b": (np.ones((2, 2)), None)})
+
+    def cost(batch: Any, v: Any) -> Any:
+        squares = (ops.sum(ops.square(x)) for x in tree.leaves(v))
+        return batch * sum(squares) / 2
+
+    found = to_np(inner_loop(cost, v, arr(np.array(1.0)), steps=1, lr=0.25))
+    assert tree.structure(found) == tree.structure(v)
+    assert isinstance(found["a"], pair)
+    for after, before in zip(tree.leaves(found), tree.leaves(to_np(v)), strict=True):
+        np.testing.assert_array_equal(after, 0.75 * before)
+
+
+def test_nothing_is_changed_in_place(arr: Call, to_np: Call, task: Any, mode: Any) -> None:
+    v = arr(Problem().variables)
+    before = tree.map(np.copy, to_np((v, task)))
+    inner_loop(support_cost, v, task, steps=2, lr=RATE, update=optim.adam(), mode=mode)
+    for a, b in zip(tree.leaves(to_np((v, task))), tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# -- derivatives -----------------------------------------------------------------------------
+
+
+def test_gradients_of_everything_it_is_given(
+    backend: Any, arr: Call, to_np: Call, mode: Any
+) -> None:
+    """theta, the rate and the data, all three in closed form."""
+    problem = Problem(steps=3, tasks=1)
+    matrix, centre = problem.support.matrix[0], problem.support.centre[0]
+    weight = np.random.default_rng(8).normal(size=SIZE)
+
+    def meta_cost(given: Any, task: Any) -> Any:
+        support = {**task["support"], "centre": given["centre"]}
+        inner = {"support": support}
+        v = inner_loop(support_cost, given["v"], inner, steps=3, lr=given["rate"], mode=mode)
+        return sum(
+            ops.sum(x * w) for x, w in zip(tree.leaves(v), tree.leaves(task["weight"]), strict=True)
+        )
+
+    given = {"v": problem.variables, "rate": np.array(RATE), "centre": centre}
+    tasks = {"support": problem.batch["support"], "weight": unpacked(weight[None])}
+    step = quick(backend, meta_value_and_grad(meta_cost))
+    _, grads, _ = to_np(step(arr(given), arr(tasks)))
+
+    # theta' = theta - rate A (theta - c), and the derivatives of theta by the rate and by c.
+    by_rate, by_centre = np.zeros(SIZE), np.zeros((SIZE, SIZE))
+    keep = np.eye(SIZE) - RATE * matrix
+    for theta, _ in problem.points(0)[:-1]:
+        by_rate = keep @ by_rate - matrix @ (theta - centre)
+        by_centre = keep @ by_centre + RATE * matrix
+    assert_close(grads["v"], unpacked(problem.points(0)[-1][1].T @ weight))
+    assert_close(grads["rate"], np.asarray(weight @ by_rate))
+    assert_close(grads["centre"], by_centre.T @ weight)
+
+
+def test_a_learnable_rate_for_each_variable(
+    backend: Any, arr: Call, to_np: Call, mode: Any
+) -> None:
+    """MetaSGD: the gradient by a rate of the shape of its variable."""
+    problem = Problem(steps=1, tasks=1, rate=np.linspace(0.01, 0.1, SIZE))
+    weight = np.random.default_rng(8).normal(size=SIZE)
+
+    def meta_cost(given: Any, task: Any) -> Any:
+        v = inner_loop(support_cost, given["v"], task, steps=1, lr=given["rates"], mode=mode)
+        pairs = zip(tree.leaves(v), tree.leaves(task["weight"]), strict=True)
+        return sum(ops.sum(x * w) for x, w in pairs)
+
+    given = {"v": problem.variables, "rates": unpacked(np.asarray(problem.rate))}
+    tasks = {**problem.batch, "weight": unpacked(weight[None])}
+    step = quick(backend, meta_value_and_grad(meta_cost))
+    _, grads, _ = to_np(step(arr(given), arr(tasks)))
+    assert_close(grads["v"], unpacked(problem.points(0)[-1][1].T @ weight))
+    assert_close(grads["rates"], unpacked(-weight * problem.support.gradient(0, problem.theta)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "rmsprop"])
+def test_first_order_is_the_gradient_at_the_adapted_point(
+    backend: Any, arr: Call, to_np: Call, optimizer: str
+) -> None:
+    """Whatever the update rule does to the variables, weight decay included."""
+    problem = Problem(steps=2, tasks=1)
+    rule = {
+        "adamw": optim.adamw(weight_decay=0.5),
+        "momentum": optim.momentum(),
+        "rmsprop": optim.rmsprop(),
+    }[optimizer]
+
+    def meta_cost(order: Any) -> Call:
+        def cost(v: Any, task: Any) -> Any:
+            adapted = inner_loop(support_cost, v, task, steps=2, lr=RATE, update=rule, order=order)
+            return support_cost(task, adapted), adapted
+
+        return quick(backend, meta_value_and_grad(cost, has_aux=True))
+
+    args = arr(problem.variables), arr(problem.batch)
+    _, first, adapted = to_np(meta_cost(1)(*args))
+    _, second, _ = to_np(meta_cost(2)(*args))
+    flat = np.concatenate([np.ravel(x) for x in tree.leaves(adapted)])
+    exact = problem.support.gradient(0, flat)
+    assert_close(first, unpacked(exact))
+    curvature = np.concatenate([np.ravel(x) for x in tree.leaves(second)]) - exact
+    assert np.linalg.norm(curvature) > 1e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("task_map", ["vmap", "scan", "loop"])
+def test_labels_in_the_batch(
+    backend: Any, arr: Call, to_np: Call, mode: Any, task_map: Any
+) -> None:
+    """Integers are no differentiable input: they have no cotangent and must not get one."""
+    model = nn.mlp([4, 5, 3], activation=ops.tanh)
+    made = classification()
+    batch = {
+        part: {"x": data["x"].reshape(2, 6, -1)[..., :4], "y": data["y"]}
+        for part, data in made.batch.items()
+    }
+    rng = np.random.default_rng(0)
+    variables = {
+        "layer1": {"w": rng.normal(size=(4, 5)), "b": np.zeros(5)},
+        "head": {"w": rng.normal(size=(5, 3)), "b": np.zeros(3)},
+    }
+
+    def cost(data: Any, v: Any) -> Any:
+        return nn.cross_entropy(model.apply(v, data["x"]), data["y"])
+
+    def run(kind: Any) -> Any:
+        def meta_cost(v: Any, task: Any) -> Any:
+            rule = optim.momentum()
+            v = inner_loop(cost, v, task["support"], steps=2, lr=0.1, update=rule, mode=kind)
+            return cost(task["query"], v)
+
+        step = quick(backend, meta_value_and_grad(meta_cost, task_map=task_map))
+        return to_np(step(arr(variables), arr(batch))[:2])
+
+    assert_close(run(mode), reference_with_labels(cost, batch, variables))
+
+
+def reference_with_labels(cost: Call, batch: Any, variables: Any) -> Any:
+    """The plain loop on torch."""
+    require("torch")
+    with use_backend("torch", dtype="float64") as torch:
+
+        def meta_cost(v: Any, task: Any) -> Any:
+            rule = optim.momentum()
+            v = inner_loop(cost, v, task["support"], steps=2, lr=0.1, update=rule)
+            return cost(task["query"], v)
+
+        v, tasks = tree.map(torch.asarray, (variables, batch))
+        found = meta_value_and_grad(meta_cost, task_map="loop")(v, tasks)
+        return tree.map(torch.to_numpy, found[:2])
+
+
+# -- update rules ----------------------------------------------------------------------------
+
+
+def test_a_function_as_update(backend: Any, arr: Call, to_np: Call, task: Any, mode: Any) -> None:
+    problem = Problem()
+
+    def update(v: Any, grads: Any, lr: Any, *, stop_gradients: bool) -> Any:
+        assert stop_gradients is False
+        return tree.map(lambda x, g: x - lr * g, v, grads)
+
+    v = arr(problem.variables)
+    found = inner_loop(support_cost, v, task, steps=2, lr=RATE, update=update, mode=mode)
+    assert_close(to_np(found), unpacked(problem.points(0)[-1][0]))
+
+
+def test_an_optimizer_outside(arr: Call, to_np: Call) -> None:
+    """The same pair of functions serves the outer loop."""
+    v = arr({"w": np.array([1.0, -2.0])})
+    rule = optim.momentum(0.5, decay=0.5)
+    state = rule.init(v)
+    for _ in range(2):
+        updates, state = rule.update(v, state, v)
+        v = apply_updates(v, updates)
+    # w1 = w / 2; m2 = w / 2 + w1 = w; w2 = w1 - w / 2 = 0.
+    assert_close(to_np(v), {"w": np.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("sgd", "reverse"),
+        *(("adam", mode) for mode in MODES),
+        *(
+            pytest.param(name, mode, marks=pytest.mark.slow)
+            for name, mode in [("sgd", "remat"), ("sgd", "mixed"), *(("rmsprop", m) for m in MODES)]
+        ),
+    ],
+)
+def test_optax(name: str, mode: Any) -> None:
+    """An optax transformation, integer step counter and all, equals our rule of the same name."""
+    require("jax")
+    optax = importlib.import_module("optax")
+    foreign, ours = {
+        "sgd": (optax.sgd(RATE, momentum=0.9), optim.momentum()),
+        "adam": (optax.adam(RATE), optim.adam()),
+        "rmsprop": (optax.rmsprop(RATE, decay=0.9, eps_in_sqrt=False), optim.rmsprop()),
+    }[name]
+    problem = Problem(steps=3, tasks=2)
+
+    def run(update: Any, lr: Any, kind: Any) -> Any:
+        def meta_cost(v: Any, task: Any) -> Any:
+            v = inner_loop(support_cost, v, task, steps=3, lr=lr, update=update, mode=kind)
+            return support_cost(task, v)
+
+        step = quick(jax, meta_value_and_grad(meta_cost))
+        args = tree.map(jax.asarray, (problem.variables, problem.batch))
+        return tree.map(jax.to_numpy, step(*args)[:2])
+
+    with use_backend("jax", dtype="float64") as jax:
+        # Not 1e-12: optax takes the power of 0.999 itself, with a digit or two less.
+        assert_close(run(foreign, None, mode), run(ours, RATE, "reverse"), 1e-11)
