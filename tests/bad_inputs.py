@@ -28,9 +28,7 @@ class CountedCost:
         return ops.square(off)
 
 
-def call_step(
-    name: str, counted: CountedCost, arr: Callable[..., Any], /, **changed: Any
-) -> Any:
+def call_step(name: str, counted: CountedCost, arr: Callable[..., Any], /, **changed: Any) -> Any:
     """The step called `name` on good arguments, with some replaced."""
     given = {
         "batch": arr(BATCH),

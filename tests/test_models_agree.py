@@ -30,7 +30,7 @@ def second_order() -> zoo.Values:
 @every_library()
 def test_second_order(library: Library, second_order: zoo.Values) -> None:
     maml = MAML(built(library), inner_lr=LR, inner_steps=STEPS)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), compiled=False)
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks())
     backend = load_backend(library.backend)
     close(library.canonical(result.grads, backend), second_order)
     costs = backend.to_numpy(result.aux["costs"])
@@ -47,7 +47,7 @@ def test_first_order_is_the_gradient_at_the_adapted_point(
     grads = [zoo.gradient(v, t.query_x, t.query_y) for v, t in points]
     expected = {name: np.mean([g[name] for g in grads], axis=0) for name in zoo.NAMES}
     maml = MAML(built(library), inner_lr=LR, inner_steps=STEPS, first_order=True)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), compiled=False)
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks())
     found = library.canonical(result.grads, load_backend(library.backend))
     close(found, expected, 1e-13)
     assert np.abs(found["w1"] - second_order["w1"]).max() > 1e-3
@@ -57,7 +57,7 @@ def test_first_order_is_the_gradient_at_the_adapted_point(
 def test_learned_rates(library: Library) -> None:
     start = {name: np.full_like(value, LR) for name, value in zoo.weights().items()}
     maml = MetaSGD(built(library), LR, STEPS)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), compiled=False, task_map="loop")
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), task_map="loop")
     backend = load_backend(library.backend)
     expected = zoo.differences(
         lambda rates: zoo.meta_cost(zoo.weights(), rates, STEPS, zoo.tasks()), start
@@ -72,7 +72,7 @@ def test_head_only(library: Library) -> None:
     head = library.head(model)
     assert sorted(head_names(model, head)) == sorted(library.names[2:])
     maml = ANIL(model, head, inner_lr=LR, inner_steps=STEPS)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), compiled=False, task_map="loop")
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), task_map="loop")
     rates = {**RATES, "w1": 0.0, "b1": 0.0}
     expected = zoo.differences(lambda v: zoo.meta_cost(v, rates, STEPS, zoo.tasks()), zoo.weights())
     found = library.canonical(result.grads, load_backend(library.backend))

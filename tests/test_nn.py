@@ -187,9 +187,22 @@ def _gradient(backend: Backend, fn: Callable[[Any], Any], x: Any) -> Any:
     return gradient
 
 
-def test_equal_pixels_share_the_gradient_of_max_pool(backend: Backend) -> None:
-    flat = backend.asarray(np.ones((1, 2, 2, 1)))
-    assert backend.to_numpy(_gradient(backend, nn.max_pool2d, flat)).ravel().tolist() == [0.25] * 4
+@pytest.mark.parametrize("channels", [1, 16])
+def test_max_pool_gives_the_gradient_to_the_first_largest_pixel(
+    backend: Backend, channels: int
+) -> None:
+    pixels = np.array([[[2.0, 2.0], [2.0, 2.0]], [[1.0, 2.0], [2.0, 0.0]]])
+    images = np.repeat(pixels[..., None], channels, -1)
+    found = backend.to_numpy(_gradient(backend, nn.max_pool2d, backend.asarray(images)))
+    first = np.array([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])
+    np.testing.assert_array_equal(found, np.repeat(first[..., None], channels, -1))
+
+
+def test_max_pool_passes_nan_on(backend: Backend) -> None:
+    for place in range(4):
+        image = np.ones((1, 2, 2, 1))
+        image.reshape(-1)[place] = np.nan
+        assert np.isnan(backend.to_numpy(nn.max_pool2d(image))).all()
 
 
 def test_relu_is_flat_at_zero(backend: Backend) -> None:
