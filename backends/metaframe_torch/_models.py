@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.models import Forward, ModelAdapter
 
+RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
 
 class TorchAdapter(ModelAdapter):
     """A `torch.nn.Module`; names are those of `named_parameters`."""
@@ -50,10 +52,10 @@ class TorchAdapter(ModelAdapter):
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         state = {name: buffer.clone() for name, buffer in state.items()}
-        norm = _Normalisation(forward.norm, state)
-        with norm, _differentiable_twice(self.model) if forward.twice else _as_it_is():
+        calls = _Calls(forward.norm, state)
+        with calls, _differentiable_twice(self.model) if forward.twice else _as_it_is():
             output = torch.func.functional_call(self.model, {**params, **state}, args, kwargs)
-        return output, {**state, **norm.recorded}
+        return output, {**state, **calls.recorded}
 
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -61,11 +63,12 @@ class TorchAdapter(ModelAdapter):
                 parameter.copy_(params[name])
 
 
-class _Normalisation(TorchFunctionMode):
-    """Batch normalisation by the statistics the policy names, without touching any buffer.
+class _Calls(TorchFunctionMode):
+    """The calls a module makes that need another form here, caught on their way into torch.
 
-    The affine part stays outside the fused operation: `vmap` gets the second derivative of the
-    fused affine one wrong.
+    Batch normalisation uses the statistics the policy names and touches no buffer. The affine part
+    stays outside the fused operation: `vmap` gets the second derivative of the fused affine one
+    wrong.
     """
 
     def __init__(self, norm: str | None, state: dict[str, Tensor]) -> None:
@@ -86,6 +89,8 @@ class _Normalisation(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
+        if getattr(func, "__name__", None) in RECURRENCES and isinstance(args[2], list):
+            args = _with_mapped_state(*args)
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -137,6 +142,20 @@ class _Normalisation(TorchFunctionMode):
             running_mean = running_var = None
             own = True
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _with_mapped_state(
+    x: Tensor, state: Tensor | tuple[Tensor, ...], weights: list[Tensor], *rest: Any
+) -> tuple[Any, ...]:
+    """The initial state mapped by `vmap` wherever an input is.
+
+    The kernels add to what they compute from the state in place, which fails when the state is the
+    same for all tasks and the rest is not.
+    """
+    zero = sum(torch.zeros_like(t).sum() for t in (x, *weights))
+    if isinstance(state, tuple):
+        return x, tuple(h + zero for h in state), weights, *rest
+    return x, state + zero, weights, *rest
 
 
 @contextlib.contextmanager

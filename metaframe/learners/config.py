@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from metaframe import checks, optim
@@ -48,7 +47,7 @@ class AdaptConfig:
             rate_for(self.inner_lr, self.names)
         update_rule(self.update, stop_gradients=False)
 
-    @cached_property
+    @property
     def rule(self) -> UpdateRule:
         """The update rule in its one form."""
         return update_rule(self.update, stop_gradients=False)

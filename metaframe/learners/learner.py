@@ -42,7 +42,8 @@ class Learner:
         self._adapter = adapter
         self._learned = learned
         self._statistics = adapter.state()
-        self._rule_state = config.rule.init({name: params[name] for name in config.names})
+        self._rule = config.rule
+        self._rule_state = self._rule.init({name: params[name] for name in config.names})
         self._supporting = False
         self._has_support = config.norm != "support"
 
@@ -90,7 +91,7 @@ class Learner:
             config.allow_unused,
         )
         self.params, self._rule_state = descend(
-            self.params, grads, config.rule, self._rule_state, config.rate(self._learned)
+            self.params, grads, self._rule, self._rule_state, config.rate(self._learned)
         )
         if config.norm == "support":
             self._see_support(support_loss)

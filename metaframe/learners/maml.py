@@ -59,7 +59,8 @@ class MAML(Wrapper):
 
     >>> import torch
     >>> from metaframe.learners import MAML
-    >>>     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
+    >>> from metaframe.tasks import Task
+    >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
     >>> optimizer = torch.optim.SGD(maml.parameters(), lr=0.01)
     >>> x, y = torch.linspace(-1, 1, 8)[:, None], torch.ones(8, 1)
     >>> learner = maml.clone().adapt_on(torch.nn.functional.mse_loss, x, y)

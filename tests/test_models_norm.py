@@ -1,0 +1,214 @@
+"""Batch normalisation: each policy uses the statistics it names, and none is ever written down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import zoo
+from frameworks import require
+from metaframe import MAML, Learner, functional_forward, named_buffers, named_params, nn
+from metaframe.backend import Backend, load_backend
+from metaframe.errors import InputError
+
+V = zoo.weights()
+
+
+def _torch() -> Any:
+    import torch
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    ).double()
+    with torch.no_grad():
+        for layer, i in ((model[0], 1), (model[3], 2)):
+            layer.weight.copy_(torch.from_numpy(V[f"w{i}"]).T)
+            layer.bias.copy_(torch.from_numpy(V[f"b{i}"]))
+    return model
+
+
+def _nnx() -> Any:
+    import jax.numpy as jnp
+
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            settings = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float64}
+            self.layer1, self.head = nnx.Linear(3, 4, **settings), nnx.Linear(4, 2, **settings)
+            self.norm = nnx.BatchNorm(4, **settings)
+            self.norm.mean = nnx.BatchStat(jnp.zeros(4, jnp.float64))
+            self.norm.var = nnx.BatchStat(jnp.ones(4, jnp.float64))
+            for layer, i in ((self.layer1, 1), (self.head, 2)):
+                layer.kernel[...] = jnp.asarray(V[f"w{i}"])
+                layer.bias[...] = jnp.asarray(V[f"b{i}"])
+
+        def __call__(self, x: Any) -> Any:
+            return self.head(jnp.tanh(self.norm(self.layer1(x))))
+
+    return Net()
+
+
+def _linen() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    linen = pytest.importorskip("flax.linen")
+
+    class Net(linen.Module):  # type: ignore[misc, name-defined]
+        @linen.compact  # type: ignore[untyped-decorator]
+        def __call__(self, x: Any, train: bool = True) -> Any:
+            settings = {"param_dtype": jnp.float64}
+            x = linen.Dense(4, name="layer1", **settings)(x)
+            x = linen.BatchNorm(use_running_average=not train, name="norm", **settings)(x)
+            return linen.Dense(2, name="head", **settings)(jnp.tanh(x))
+
+    module = Net()
+    variables = module.init(jax.random.key(0), jnp.ones((2, 3)))
+    # Flax keeps statistics in float32, whatever the dtype of the parameters.
+    variables = jax.tree.map(lambda x: x.astype(jnp.float64), variables)
+    for name, i in (("layer1", 1), ("head", 2)):
+        variables["params"][name] = {
+            "kernel": jnp.asarray(V[f"w{i}"]),
+            "bias": jnp.asarray(V[f"b{i}"]),
+        }
+    return module, variables
+
+
+def _keras() -> Any:
+    keras = pytest.importorskip("keras")
+    model = keras.Sequential(
+        [
+            keras.layers.Input((3,), dtype="float64"),
+            keras.layers.Dense(4, dtype="float64"),
+            keras.layers.BatchNormalization(epsilon=1e-5, dtype="float64"),
+            keras.layers.Activation("tanh", dtype="float64"),
+            keras.layers.Dense(2, dtype="float64"),
+        ]
+    )
+    for variable, name in zip(
+        (*model.layers[0].weights, *model.layers[3].weights), zoo.NAMES, strict=True
+    ):
+        variable.assign(V[name])
+    return model
+
+
+MODELS = {
+    "torch": ("torch", _torch),
+    "nnx": ("jax", _nnx),
+    "linen": ("jax", _linen),
+    "keras": ("tensorflow", _keras),
+}
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    require(MODELS[request.param][0])
+    return str(request.param)
+
+
+@pytest.fixture
+def backend(name: str) -> Backend:
+    return load_backend(MODELS[name][0])
+
+
+@pytest.fixture
+def model(name: str) -> Any:
+    return MODELS[name][1]()
+
+
+def statistics(x: Any) -> tuple[Any, Any]:
+    hidden = x @ V["w1"] + V["b1"]
+    return hidden.mean(0), hidden.var(0)
+
+
+def predict(x: Any, mean: Any, var: Any) -> Any:
+    hidden = x @ V["w1"] + V["b1"]
+    return np.tanh((hidden - mean) / np.sqrt(var + 1e-5)) @ V["w2"] + V["b2"]
+
+
+def snapshot(model: Any, backend: Backend) -> dict[str, Any]:
+    return {n: np.array(backend.to_numpy(b)) for n, b in named_buffers(model).items()}
+
+
+def test_statistics_of_each_policy(model: Any, backend: Backend) -> None:
+    x = zoo.tasks()[0].support_x
+    own, running = predict(x, *statistics(x)), predict(x, 0.0, 1.0)
+    for policy, expected in (("batch", own), ("support", own), ("frozen", running)):
+        found = MAML(model, norm=policy)(backend.asarray(x))  # type: ignore[arg-type]
+        np.testing.assert_allclose(backend.to_numpy(found), expected, rtol=0, atol=1e-12)
+
+
+def test_the_models_own_mode_counts_without_a_policy(model: Any, backend: Backend) -> None:
+    x = zoo.tasks()[0].support_x
+    before = snapshot(model, backend)
+    found = functional_forward(model, named_params(model), backend.asarray(x))
+    # Keras models infer unless told to train; the others train unless told to infer.
+    infers = backend.name == "tensorflow"
+    expected = predict(x, 0.0, 1.0) if infers else predict(x, *statistics(x))
+    np.testing.assert_allclose(backend.to_numpy(found), expected, rtol=0, atol=1e-12)
+    for key, value in snapshot(model, backend).items():
+        assert np.array_equal(value, before[key])
+
+
+@pytest.mark.parametrize("policy", ["batch", "frozen"])
+def test_buffers_after_many_adaptations(model: Any, backend: Backend, policy: Any) -> None:
+    before = snapshot(model, backend)
+    assert before
+    task = zoo.tasks()[0]
+    x, y = backend.asarray(task.support_x), backend.asarray(task.support_y)
+    maml = MAML(model, 1e-3, norm=policy, first_order=True)
+    learners = [maml.clone() for _ in range(2)]
+    # Only torch models write to their buffers in place; elsewhere eager steps are slow.
+    for _ in range(50 if backend.name == "torch" else 3):
+        for learner in learners:
+            learner.adapt_on(nn.mse, x, y)
+            learner(x)
+    for key, value in snapshot(model, backend).items():
+        assert np.array_equal(value, before[key])
+
+
+def test_tasks_do_not_know_their_order(model: Any, backend: Backend) -> None:
+    maml, tasks = MAML(model, 0.1), zoo.tasks(2)
+    before = snapshot(model, backend)
+    forward = maml.meta_value_and_grad(nn.mse, tasks, task_map="loop")
+    backward = maml.meta_value_and_grad(nn.mse, tasks[::-1], task_map="loop")
+    np.testing.assert_allclose(
+        backend.to_numpy(forward.aux["costs"]),
+        backend.to_numpy(backward.aux["costs"])[::-1],
+        rtol=1e-13,
+    )
+    for key, value in snapshot(model, backend).items():
+        assert np.array_equal(value, before[key])
+
+
+def _adapted(maml: MAML, task: Any, backend: Backend) -> Learner:
+    x, y = backend.asarray(task.support_x), backend.asarray(task.support_y)
+    return maml.clone().adapt_on(nn.mse, x, y)
+
+
+def test_support_statistics_make_queries_independent(
+    name: str, model: Any, backend: Backend
+) -> None:
+    task = zoo.tasks(1)[0]
+    maml = MAML(model, 0.0, norm="support")
+    if name == "keras":
+        with pytest.raises(InputError, match="not available for Keras"):
+            _adapted(maml, task, backend)
+        return
+    query = backend.asarray(task.query_x)
+    with pytest.raises(InputError, match="which this learner has not seen"):
+        maml.clone()(query)
+    learner = _adapted(maml, task, backend)
+    expected = predict(task.query_x, *statistics(task.support_x))
+    np.testing.assert_allclose(backend.to_numpy(learner(query)), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(backend.to_numpy(learner(query[:1])), expected[:1], atol=1e-12)
+    transductive = _adapted(MAML(model, 0.0), task, backend)
+    assert np.abs(backend.to_numpy(transductive(query)) - expected).max() > 1e-3
+    moved = MAML(model, 0.1, norm="support")
+    result = moved.meta_value_and_grad(nn.mse, [task], task_map="loop")
+    predicted = backend.to_numpy(_adapted(moved, task, backend)(query))
+    cost = float(np.mean((predicted - task.query_y) ** 2))
+    np.testing.assert_allclose(backend.to_numpy(result.cost), cost, rtol=1e-12)
