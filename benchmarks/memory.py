@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.harness import BACKENDS, Program, prepare, run_python, wait
 from benchmarks.workloads import Case, Execution, Workload, metaframe_program, w1, w2
-from metaframe import nn, ops
+from metaframe import current_backend, nn, ops
 from metaframe.container import Container
 
 MODES = ("reverse", "remat", "mixed")
@@ -61,7 +61,8 @@ def transformer(
         x = nn.embedding(p["embedding"], tokens) + p["position"]
         h = nn.layer_norm(x)
         keys = (nn.dense(h, p[name]) for name in ("query", "key", "value"))
-        x = x + nn.dense(nn.attention(*keys, mask=mask), p["out"])
+        seen = current_backend(tokens).asarray(mask)
+        x = x + nn.dense(nn.attention(*keys, mask=seen), p["out"])
         h = nn.gelu(nn.dense(nn.layer_norm(x), p["up"]))
         return nn.dense(nn.layer_norm(x + nn.dense(h, p["down"])), p["head"])
 
@@ -166,7 +167,7 @@ def modes(backend: str, subject: str, device: str) -> list[dict[str, Any]]:
             row["MB"] = json.loads(run_python("-m", "benchmarks.memory", *case).splitlines()[-1])
             row["by reverse"] = row["MB"] / (rows[0] if rows else row).get("MB", math.nan)
         except (RuntimeError, TimeoutError) as error:
-            row["note"] = str(error).splitlines()[-1]
+            row["note"] = str(error).split("\n--------")[0].splitlines()[-1]
         rows.append(row)
     return rows
 
