@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import namedtuple
 from collections.abc import Callable
@@ -28,6 +29,8 @@ Call = Callable[..., Any]
 
 MODES = ["reverse", "remat", "mixed"]
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> Any:
@@ -43,7 +46,7 @@ def task(arr: Call) -> Any:
 # -- values ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 11])
+@pytest.mark.parametrize("steps", [0, 3, 11])
 def test_adapted_variables(arr: Call, to_np: Call, task: Any, mode: Any, steps: int) -> None:
     problem = Problem(steps)
     v = arr(problem.variables)
@@ -117,15 +120,13 @@ def test_gradients_of_everything_it_is_given(
     assert_close(grads["centre"], by_centre.T @ weight)
 
 
-def test_a_learnable_rate_for_each_variable(
-    backend: Any, arr: Call, to_np: Call, mode: Any
-) -> None:
+def test_a_learnable_rate_for_each_variable(backend: Any, arr: Call, to_np: Call) -> None:
     """MetaSGD: the gradient by a rate of the shape of its variable."""
     problem = Problem(steps=1, tasks=1, rate=np.linspace(0.01, 0.1, SIZE))
     weight = np.random.default_rng(8).normal(size=SIZE)
 
     def meta_cost(given: Any, task: Any) -> Any:
-        v = inner_loop(support_cost, given["v"], task, steps=1, lr=given["rates"], mode=mode)
+        v = inner_loop(support_cost, given["v"], task, steps=1, lr=given["rates"], mode="remat")
         pairs = zip(tree.leaves(v), tree.leaves(task["weight"]), strict=True)
         return sum(ops.sum(x * w) for x, w in pairs)
 
@@ -137,7 +138,7 @@ def test_a_learnable_rate_for_each_variable(
     assert_close(grads["rates"], unpacked(-weight * problem.support.gradient(0, problem.theta)))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", slow("momentum"), slow("rmsprop")])
 def test_first_order_is_the_gradient_at_the_adapted_point(
     backend: Any, arr: Call, to_np: Call, optimizer: str
 ) -> None:
@@ -166,7 +167,7 @@ def test_first_order_is_the_gradient_at_the_adapted_point(
     assert np.linalg.norm(curvature) > 1e-3 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("task_map", ["vmap", "scan", "loop"])
+@pytest.mark.parametrize("task_map", ["vmap", slow("scan"), slow("loop")])
 def test_labels_in_the_batch(
     backend: Any, arr: Call, to_np: Call, mode: Any, task_map: Any
 ) -> None:
@@ -244,11 +245,12 @@ def test_an_optimizer_outside(arr: Call, to_np: Call) -> None:
     ("name", "mode"),
     [
         ("sgd", "reverse"),
-        *(("adam", mode) for mode in MODES),
-        *(
-            pytest.param(name, mode, marks=pytest.mark.slow)
-            for name, mode in [("sgd", "remat"), ("sgd", "mixed"), *(("rmsprop", m) for m in MODES)]
-        ),
+        ("adam", "remat"),
+        slow("adam", "reverse"),
+        slow("adam", "mixed"),
+        slow("sgd", "remat"),
+        slow("sgd", "mixed"),
+        *(slow("rmsprop", mode) for mode in MODES),
     ],
 )
 def test_optax(name: str, mode: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, Device, lax
@@ -35,13 +37,18 @@ class JaxNN(NNTable):
         )
 
     def max_pool2d(self, x: Array, window: tuple[int, int]) -> Array:
-        # Not lax.reduce_window: it gives the gradient of a tie to one pixel, max to all alike.
-        height, width = window
-        rows, columns, channels = x.shape[1] // height, x.shape[2] // width, x.shape[3]
-        blocks = x[:, : rows * height, : columns * width].reshape(
-            -1, rows, height, columns, width, channels
-        )
-        return jnp.max(blocks, (2, 4))
+        size = (x.shape[1] // window[0], x.shape[2] // window[1])
+        return functools.reduce(_first_largest, _shifted(x, window, window, size))
+
+
+def _first_largest(x: Array, y: Array) -> Array:
+    """The larger element, `x` in a tie; NaN if either is.
+
+    Reductions and jnp.maximum have their gradient compare the operands with the result. When XLA
+    fuses that, it computes them again, not always to the same bit, and a gradient that finds no
+    equal element is lost: second derivatives of a jitted network were wrong by half.
+    """
+    return jnp.where((x >= y) | jnp.isnan(x), x, y)
 
 
 def _platform(x: Array) -> str:
@@ -61,11 +68,18 @@ def _conv2d_by_patches(x: Array, kernel: Array, stride: tuple[int, int], pads: P
     rows = (x.shape[1] - height) // stride[0] + 1
     columns = (x.shape[2] - width) // stride[1] + 1
 
-    def shifted(i: int, j: int) -> Array:
-        end = (i + (rows - 1) * stride[0] + 1, j + (columns - 1) * stride[1] + 1)
-        return lax.slice(
-            x, (0, i, j, 0), (x.shape[0], *end, channels), (1, stride[0], stride[1], 1)
-        )
-
-    patches = jnp.concatenate([shifted(i, j) for i in range(height) for j in range(width)], -1)
+    patches = jnp.concatenate(_shifted(x, (height, width), stride, (rows, columns)), -1)
     return patches @ kernel.reshape(height * width * channels, filters)
+
+
+def _shifted(
+    x: Array, window: tuple[int, int], stride: tuple[int, int], size: tuple[int, int]
+) -> list[Array]:
+    """For each place in the window, the pixels there, of `size` windows `stride` apart."""
+    (down, right), (rows, columns) = stride, size
+
+    def place(i: int, j: int) -> Array:
+        end = (x.shape[0], i + (rows - 1) * down + 1, j + (columns - 1) * right + 1, x.shape[3])
+        return lax.slice(x, (0, i, j, 0), end, (1, down, right, 1))
+
+    return [place(i, j) for i in range(window[0]) for j in range(window[1])]

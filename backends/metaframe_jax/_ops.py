@@ -11,6 +11,17 @@ from jax import Array
 from metaframe.optable import Axis, OpsTable
 
 
+def _pick(x: Array, y: Array | float, x_wins: Array, y_wins: Array) -> Array:
+    """The winner, elementwise. In a tie each gets half of the gradient.
+
+    jnp.maximum has its gradient compare the result with `x` and `y`. When XLA fuses that, it
+    computes them again, not always to the same bit, and then neither gets the gradient.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(x_wins, x, y)
+    return jnp.where(x_wins, x, jnp.where(y_wins, y, 0.5 * x + 0.5 * y))
+
+
 class JaxOps(OpsTable):
     """See `metaframe.ops` for what each function does.
 
@@ -74,10 +85,10 @@ class JaxOps(OpsTable):
         return jax.nn.sigmoid(x)
 
     def maximum(self, x: Array, y: Array | float) -> Array:
-        return jnp.maximum(x, y)
+        return _pick(x, y, x > y, x < y)
 
     def minimum(self, x: Array, y: Array | float) -> Array:
-        return jnp.minimum(x, y)
+        return _pick(x, y, x < y, x > y)
 
     def where(self, condition: Array, x: Array | float, y: Array | float) -> Array:
         return jnp.where(condition, x, y)

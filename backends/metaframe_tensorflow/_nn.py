@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import tensorflow as tf
@@ -34,14 +36,12 @@ class TensorFlowNN(NNTable):
         return tf.nn.conv2d(x, kernel, stride, "VALID")
 
     def max_pool2d(self, x: tf.Tensor, window: tuple[int, int]) -> tf.Tensor:
-        # Not tf.nn.max_pool2d: it has no second derivative for some shapes, and gives the
-        # gradient of a tie to one pixel, reduce_max to all alike.
+        # tf.nn.max_pool2d has no second derivative for some shapes. tf.maximum gives the gradient
+        # of a tie to its first argument, and so the one of a window to its first pixel.
         height, width = window
-        rows, columns, channels = x.shape[1] // height, x.shape[2] // width, x.shape[3]
+        rows, columns = x.shape[1] // height, x.shape[2] // width
         cropped = x[:, : rows * height, : columns * width]
-        blocks = tf.reshape(cropped, (-1, rows, height, columns, width, channels))
-        # Windows last: the gradient of a maximum over two separate axes broadcasts in a pattern
-        # that TensorFlow does not support once vectorized_map has added an axis.
-        windows = tf.transpose(blocks, (0, 1, 3, 5, 2, 4))
-        pixels = tf.reshape(windows, (-1, rows, columns, channels, height * width))
-        return tf.reduce_max(pixels, -1)
+        blocks = tf.reshape(cropped, (-1, rows, height, columns, width, x.shape[3]))
+        # unstack and not slices: its gradient is one stack and not a sum of padded tensors.
+        pixels = [tf.unstack(row, axis=3) for row in tf.unstack(blocks, axis=2)]
+        return functools.reduce(tf.maximum, itertools.chain(*pixels))

@@ -33,10 +33,4 @@ class TorchNN(NNTable):
         return F.conv2d(images, weights, stride=stride, padding=(top, left)).permute(0, 2, 3, 1)
 
     def max_pool2d(self, x: Tensor, window: tuple[int, int]) -> Tensor:
-        # Not F.max_pool2d: it gives the gradient of a tie to one pixel, amax to all alike.
-        height, width = window
-        rows, columns, channels = x.shape[1] // height, x.shape[2] // width, x.shape[3]
-        blocks = x[:, : rows * height, : columns * width].reshape(
-            -1, rows, height, columns, width, channels
-        )
-        return torch.amax(blocks, (2, 4))
+        return F.max_pool2d(x.permute(0, 3, 1, 2), window).permute(0, 2, 3, 1)

@@ -104,7 +104,7 @@ def _same(size: int, window: int, stride: int) -> tuple[int, int]:
 def max_pool2d(x: Array, window: Pair = 2) -> Array:
     """The largest pixel of each `window`, without overlap; what is left at the edges is dropped.
 
-    Equal largest pixels share the gradient, and the second derivative exists on every backend.
+    Of equal largest pixels the first one, row by row, gets the gradient.
 
     >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
     >>> ops.to_numpy(nn.max_pool2d(image)).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputTypeError
 from metaframe.ops._dispatch import native
@@ -50,7 +52,9 @@ def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     [2.0, 4.0]
     """
     backend, (x,) = native(x)
-    return backend.ops.max(x, axis, keepdims)
+    if not backend.is_floating(x):
+        return backend.ops.max(x, axis, keepdims)
+    return _largest(backend, x, axis, keepdims)
 
 
 def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
@@ -60,7 +64,38 @@ def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     [1.0, 3.0]
     """
     backend, (x,) = native(x)
-    return backend.ops.min(x, axis, keepdims)
+    if not backend.is_floating(x):
+        return backend.ops.min(x, axis, keepdims)
+    return -_largest(backend, -x, axis, keepdims)
+
+
+def _largest(backend: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
+    """The maximum, with a gradient that does not hang on recomputing it to the same bit.
+
+    The frameworks give the gradient to the elements equal to the maximum. Where a compiler fuses
+    operations, an element may be computed again for that comparison and differ in the last bit,
+    and then nothing gets it. Here the position of the maximum, an integer, always does.
+    """
+    table, rank = backend.ops, len(x.shape)
+    axes = range(rank) if axis is None else [axis] if isinstance(axis, int) else axis
+    reduced = sorted(a % rank for a in axes)
+    kept = [a for a in range(rank) if a not in reduced]
+    if not reduced:
+        return x
+    last = table.transpose(x, kept + reduced)
+    sizes = [x.shape[a] for a in kept]
+    rows = table.reshape(last, [*sizes, math.prod(x.shape[a] for a in reduced)])
+    best = backend.stop_gradient(table.max(rows, -1, keepdims=True))
+    first = table.one_hot(table.argmax(rows, -1), rows.shape[-1], "bool")
+    hit = first | (rows == best)
+    # Their mean, as distance from `best` to be exact; infinity minus itself would be NaN.
+    anchor = table.where(best - best == 0.0, best, 0.0)
+    distance = table.sum(table.where(hit, rows - anchor, 0.0), -1)
+    count = table.sum(table.astype(hit, backend.dtype_name(x)), -1)
+    result = table.squeeze(best, -1) + distance / count
+    return table.reshape(
+        result, [1 if a in reduced else x.shape[a] for a in range(rank)] if keepdims else sizes
+    )
 
 
 def argmax(x: Array, axis: int = -1) -> Array:
