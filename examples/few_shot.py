@@ -1,7 +1,7 @@
 """Meta-train a few-shot classifier and measure it: the part that all the examples share.
 
 Everything here is written once and runs on the backend that is selected. The meta-step, one inner
-step for the evaluation and its score are each compiled as a whole.
+step for the evaluation and its score are each compiled as a whole unless the settings say not to.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Settings:
     eval_tasks: int = 600
     eval_batch: int = 50
     task_map: str = "vmap"
+    compiled: bool = True
     seed: int = 0
 
 
@@ -67,9 +68,10 @@ class Learner:
         self.model = model
         self.settings = settings
         self.optimizer = optim.adam(settings.outer_lr)
-        self.train_step = metaframe.compile(self._train_step)
-        self.adapt = metaframe.compile(self._adapt)
-        self.score = metaframe.compile(self._score)
+        compiled = metaframe.compile if settings.compiled else lambda fn: fn
+        self.train_step = compiled(self._train_step)
+        self.adapt = compiled(self._adapt)
+        self.score = compiled(self._score)
 
     def cost(self, data: Any, params: Any) -> Any:
         """Cross-entropy of the model on (images, labels)."""

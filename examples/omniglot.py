@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> Result:
     if options.quick:
         settings = replace(settings, iterations=20, meta_batch_size=4, eval_tasks=40)
     metaframe.set_backend(options.backend)
+    # torch takes minutes to compile a convolutional meta-step and gains nothing from it.
+    settings = replace(settings, compiled=metaframe.current_backend().compiles_quickly)
     data = load_omniglot(options.data, ("small1", "small2"))
     classes = data.split_alphabets(HELD_OUT)
     train, test = (
