@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> Result:
 
     settings = replace(SETTINGS, seed=options.seed)
     if options.quick:
-        settings = replace(settings, iterations=100, eval_tasks=100)
+        settings = replace(settings, iterations=100, inner_steps=1, eval_tasks=100)
     metaframe.set_backend(options.backend)
     train, test = (
         digits_sampler(ways=WAYS, shots=SHOTS, queries=QUERIES, split=split, seed=options.seed)

@@ -291,7 +291,10 @@ def test_dropout_is_drawn_for_every_task() -> None:
     torch.manual_seed(0)
     costs = maml.meta_value_and_grad(F.mse_loss, [task] * 4).aux["costs"]
     assert len(set(costs.tolist())) == 4
+    with pytest.raises(InputError, match="draws another mask"):
+        maml.meta_value_and_grad(F.mse_loss, [task] * 4, mode="remat")
     maml.eval()
+    maml.meta_value_and_grad(F.mse_loss, [task] * 4, mode="remat")
     costs = maml.meta_value_and_grad(F.mse_loss, [task] * 4).aux["costs"]
     torch.testing.assert_close(costs, costs[:1].expand(4), rtol=1e-13, atol=0)
 

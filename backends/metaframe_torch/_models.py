@@ -18,8 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
+from metaframe.errors import InputError
 from metaframe.models import Forward, ModelAdapter
 
+DROPOUTS = frozenset(
+    {
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    }
+)
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -52,7 +63,7 @@ class TorchAdapter(ModelAdapter):
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         state = {name: buffer.clone() for name, buffer in state.items()}
-        calls = _Calls(forward.norm, state)
+        calls = _Calls(forward, state)
         with calls, _differentiable_twice(self.model) if forward.twice else _as_it_is():
             output = torch.func.functional_call(self.model, {**params, **state}, args, kwargs)
         return output, {**state, **calls.recorded}
@@ -71,10 +82,11 @@ class _Calls(TorchFunctionMode):
     wrong.
     """
 
-    def __init__(self, norm: str | None, state: dict[str, Tensor]) -> None:
+    def __init__(self, forward: Forward, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.recorded: dict[str, Tensor] = {}
-        self._norm = norm
+        self._norm = forward.norm
+        self._repeated = forward.repeated
         self._names = {id(buffer): name for name, buffer in state.items()}
 
     def __torch_function__(
@@ -85,6 +97,11 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._repeated and func in DROPOUTS and _drops(*args, **kwargs):
+            raise InputError(
+                "dropout draws another mask when an inner step is run again in the backward pass. "
+                "Use mode='reverse', or switch dropout off with model.eval()."
+            )
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
@@ -142,6 +159,11 @@ class _Calls(TorchFunctionMode):
             running_mean = running_var = None
             own = True
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    del x, inplace
+    return training and p > 0
 
 
 def _with_mapped_state(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class TaskObjective:
         others = {n: x for n, x in whole.items() if n not in names}
 
         def support_loss(batch: Any, adapted: Params) -> Array:
-            forward = self.config.forward("support")
+            forward = replace(self.config.forward("support"), repeated=self.mode != "reverse")
             (x, y), rest = batch
             output, _ = self.adapter.call(self._ordered(adapted, rest), state, forward, (x,), {})
             return self.loss_fn(output, y)

@@ -31,10 +31,13 @@ class Forward:
             state then holds; None leaves it to the model.
         twice: will the result be differentiated twice? Kernels without a second derivative are
             then avoided.
+        repeated: will the call be run again in a backward pass? A model that draws numbers from a
+            hidden stream is then an error, since the second draw would be another.
     """
 
     norm: Norm | None = None
     twice: bool = True
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
