@@ -277,20 +277,22 @@ def test_reptile_in_float32(backend: Any, arr: Call, to_np: Call, batched: Any) 
 # -- kinks and infinities ------------------------------------------------------------------------
 
 
-def test_tied_maxima_share_the_gradient(backend: Any, arr: Call, to_np: Call) -> None:
+def test_first_of_tied_maxima_gets_the_gradient(backend: Any, arr: Call, to_np: Call) -> None:
     """At a tie one framework picks a pixel, another shares, and the second derivative is NaN."""
     images = np.ones((1, 1, 2, 2, 1))
 
     def cost(task: Any, v: Any) -> Any:
         x = ops.reshape(task["x"], (1, 2, 2, 1)) * v["scale"]
-        return ops.mean(ops.square(nn.max_pool2d(x)))
+        return -ops.mean(ops.square(nn.max_pool2d(x)))
 
     args = (arr({"x": images}), cost, None, arr({"scale": np.ones((1, 2, 2, 1))}), 1, 0.1)
     value, grads, inner = to_np(maml_step(*args, batched="vmap", return_inner_v="all"))
-    # Each of four gets a quarter of 2, then of 2 * 0.95; the second step is a tie again.
-    assert_close(inner["scale"], np.full((1, 1, 2, 2, 1), 0.95))
-    assert_close(value, np.asarray(0.95**2))
-    assert_close(grads["scale"], np.full((1, 2, 2, 1), 2 * 0.95 / 4 * (1 - 0.1 * 2 / 4)))
+    # The first pixel moves from 1 by 0.1 * 2, which depends on it: -(1.2 v)^2 at v = 1.
+    first = np.zeros((1, 2, 2, 1))
+    first[0, 0, 0, 0] = 1.0
+    assert_close(inner["scale"], 1.0 + 0.2 * first[None])
+    assert_close(value, np.asarray(-(1.2**2)))
+    assert_close(grads["scale"], -2 * 1.2**2 * first)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "clipped_norm"])
