@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 # Two workers share a machine's cores, and a sum over one thread is the same sum every time.
 for variable in (
@@ -32,3 +36,22 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if collection_path.parent.name == "backends" and prefix:
         return True if importlib.util.find_spec(framework) is None else None
     return None
+
+
+@pytest.fixture(autouse=True)
+def _what_the_examples_assume(
+    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]
+) -> Iterator[None]:
+    """The examples of ops and nn have these names and a selected backend, whichever it is.
+
+    tests/test_ops.py and tests/test_nn.py run them on every backend.
+    """
+    if not request.node.name.startswith(("metaframe.ops.", "metaframe.nn.")):
+        yield
+        return
+    from metaframe import nn, ops, use_backend
+
+    doctest_namespace.update(nn=nn, ops=ops)
+    name = next(n for n in ("jax", "torch", "tensorflow") if importlib.util.find_spec(n))
+    with use_backend(name):
+        yield
