@@ -78,7 +78,7 @@ def test_conv4(backend: Any, arr: Call, to_np: Call, steps: int, dtype: str) -> 
 
 
 @pytest.mark.parametrize("problem", ["mlp", slow("conv4")])
-@pytest.mark.parametrize("batched", [False, "vmap", "scan"])
+@pytest.mark.parametrize("batched", [slow(False), "vmap", slow("scan")])
 def test_eager(backend: Any, arr: Call, to_np: Call, problem: str, batched: Any) -> None:
     made = PROBLEMS[problem]()
     found = to_np(meta_step(made, 1, batched=batched)(arr(made.batch), arr(made.variables)))

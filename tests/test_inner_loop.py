@@ -46,7 +46,7 @@ def task(arr: Call) -> Any:
 # -- values ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 3, 11])
+@pytest.mark.parametrize("steps", [slow(0), slow(3), 11])
 def test_adapted_variables(arr: Call, to_np: Call, task: Any, mode: Any, steps: int) -> None:
     problem = Problem(steps)
     v = arr(problem.variables)

@@ -94,7 +94,8 @@ def test_conv4_with_batch_statistics(backend: Any, arr: Call, steps: int) -> Non
     check_gradient(backend, arr, problem, step, size=2e-4)
 
 
-@pytest.mark.parametrize("mode", ["remat", pytest.param("mixed", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["remat", "mixed"])
 def test_modes_with_a_stateful_optimizer(backend: Any, arr: Call, mode: str) -> None:
     problem = regression()
     step = meta_step(problem, 2, optimizer="adam", mode=mode)

@@ -19,6 +19,7 @@ from closed_form import (
     support_cost,
     unpacked,
 )
+from frameworks import BACKENDS
 from metaframe import Container, fomaml_step, maml_step
 
 Call = Callable[..., Any]
@@ -48,9 +49,20 @@ def batched(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> tuple[Any, bool, tuple[str, ...]]:
-    return FORMS[request.param]
+# How a choice is read does not depend on the backend: by default one reads them all.
+FORMS_ON_BACKENDS = [
+    pytest.param(
+        name,
+        form,
+        id=f"{name}-{label}",
+        marks=() if name == "torch" or label in ("False", "all but a key") else pytest.mark.slow,
+    )
+    for name in BACKENDS
+    for label, form in FORMS.items()
+]
+every_form = pytest.mark.parametrize(
+    ("backend_name", "form"), FORMS_ON_BACKENDS, indirect=["backend_name"]
+)
 
 
 def only(chains: tuple[str, ...], theta: Any) -> Any:
@@ -61,6 +73,7 @@ def only(chains: tuple[str, ...], theta: Any) -> Any:
     return ({"body": body} if body else {}) | head
 
 
+@every_form
 def test_inner_v(arr: Call, to_np: Call, form: Any) -> None:
     choice, keep, chains = form
     problem = Problem(adapted=mask(*chains))
@@ -73,6 +86,7 @@ def test_inner_v(arr: Call, to_np: Call, form: Any) -> None:
     assert_close(fomaml, [problem.cost, unpacked(problem.fomaml), adapted])
 
 
+@every_form
 def test_outer_v(arr: Call, to_np: Call, form: Any) -> None:
     choice, keep, chains = form
     problem = Problem()
@@ -84,7 +98,7 @@ def test_outer_v(arr: Call, to_np: Call, form: Any) -> None:
     assert_close(fomaml, [problem.cost, only(chains, problem.fomaml)])
 
 
-@pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
+@pytest.mark.parametrize("average", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both(arr: Call, to_np: Call, batched: Any, average: bool) -> None:
     problem = Problem(adapted=mask("head"), average_across_steps=average)
     batch = arr(problem.batch)

@@ -19,6 +19,7 @@ from closed_form import (
     support_cost,
     unpacked,
 )
+from frameworks import BACKENDS
 from metaframe import compile as compile_whole
 from metaframe import fomaml_step, maml_step, reptile_step
 
@@ -40,9 +41,18 @@ GRID = [
 """Inner steps, and whether to average over them."""
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda value: f"batched={value}")
-def batched(request: pytest.FixtureRequest) -> Any:
-    return request.param
+def layouts() -> list[Any]:
+    """Every layout on torch, which is quick eagerly; two of them on the others by default."""
+    return [
+        (name, layout) if name == "torch" or layout in (True, "vmap") else slow(name, layout)
+        for name in BACKENDS
+        for layout in LAYOUTS
+    ]
+
+
+every_layout = pytest.mark.parametrize(
+    ("backend_name", "batched"), layouts(), indirect=["backend_name"]
+)
 
 
 @pytest.fixture
@@ -57,6 +67,7 @@ def data(arr: Call, batched: Any) -> Call:
 # -- every layout, number of steps and judged points ----------------------------------------
 
 
+@every_layout
 @pytest.mark.parametrize(("steps", "average"), GRID)
 def test_maml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
     problem = Problem(steps, average_across_steps=average)
@@ -78,6 +89,7 @@ def test_maml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) 
     assert found[2] == ()
 
 
+@every_layout
 @pytest.mark.parametrize(("steps", "average"), GRID)
 def test_fomaml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
     problem = Problem(steps, average_across_steps=average)
@@ -99,6 +111,7 @@ def test_fomaml(data: Call, to_np: Call, batched: Any, steps: int, average: bool
     assert_close(found[1], unpacked(problem.fomaml))
 
 
+@every_layout
 @pytest.mark.parametrize(
     ("steps", "direction"),
     [
@@ -155,6 +168,7 @@ def test_compiled(backend: Any, arr: Call, to_np: Call) -> None:
     assert compiled.traces == 1
 
 
+@every_layout
 @pytest.mark.slow
 @pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
 @pytest.mark.parametrize("steps", [1, 3, 9])
@@ -167,6 +181,7 @@ def test_compiled_grid(data: Call, to_np: Call, batched: Any, steps: int, averag
 # -- costs and batches ------------------------------------------------------------------------
 
 
+@every_layout
 def test_the_outer_cost_is_the_inner_one_unless_given(
     data: Call, to_np: Call, batched: Any
 ) -> None:
@@ -176,6 +191,7 @@ def test_the_outer_cost_is_the_inner_one_unless_given(
     assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
 
 
+@every_layout
 def test_batch_functions_choose_what_each_cost_sees(data: Call, to_np: Call, batched: Any) -> None:
     problem = Problem()
     batch, variables = data(problem)
@@ -195,6 +211,7 @@ def test_batch_functions_choose_what_each_cost_sees(data: Call, to_np: Call, bat
     assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
 
 
+@every_layout
 def test_a_cost_that_takes_v_by_keyword(data: Call, to_np: Call, batched: Any) -> None:
     problem = Problem(same_cost=True)
     batch, variables = data(problem)
@@ -235,6 +252,7 @@ def test_the_outer_cost_is_computed_no_more_often_than_it_is_used(
 # -- numbers of tasks --------------------------------------------------------------------------
 
 
+@every_layout
 @pytest.mark.parametrize("step", [maml_step, fomaml_step])
 def test_num_tasks_uses_the_first_tasks(data: Call, to_np: Call, batched: Any, step: Any) -> None:
     problem = Problem(tasks=2)
@@ -247,6 +265,7 @@ def test_num_tasks_uses_the_first_tasks(data: Call, to_np: Call, batched: Any, s
     assert_close(found[:2], [problem.cost, unpacked(exact)])
 
 
+@every_layout
 def test_num_tasks_of_reptile(data: Call, to_np: Call, batched: Any) -> None:
     problem = Problem(tasks=2)
     _, variables = data(problem)
@@ -257,13 +276,14 @@ def test_num_tasks_of_reptile(data: Call, to_np: Call, batched: Any) -> None:
     assert_close(found, [problem.reptile_cost, unpacked(problem.reptile("gradients"))])
 
 
+@every_layout
 def test_one_task(data: Call, to_np: Call, batched: Any) -> None:
     problem = Problem(tasks=1)
     found = to_np(all_three(*data(problem), 2, batched, False))
     check_all_three(found, problem)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, slow(3), 5, slow(9)])
+@pytest.mark.parametrize("chunk_size", [slow(1), 2, slow(3), slow(5), slow(9)])
 def test_chunks(backend: Any, arr: Call, to_np: Call, chunk_size: int) -> None:
     problem = Problem(tasks=5)
     batch, variables = arr(problem.batch), arr(problem.variables)
@@ -298,7 +318,8 @@ def test_compiled_chunks(backend: Any, arr: Call, to_np: Call) -> None:
 # -- adapted variables -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["all", "first", slow(True)])
+@every_layout
+@pytest.mark.parametrize("which", ["all", slow("first"), slow(True)])
 def test_returned_variables(data: Call, to_np: Call, batched: Any, which: Any) -> None:
     problem = Problem()
     batch, variables = data(problem)
@@ -320,6 +341,7 @@ def test_returned_variables(data: Call, to_np: Call, batched: Any, which: Any) -
 # -- rates ---------------------------------------------------------------------------------------
 
 
+@every_layout
 def test_a_rate_as_an_array(data: Call, arr: Call, to_np: Call, batched: Any) -> None:
     problem = Problem()
     batch, variables = data(problem)
@@ -329,6 +351,7 @@ def test_a_rate_as_an_array(data: Call, arr: Call, to_np: Call, batched: Any) ->
     assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
 
 
+@every_layout
 def test_a_rate_for_each_variable(data: Call, arr: Call, to_np: Call, batched: Any) -> None:
     rates = {"body": {"b": 0.02, "w": arr(0.05)}, "head": 0.11}
     each = np.repeat([0.02, 0.05, 0.11], [2, 4, 3])

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metaframe import Container, gradient_descent_update, maml_step, reptile_step
+from metaframe import Container, maml_step, reptile_step
+from metaframe import compile as compile_whole
 
 Call = Callable[..., Any]
 
@@ -56,9 +57,28 @@ class Trajectory:
         return slope
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
+@pytest.fixture(
+    params=[
+        ("eager", "float32"),
+        ("eager", "float64"),
+        ("compiled", "float32"),
+        pytest.param(("compiled", "float64"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def variant(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def execution(variant: Any) -> Call:
+    """`execution(step)`: the step as it is, or compiled."""
+    return compile_whole if variant[0] == "compiled" else lambda step: step
+
+
+@pytest.fixture
+def dtype(variant: Any) -> str:
+    name: str = variant[1]
     return name
 
 
@@ -123,26 +143,3 @@ def test_reptile_step_with_the_first_tasks_variables(
         [np.mean([task.gradients for task in tasks]) / 0.025] * 2,
     )
     agree(firsts.latent, [[1.02197957, 2.02197981]], [[1.0 + moved, 2.0 + moved]])
-
-
-def test_the_documented_default_update_is_ours(
-    arr: Call, to_np: Call, dtype: str, agree: Call
-) -> None:
-    batch = arr(Container(x=np.array([1.0, 2.0])), dtype)
-    variables = arr(Container(latent=np.ones((2, 1))), dtype)
-
-    cost, grads, _ = to_np(
-        maml_step(
-            batch,
-            cost_fn,
-            None,
-            variables,
-            5,
-            0.01,
-            inner_optimization_step=gradient_descent_update,
-        )
-    )
-
-    exact = Trajectory.of(x=1.5, start=1.0, steps=5, rate=0.01)
-    agree(cost, 1.40069818, exact.costs[-1])
-    agree(grads.latent, [-1.13723135], [exact.meta_gradient])

@@ -5,6 +5,7 @@ Every test here fails if metaframe ever takes the path that its docstring descri
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, get_args
@@ -30,6 +31,8 @@ from metaframe import (
 from metaframe.inner import Mode
 
 Call = Callable[..., Any]
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 # -- fused normalisation in torch ------------------------------------------------------------
@@ -207,7 +210,7 @@ def test_recomputing_with_a_closed_over_meta_parameter(
     assert_close(grads["scale"], np.asarray(closed_over_answer(0.3, 1.5, 0.7)))
 
 
-@pytest.mark.parametrize("batched", [False, "vmap", "scan"])
+@pytest.mark.parametrize("batched", [slow(False), "vmap", slow("scan")])
 def test_recomputing_reaches_the_inner_gradient(arr: Call, to_np: Call, batched: Any) -> None:
     """TensorFlow: `tf.recompute_grad` inside a tape has no inner gradient and says nothing."""
     x = arr({"x": np.array([0.4, 0.9])})
@@ -295,7 +298,7 @@ def test_first_of_tied_maxima_gets_the_gradient(backend: Any, arr: Call, to_np: 
     assert_close(grads["scale"], -2 * 1.2**2 * first)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "clipped_norm"])
+@pytest.mark.parametrize("optimizer", ["adam", slow("rmsprop"), slow("clipped_norm")])
 def test_no_root_of_zero(backend: Any, arr: Call, to_np: Call, optimizer: str) -> None:
     """The derivative of sqrt at 0 is infinite, and 0 * infinity is NaN."""
     problem = regression()
