@@ -156,8 +156,13 @@ class Backend(abc.ABC):
 
         return of_tasks
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int) -> Arrays:
-        """`fn` applied `times` times. The default unrolls."""
+    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
+        """`fn` applied `times` times.
+
+        With `rolled`, in the memory of one application wherever the framework can. The default
+        implementation is a Python loop, which is unrolled when it is traced.
+        """
+        del rolled
         for _ in range(times):
             carry = fn(carry)
         return carry

@@ -173,16 +173,21 @@ class InnerLoop:
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
             carry, steps = body(carry), steps - 1
-        params, _, total = modes.split(self._backend.repeat(body, carry, steps), sizes)
+        carry = self._backend.repeat(body, carry, steps, rolled=self._recomputes)
+        params, _, total = modes.split(carry, sizes)
         return InnerResult(self._variables(self._attach(params)), total)
 
     def cost_and_gradient(self, v: tree.Tree) -> tuple[Array, Arrays]:
         """The inner cost at `v` and its gradient, scaled like those of the steps."""
         return self._cost_and_gradient(self._divide(tree.leaves(v))[0], self._context.arrays)
 
+    @property
+    def _recomputes(self) -> bool:
+        return self._settings.mode != "reverse" and self._settings.order == 2
+
     def _step(self) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
         context = self._context.arrays
-        if self._settings.mode == "reverse" or self._settings.order == 1:
+        if not self._recomputes:
             return self._plain_step
         if self._settings.mode == "remat":
             rule = modes.rematerialised(self._backend, self._gradient, self._apply)

@@ -57,7 +57,7 @@ def test_first_order_is_the_gradient_at_the_adapted_point(
 def test_learned_rates(library: Library) -> None:
     start = {name: np.full_like(value, LR) for name, value in zoo.weights().items()}
     maml = MetaSGD(built(library), LR, STEPS)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), task_map="loop")
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks())
     backend = load_backend(library.backend)
     expected = zoo.differences(
         lambda rates: zoo.meta_cost(zoo.weights(), rates, STEPS, zoo.tasks()), start
@@ -72,7 +72,7 @@ def test_head_only(library: Library) -> None:
     head = library.head(model)
     assert sorted(head_names(model, head)) == sorted(library.names[2:])
     maml = ANIL(model, head, inner_lr=LR, inner_steps=STEPS)
-    result = maml.meta_value_and_grad(nn.mse, zoo.tasks(), task_map="loop")
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks())
     rates = {**RATES, "w1": 0.0, "b1": 0.0}
     expected = zoo.differences(lambda v: zoo.meta_cost(v, rates, STEPS, zoo.tasks()), zoo.weights())
     found = library.canonical(result.grads, load_backend(library.backend))
@@ -116,8 +116,9 @@ def test_assigned_values_are_the_models(library: Library) -> None:
     [
         {},
         {"chunk_size": 2},
-        {"task_map": "loop", "mode": "remat"},
+        {"mode": "remat"},
         {"task_map": "scan"},
+        pytest.param({"task_map": "loop"}, marks=pytest.mark.slow),
         pytest.param({"compiled": True}, marks=pytest.mark.slow),
         pytest.param({"mode": "mixed"}, marks=pytest.mark.slow),
     ],

@@ -19,8 +19,9 @@ from metaframe_jax._ops import JaxOps
 UNROLL_AT_MOST = 8
 """Inner loops up to this many steps are unrolled, longer ones become one `lax.scan`.
 
-Unrolled code runs up to a quarter faster and compiles in time proportional to the steps; only
-the scan keeps the memory saving of a recomputed step.
+Unrolled code runs up to a quarter faster and compiles in time proportional to the steps. Steps that
+are recomputed to save memory are always rolled: XLA sees through an unrolled recomputation, and
+keeps what was to be computed again.
 """
 
 
@@ -131,8 +132,8 @@ class JaxBackend(Backend):
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int) -> Arrays:
-        if times <= UNROLL_AT_MOST:
+    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
+        if times <= (1 if rolled else UNROLL_AT_MOST):
             return super().repeat(fn, carry, times)
         final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
         return final

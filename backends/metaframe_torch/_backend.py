@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree
 
@@ -88,10 +90,15 @@ class TorchBackend(Backend):
                 value = value + sum((x.sum() * 0 for x in xs), start=torch.zeros_like(value))
             return value, (value, aux)
 
-        transformed = torch.func.grad(checked, has_aux=True)
+        recorded = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
-            grads, (value, aux) = transformed(xs)
+            if not _inside_a_gradient():
+                value, pull_back, (_, aux) = torch.func.vjp(checked, xs, has_aux=True)
+                if not _recorded_by_autograd(value):
+                    (grads,) = pull_back(torch.ones_like(value), False, False)
+                    return value, aux, grads
+            grads, (value, aux) = recorded(xs)
             return value, aux, grads
 
         return call
@@ -168,4 +175,30 @@ class _Rule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
-        return (None, None, *ctx.transpose(ctx.saved_tensors, cotangents))
+        xs = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            # Nobody differentiates this backward pass. The transpose needs a graph of its own,
+            # which must not reach back into the one that is being walked.
+            xs, cotangents = _detached(xs), _detached(cotangents)
+        with torch.enable_grad():
+            return (None, None, *ctx.transpose(xs, cotangents))
+
+
+def _detached(xs: Arrays) -> Arrays:
+    return tuple(x.detach() for x in xs)
+
+
+# torch.func.grad records its backward pass, so that it can be differentiated again. For the
+# outermost gradient that would be a graph in memory which nobody asks for; the pull-back of
+# torch.func.vjp can do without, but must not run a rule of our own that is to be recorded.
+
+
+def _inside_a_gradient() -> bool:
+    gradients = (TransformType.Grad, TransformType.Jvp)
+    return any(level.key() in gradients for level in retrieve_all_functorch_interpreters())
+
+
+def _recorded_by_autograd(x: Array) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return bool(x.requires_grad)
