@@ -32,7 +32,7 @@ META_STEPS = 500
 
 
 def transformer(
-    tasks: int = 1, width: int = 128, length: int = 64, vocabulary: int = 64, sequences: int = 4
+    tasks: int = 1, width: int = 128, length: int = 64, vocabulary: int = 64, sequences: int = 8
 ) -> Workload:
     """One block of a language model: attention and an MLP, predicting the next token."""
     shapes = {

@@ -153,7 +153,7 @@ def backend_of(*arrays: object) -> Backend:
         InputTypeError: arrays of two frameworks, or of another one than selected.
         BackendError: only neutral inputs and no backend selected.
     """
-    selection = _selection()
+    selection = current_selection()
     found = None if selection is None else selection.backend
     for x in arrays:
         own = owner(x)
@@ -206,7 +206,7 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
     Floating inputs become the selected dtype, "float32" unless chosen otherwise; integers and
     booleans keep theirs. Without a selection a neutral input is an error.
     """
-    selection = _selection()
+    selection = current_selection()
     result = []
     for x in arrays:
         if not is_neutral(x):
@@ -224,7 +224,8 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
     return tuple(result)
 
 
-def _selection() -> Selection | None:
+def current_selection() -> Selection | None:
+    """What is selected here: by the innermost `use_backend`, else by `set_backend`."""
     return _scoped_selection.get() or _process_selection
 
 

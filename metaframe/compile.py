@@ -10,6 +10,7 @@ level.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Hashable
@@ -19,7 +20,14 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Arrays, Backend, backend_of, convert_neutral, owner
+from metaframe.backend import (
+    Arrays,
+    backend_of,
+    convert_neutral,
+    current_selection,
+    is_neutral,
+    owner,
+)
 from metaframe.errors import CompileError, InputTypeError
 
 P = ParamSpec("P")
@@ -68,53 +76,60 @@ class Compiled(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the program for arguments like these, compiling it first if there is none."""
-        packed = tree.Packed((args, kwargs), _is_array)
-        backend = backend_of(*packed.arrays)
-        arrays = convert_neutral(packed.arrays, backend)
-        constants = packed.constants
-        # With their types: True, 1 and 1.0 are equal and compile to different programs.
-        key = (constants, tuple(map(type, constants)), tuple(map(backend.signature, arrays)))
+        leaves, spec = tree.flatten((args, kwargs))
+        key = (spec, *map(_kind, leaves))
         try:
             program = self._programs.get(key)
         except TypeError:
-            raise InputTypeError(_unhashable(constants)) from None
+            raise InputTypeError(_unhashable(leaves)) from None
         if program is None:
-            program = self._compiled(packed, backend, arrays)
+            program = _Program(self._fn, args, kwargs)
             self._programs[key] = program
-        result: R = program(arrays)
+            name = getattr(self._fn, "__name__", repr(self._fn))
+            logger.debug("program %d of %s: %s", self.traces, name, key)
+        result: R = program(leaves)
         return result
-
-    def _compiled(self, packed: tree.Packed, backend: Backend, arrays: Arrays) -> _Program:
-        name = getattr(self._fn, "__name__", repr(self._fn))
-        signatures = [backend.signature(x) for x in arrays]
-        logger.debug("program %d of %s on %s: %s", self.traces + 1, name, backend.name, signatures)
-        return _Program(self._fn, packed, backend, arrays)
 
 
 class _Program:
-    """One compiled program and the structure of what it returns."""
+    """One compiled program, and the structures of what it takes and returns."""
 
-    def __init__(
-        self, fn: Callable[..., Any], packed: tree.Packed, backend: Backend, arrays: Arrays
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        inputs = tree.Packed((args, kwargs), _is_array)
+        self._places = inputs.places
+        self._neutral = any(map(is_neutral, inputs.arrays))
         self._outputs: tree.Packed | None = None
+        backend = backend_of(*inputs.arrays)
 
         def flat(xs: Arrays) -> Arrays:
-            args, kwargs = packed.unpack(xs)
+            args, kwargs = inputs.unpack(xs)
             self._outputs = tree.Packed(fn(*args, **kwargs), backend.owns)
             return self._outputs.arrays
 
         try:
-            self._run = backend.compile(flat, arrays)
+            self._run = backend.compile(flat, convert_neutral(inputs.arrays, backend))
         except Exception as error:
             if not backend.needed_a_value(error):
                 raise
             raise CompileError(_untraceable(fn, error)) from error
 
-    def __call__(self, arrays: Arrays) -> Any:
-        results = self._run(arrays)
+    def __call__(self, leaves: Arrays) -> Any:
+        arrays = tuple(leaves[i] for i in self._places)
+        backend = backend_of(*arrays)
+        results = self._run(convert_neutral(arrays, backend) if self._neutral else arrays)
         assert self._outputs is not None, "the first run traces the function"
         return self._outputs.unpack(results)
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What a program depends on. Every call asks it of every leaf."""
+    backend = owner(leaf)
+    if backend is not None:
+        return backend.signature(leaf)
+    if isinstance(leaf, np.ndarray):
+        return np.ndarray, leaf.shape, leaf.dtype, current_selection()
+    # With its type: True, 1 and 1.0 are equal and compile to different programs.
+    return type(leaf), leaf
 
 
 def _is_array(x: object) -> bool:
@@ -139,8 +154,8 @@ def _is_library(filename: str) -> bool:
     return filename.startswith(libraries) or "site-packages" in filename
 
 
-def _unhashable(constants: tuple[Any, ...]) -> str:
-    for constant in constants:
+def _unhashable(leaves: tuple[Any, ...]) -> str:
+    for constant in itertools.filterfalse(_is_array, leaves):
         try:
             hash(constant)
         except TypeError:

@@ -271,7 +271,6 @@ class Packed:
     """
 
     def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        # Every call of a compiled function comes through here: one pass, plain lists.
         leaves, self._spec = flatten(tree)
         arrays, places = [], []
         aside = list(leaves)
@@ -281,17 +280,13 @@ class Packed:
                 places.append(i)
                 aside[i] = None
         self.arrays: Leaves = tuple(arrays)
-        self._places = places
+        self.places: tuple[int, ...] = tuple(places)
+        """Where among the leaves the arrays are."""
         self._aside = aside
-
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """Everything but the arrays: two trees with equal constants unpack alike."""
-        return self._spec, *self._aside
 
     def unpack(self, arrays: Iterable[Any]) -> Tree:
         """The tree with `arrays` in the places of `self.arrays`."""
         leaves = list(self._aside)
-        for i, array in zip(self._places, arrays, strict=True):
+        for i, array in zip(self.places, arrays, strict=True):
             leaves[i] = array
         return unflatten(self._spec, leaves)

@@ -48,7 +48,9 @@ def test_three_derivatives(
 ) -> None:
     def third(x: Any) -> Any:
         def second(x: Any) -> Any:
-            return derivative(backend, lambda x: derivative(backend, lambda x: fn(backend, x))(x))(x)
+            return derivative(backend, lambda x: derivative(backend, lambda x: fn(backend, x))(x))(
+                x
+            )
 
         return backend.value_and_grad(lambda xs: (second(xs[0]), ()))((x,))[2]
 

@@ -266,4 +266,4 @@ def test_packed_trees_unpack(node: Any) -> None:
     packed = tree.Packed(node, is_array=lambda leaf: isinstance(leaf, float))
     assert all(isinstance(x, float) for x in packed.arrays)
     assert packed.unpack(packed.arrays) == node
-    assert packed.constants == tree.Packed(node, is_array=lambda x: isinstance(x, float)).constants
+    assert [tree.leaves(node)[i] for i in packed.places] == list(packed.arrays)

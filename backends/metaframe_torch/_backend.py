@@ -94,7 +94,8 @@ class TorchBackend(Backend):
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             if not _inside_a_gradient():
-                value, pull_back, (_, aux) = torch.func.vjp(checked, xs, has_aux=True)
+                with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
+                value, pull_back, (_, aux) = with_pull_back
                 if not _recorded_by_autograd(value):
                     (grads,) = pull_back(torch.ones_like(value), False, False)
                     return value, aux, grads

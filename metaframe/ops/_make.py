@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import Array, _selection, backend_of, convert_neutral, owner
+from metaframe.backend import Array, backend_of, convert_neutral, current_selection, owner
 from metaframe.errors import InputTypeError
 from metaframe.ops._dispatch import native
 
@@ -34,7 +34,7 @@ def asarray(x: Any, dtype: str | None = None) -> Array:
     if dtype is None:
         return convert_neutral((value,), backend)[0]
     # Straight to `dtype`: by way of the selected one, digits of a wider dtype would be lost.
-    selection = _selection()
+    selection = current_selection()
     return backend.asarray(value, dtype, None if selection is None else selection.device)
 
 
