@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import tree
+
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "torch", "tensorflow")
 Program = Callable[[], Any]
@@ -64,16 +66,17 @@ def prepare(backend: str, device: str = "cpu") -> None:
 
 def wait(result: Any) -> None:
     """Until `result` is there: frameworks return before an accelerator has finished."""
-    first = result[0]
+    arrays = tree.leaves(result)
+    first = arrays[0]
     if hasattr(first, "block_until_ready"):
-        for x in result:
+        for x in arrays:
             x.block_until_ready()
     elif getattr(first, "is_cuda", False):
         import torch
 
         torch.cuda.synchronize()
     elif "GPU" in str(getattr(first, "device", "")):
-        for x in result:
+        for x in arrays:
             x.numpy()
 
 
@@ -156,8 +159,9 @@ def _clocked(program: Program, repeats: int) -> tuple[float, float]:
 
 
 def difference(xs: Any, ys: Any) -> float:
-    """The largest difference of two flat results, relative to the size of each array."""
-    pairs = [(_numpy(x), _numpy(y)) for x, y in zip(xs, ys, strict=True)]
+    """The largest difference of two results, relative to the size of each array."""
+    both = zip(tree.leaves(xs), tree.leaves(ys), strict=True)
+    pairs = [(_numpy(x), _numpy(y)) for x, y in both]
     return max(
         float(np.linalg.norm((x - y.reshape(x.shape)).ravel()) / (np.linalg.norm(y.ravel()) or 1.0))
         for x, y in pairs

@@ -36,6 +36,6 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
 
     def call(xs: Arrays) -> Arrays:
         with torch.no_grad():
-            return tuple(compiled(*(x.detach().contiguous() for x in xs)))
+            return tuple(compiled(*(x if x.is_contiguous() else x.contiguous() for x in xs)))
 
     return call
