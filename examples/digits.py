@@ -20,9 +20,7 @@ from metaframe import nn, ops
 from metaframe.tasks import digits_sampler
 
 WAYS, SHOTS, QUERIES = 5, 1, 10
-SETTINGS = Settings(
-    iterations=1500, meta_batch_size=16, inner_lr=0.1, inner_steps=3, eval_tasks=600
-)
+SETTINGS = Settings(iterations=400, meta_batch_size=16, inner_lr=0.1, inner_steps=3, eval_tasks=600)
 
 
 def model() -> nn.Model:
