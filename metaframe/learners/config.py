@@ -32,6 +32,7 @@ class AdaptConfig:
             predictions depend on each other (transductive). "frozen": the model's running ones.
             "support": of the support set under the adapted parameters.
         update: the update rule; what it learns, by name, comes as its learning rate.
+        twice: will a support loss be differentiated twice? Default: not with `first_order`.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class AdaptConfig:
     allow_unused: bool
     norm: Norm
     update: Any
+    twice: bool | None = None
 
     def __post_init__(self) -> None:
         checks.steps(self.inner_steps, "inner_steps", at_least=0)
@@ -81,7 +83,7 @@ class AdaptConfig:
 
     def forward(self, phase: Literal["support", "query"]) -> Forward:
         """How the model is called on the examples of this phase."""
-        twice = not self.first_order
+        twice = not self.first_order if self.twice is None else self.twice
         if self.norm == "support":
             return Forward("record" if phase == "support" else "frozen", twice)
         return Forward(self.norm, twice)

@@ -45,6 +45,7 @@ class Learner:
         self.params = params
         """The current parameters by name."""
         self.config = config
+        self._given = params
         self._adapter = adapter
         self._learned = learned
         self._method = method
@@ -111,8 +112,8 @@ class Learner:
         checks.function(loss_fn, "loss_fn")
         steps = self.config.steps(steps, at_least=1)
         support = self._support(loss_fn, x, y)
-        if self._method.begin is not None and self._start is None:
-            self._begin(self._method.begin(support, self.params))
+        if self._method.begin is not None and (self._start is None or steps == 0):
+            self._begin(self._method.begin(support, self._given))
         for _ in range(steps):
             self._step(lambda learner: loss_fn(learner(x), y))
         if self._method.finish is not None and self._start is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from metaframe import ops
 from metaframe.models.adapter import Forward, ModelAdapter, Params
 
-HEAD = ("head/w", "head/b")
+HEAD = ("prototypes/w", "prototypes/b")
 """Names of the weights `(features, ways)` and biases `(ways,)` that `WithHead` understands."""
 
 
@@ -78,7 +78,14 @@ class WithContext(Around):
 
 
 class WithHead(Around):
-    """A model under a linear head, where the parameters have one; else the model alone."""
+    """A model under a linear head, where the parameters have one; else the model alone.
+
+    The head is never among the model's own parameters: an algorithm makes it for each task.
+    """
+
+    def adaptable(self) -> tuple[str, ...]:
+        """The model's, and the head."""
+        return (*self.inner.adaptable(), *HEAD)
 
     def call(
         self,
