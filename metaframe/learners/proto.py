@@ -123,4 +123,7 @@ def _from_prototypes(ways: int) -> Method:
 def _with_head(support: Support, params: Params, *, ways: int) -> Params:
     centres = prototypes(support.predict(params, support.x), support.y, ways)
     head = (2 * ops.transpose(centres, (1, 0)), -ops.sum(ops.square(centres), axis=1))
-    return {**params, **dict(zip(HEAD, head, strict=True))}
+    # Where operations are recorded, the inner gradient is with respect to these very objects: the
+    # ones the head was made from would count its change as theirs.
+    start = {name: 1 * x if name in support.names else x for name, x in params.items()}
+    return {**start, **dict(zip(HEAD, head, strict=True))}
