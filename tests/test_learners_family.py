@@ -22,7 +22,6 @@ from metaframe import (
     nn,
 )
 from metaframe.backend import Backend
-from metaframe.errors import InputError
 from metaframe.learners.implicit import conjugate_gradient
 from metaframe.learners.maml_pp import multi_step_weights
 from metaframe.learners.meta_curvature import transformed
@@ -91,9 +90,6 @@ def mean(cost: Callable[[Task], float]) -> float:
 def random_like(values: zoo.Values, scale: float, seed: int = 5) -> zoo.Values:
     rng = np.random.default_rng(seed)
     return {name: x + scale * rng.normal(size=x.shape) for name, x in values.items()}
-
-
-# -- MAML++ ------------------------------------------------------------------------------
 
 
 def points(v: zoo.Values, task: Task, rates: zoo.Values) -> list[zoo.Values]:
@@ -168,9 +164,6 @@ def test_weights_move_to_the_last_step() -> None:
     np.testing.assert_allclose(multi_step_weights(5, 99, 100)[0], 0.03 / 5)
 
 
-# -- Meta-Curvature ----------------------------------------------------------------------
-
-
 def test_learned_curvature(model: Any, check: Check) -> None:
     shapes = {"w1/in": 3, "w1/out": 4, "b1/out": 4, "w2/in": 4, "w2/out": 2, "b2/out": 2}
 
@@ -208,9 +201,6 @@ def test_curvature_starts_at_maml(model: Any, backend: Backend) -> None:
     np.testing.assert_allclose(backend.to_numpy(found.cost), expected, rtol=1e-13)
 
 
-# -- CAVIA -------------------------------------------------------------------------------
-
-
 def test_context_starts_at_zero(model: Any, check: Check) -> None:
     maml = CAVIA(model, "layer1/b", inner_lr=LR, inner_steps=STEPS)
     shared = {name: x for name, x in zoo.weights().items() if name != "b1"}
@@ -221,9 +211,6 @@ def test_context_starts_at_zero(model: Any, check: Check) -> None:
 
     check(maml, cost, v=shared)
     assert "layer1/b" not in maml.meta_parameters()
-
-
-# -- iMAML -------------------------------------------------------------------------------
 
 
 def ridge(v: zoo.Values, x: Any, y: Any, strength: float) -> zoo.Values:
@@ -299,9 +286,6 @@ def test_conjugate_gradient(backend: Backend, arr: Any, to_np: Any) -> None:
     np.testing.assert_array_equal(np.concatenate(to_np(zero)), np.zeros(6))
 
 
-# -- Reptile -----------------------------------------------------------------------------
-
-
 def test_displacement(model: Any, backend: Backend, compiled: bool) -> None:
     v, tasks = zoo.weights(), zoo.tasks()
     maml = Reptile(model, LR, 4)
@@ -328,9 +312,6 @@ def test_displacement_of_another_update_rule(model: Any, backend: Backend) -> No
     result = maml.meta_value_and_grad(nn.mse, [task])
     expected = {n: (v[n] - end[n]) / LR for n in v}
     agree(zoo.PAIRS[backend.name].canonical(result.grads, backend), expected, 1e-13)
-
-
-# -- prototypes --------------------------------------------------------------------------
 
 
 def classification(count: int = 3) -> list[Task]:
@@ -388,106 +369,3 @@ def test_a_head_that_starts_at_prototypes(model: Any, check: Check) -> None:
         return float(np.mean([of_task(task) for task in tasks]))
 
     check(ProtoMAML(model, 3, LR, STEPS), cost, tasks=tasks, loss_fn=nn.cross_entropy)
-
-
-# -- all of them -------------------------------------------------------------------------
-
-FAMILY: dict[str, Callable[[Any], Any]] = {
-    "maml++": lambda model: MAMLPlusPlus(model, LR, STEPS),
-    "curvature": lambda model: MetaCurvature(model, LR, STEPS),
-    "cavia": lambda model: CAVIA(model, "layer1/b", inner_lr=LR, inner_steps=STEPS),
-    "implicit": lambda model: ImplicitMAML(model, LR, STEPS),
-    "protonet": lambda model: ProtoNet(model, 2),
-    "proto-maml": lambda model: ProtoMAML(model, 2, LR, STEPS),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
-def test_a_learner_does_the_same(name: str, model: Any, backend: Backend) -> None:
-    maml = FAMILY[name](model)
-    tasks, loss_fn = zoo.tasks(1), nn.mse
-    if name.startswith("proto"):
-        tasks, loss_fn = [binary(task) for task in tasks], nn.cross_entropy
-
-    def task_loss(params: Any, task: Any) -> Any:
-        learner = maml.clone(params).adapt_on(loss_fn, task.support_x, task.support_y)
-        return loss_fn(learner(task.query_x), task.query_y)
-
-    batch = metaframe.tree.map(backend.asarray, metaframe.tasks.stack_tasks(tasks))
-    step: Any = metaframe.meta_value_and_grad(task_loss, task_map="loop")
-    step = metaframe.compile(step) if backend.compiles_quickly else step
-    by_hand = step({n: backend.stop_gradient(x) for n, x in maml.meta_parameters().items()}, batch)
-    result = maml.meta_value_and_grad(loss_fn, batch, task_map="loop")
-    for key, grad in result.grads.items():
-        np.testing.assert_allclose(
-            backend.to_numpy(by_hand.grads[key]), backend.to_numpy(grad), rtol=0, atol=1e-14
-        )
-
-
-def binary(task: Task) -> Task:
-    labels = [(y[:, 0] > np.median(y[:, 0])).astype(int) for y in (task.support_y, task.query_y)]
-    return Task(task.support_x, labels[0], task.query_x, labels[1])
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_backward_through_a_learner(name: str) -> None:
-    library = zoo.LIBRARIES[0]
-    assert library.id == "torch"
-    module = zoo.built(library)
-    import torch
-
-    if name == "cavia":
-        maml: Any = CAVIA(module, "0.bias", inner_lr=LR, inner_steps=STEPS)
-    else:
-        maml = FAMILY[name](module)
-    task, loss_fn = zoo.tasks(1)[0], nn.mse
-    if name.startswith("proto"):
-        task, loss_fn = binary(task), nn.cross_entropy
-    task = metaframe.tree.map(torch.from_numpy, task)
-    learner = maml.clone().adapt_on(loss_fn, task.support_x, task.support_y)
-    loss_fn(learner(task.query_x), task.query_y).backward()
-    expected = maml.meta_value_and_grad(loss_fn, [task], task_map="loop").grads
-    for key, parameter in maml.meta_parameters().items():
-        torch.testing.assert_close(parameter.grad, expected[key], rtol=0, atol=1e-13)
-    registered = {id(p) for p in maml.parameters()}
-    assert all(id(p) in registered for p in maml.meta_parameters().values())
-
-
-def test_reptile_has_no_backward() -> None:
-    import torch
-
-    module = zoo.built(zoo.LIBRARIES[0])
-    task = metaframe.tree.map(torch.from_numpy, zoo.tasks()[0])
-    learner = Reptile(module, LR, 3).clone().adapt_on(nn.mse, task.support_x, task.support_y)
-    loss = nn.mse(learner(task.query_x), task.query_y)
-    assert not loss.requires_grad
-    with pytest.raises(InputError, match=r"Use learner\.adapt_on"):
-        Reptile(module).clone().adapt(nn.mse(module(task.support_x), task.support_y))
-
-
-def test_bad_arguments(model: Any, backend: Backend) -> None:
-    with pytest.raises(InputError, match="multi_step_epochs must be at least 0"):
-        MAMLPlusPlus(model, multi_step_epochs=-1)
-    with pytest.raises(InputError, match="epoch must be at least 0"):
-        MAMLPlusPlus(model).epoch = -1
-    with pytest.raises(InputError, match="proximal must be a positive number"):
-        ImplicitMAML(model, proximal=0.0)
-    with pytest.raises(InputError, match="cg_steps must be at least 1"):
-        ImplicitMAML(model, cg_steps=0)
-    with pytest.raises(InputError, match="positive number; received 0"):
-        Reptile(model, 0)
-    with pytest.raises(InputError, match="context shares no parameters"):
-        CAVIA(model, "film")
-    with pytest.raises(InputError, match="adapt_names is not an argument"):
-        CAVIA(model, "head", adapt_names=["head/w"])
-    with pytest.raises(InputError, match="leaves nothing to meta-learn"):
-        CAVIA((model[0], {"head": model[1]["head"]}), "head")
-    with pytest.raises(InputError, match="ways must be at least 2"):
-        ProtoNet(model, 1)
-    with pytest.raises(InputError, match="takes no inner steps"):
-        ProtoNet(model, 2).meta_value_and_grad(nn.cross_entropy, classification(), steps=1)
-    with pytest.raises(InputError, match="seen no support set"):
-        ProtoNet(model, 2).clone()(backend.asarray(zoo.tasks()[0].query_x))
-    with pytest.raises(InputError, match=r"no meta-parameter called 'hed/w'.*head/w"):
-        MAML(model).clone({"hed/w": backend.asarray(0.0)})
