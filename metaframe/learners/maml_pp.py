@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, ops, tree
-from metaframe.backend import Array, Arrays
+from metaframe.backend import Array, Arrays, backend_of
 from metaframe.inner import StepView
 from metaframe.learners.config import Norm
 from metaframe.learners.functional import LearningRate
@@ -158,7 +158,7 @@ def multi_step_loss(run: TaskRun) -> Array:
 
     def observe(at: Params, view: StepView | None, index: Array) -> Arrays:
         del view
-        return (ops.take(weights, index) * run.query_loss(run.ordered(at)),)
+        return (_at(weights, index) * run.query_loss(run.ordered(at)),)
 
     result = run.adapted(observe)
     (total,) = result.total
@@ -182,8 +182,18 @@ def rate_for_each_step() -> Optimizer:
 
         def step(g: Array, rates: Array) -> Array:
             last = rates.shape[0] - 1
-            return -ops.take(rates, ops.astype(ops.minimum(state, last), "int32")) * g
+            return -_at(rates, ops.astype(ops.minimum(state, last), "int32")) * g
 
         return tree.map(step, grads, lr), state + 1
 
     return Optimizer(init, update)
+
+
+def _at(values: Array, index: Array) -> Array:
+    """`values[index]` for a scalar index, as a sum.
+
+    torch's indexing asks a scalar index for its value, which traced code does not have, and the
+    gradient of its `index_select` under `vmap` comes out of inductor multiplied.
+    """
+    dtype = backend_of(values).dtype_name(values)
+    return ops.sum(values * ops.one_hot(index, values.shape[0], dtype))
