@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from metaframe import checks, optim
-from metaframe.backend import Array
-from metaframe.compile import compile
-from metaframe.errors import MetaframeError
-from metaframe.inner import Mode
 from metaframe.learners.config import AdaptConfig, Norm
-from metaframe.learners.functional import LearningRate, Params, adapted_names
-from metaframe.learners.learner import Learner, LossFn
-from metaframe.learners.objective import Meta, TaskObjective, as_batch
-from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import MetaResult, TaskMap, meta_value_and_grad
-from metaframe.models import ModelAdapter, adapter_of
-
-if TYPE_CHECKING:
-    from metaframe.tasks import Task
-
-LEARNED = "learned/"
-"""Prefix of the names of what an update rule learns, among the meta-parameters."""
-PROGRAMS_KEPT = 16
-"""Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
+from metaframe.learners.functional import LearningRate, adapted_names
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.method import Method
+from metaframe.models import adapter_of
 
 
-class MAML(Wrapper):
+class MAML(MetaLearner):
     """Model-agnostic meta-learning of any model.
 
         theta' = theta - alpha * grad L_support(theta),   meta-gradient d L_query(theta') / d theta
@@ -87,164 +72,8 @@ class MAML(Wrapper):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        super().__init__()
+        checks.steps(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
-        names = adapted_names(adapter.trainable(), adapt_names)
-        self.config = AdaptConfig(
-            names, inner_lr, inner_steps, first_order, allow_unused, norm, update
-        )
-        self.module = adapter.model
-        self._adapter = adapter
-        self._learned: ModelAdapter | None = None
-        self._programs: dict[Hashable, Callable[..., MetaResult]] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model with its meta-parameters, without adaptation."""
-        forward = dataclasses.replace(self.config, norm=self._unadapted_norm()).forward("query")
-        state = self._adapter.state()
-        return self._adapter.call(self._adapter.params(), state, forward, args, kwargs)[0]
-
-    def _unadapted_norm(self) -> Norm:
-        # There is no support set here.
-        return "batch" if self.config.norm == "support" else self.config.norm
-
-    def clone(self, params: Mapping[str, Array] | None = None) -> Learner:
-        """A fresh learner that starts from the meta-parameters.
-
-        Args:
-            params: meta-parameters by name to start from instead of the current ones, as a
-                function that is being differentiated receives them.
-        """
-        values = {**self.meta_parameters(), **(params or {})}
-        meta, frozen = self._divided(values), self._adapter.params()
-        return Learner(self._adapter, {**frozen, **meta["params"]}, meta["learned"], self.config)
-
-    def meta_parameters(self) -> Params:
-        """The meta-parameters by name, live where the framework's parameters are.
-
-        They are the model's trainable parameters, and with the prefix "learned/" what the update
-        rule learns.
-        """
-        params = self._adapter.params()
-        meta = {name: params[name] for name in self._adapter.trainable()}
-        learned = self._learned.params() if self._learned is not None else {}
-        return {**meta, **{LEARNED + name: value for name, value in learned.items()}}
-
-    def assign(self, values: Mapping[str, Array]) -> None:
-        """Set meta-parameters by name: in the model where it can be changed, in `module` else.
-
-        Raises:
-            InputError: an unknown name or another shape.
-        """
-        meta = self._divided(values)
-        self._adapter.assign(meta["params"])
-        self.module = self._adapter.model
-        if self._learned is not None:
-            self._learned.assign(meta["learned"])
-
-    def meta_value_and_grad(
-        self,
-        loss_fn: LossFn,
-        tasks: Task | Sequence[Task],
-        *,
-        steps: int | None = None,
-        task_map: TaskMap = "vmap",
-        chunk_size: int | None = None,
-        mode: Mode = "reverse",
-        compiled: bool | None = None,
-    ) -> MetaResult:
-        """Mean query loss after adaptation, and its gradient in the meta-parameters.
-
-        Args:
-            loss_fn: `loss_fn(prediction, target) -> scalar`, pure. Pass the same function each
-                time: a new one is compiled anew.
-            tasks: a list of tasks of one shape, or a stacked one. NumPy arrays are converted.
-            steps: inner steps, 0 or more; default: `inner_steps`.
-            task_map: "vmap", all tasks at once; "scan" or "loop", one after the other.
-            chunk_size: with "vmap", how many tasks at once.
-            mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
-            compiled: compile the whole; default: where the backend compiles quickly.
-
-        Returns:
-            `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
-            `meta_parameters`; and `aux["costs"]`, the loss of each task.
-
-        Raises:
-            InputError, InputTypeError: bad arguments, before any work.
-        """
-        checks.function(loss_fn, "loss_fn")
-        steps = self.config.inner_steps if steps is None else steps
-        checks.steps(steps, "steps", at_least=0)
-        backend, meta = self._adapter.backend, self.meta_parameters()
-        batch = as_batch(tasks, meta, backend)
-        constants = {
-            "params": {n: x for n, x in self._adapter.params().items() if n not in meta},
-            "state": self._adapter.state(),
-        }
-        run = self._program(
-            TaskObjective(self._adapter, self.config, loss_fn, steps, mode),
-            task_map,
-            chunk_size,
-            backend.compiles_quickly if compiled is None else compiled,
-        )
-        result = run(
-            self._divided({n: backend.stop_gradient(x) for n, x in meta.items()}),
-            {
-                kind: {n: backend.asarray(x) for n, x in xs.items()}
-                for kind, xs in constants.items()
-            },
-            batch,
-        )
-        flat = {**result.grads["params"], **_prefixed(result.grads["learned"])}
-        return result._replace(grads={name: flat[name] for name in meta})
-
-    def _program(
-        self, objective: TaskObjective, task_map: TaskMap, chunk_size: int | None, compiled: bool
-    ) -> Callable[[Meta, Meta, Task], MetaResult]:
-        def run(meta: Meta, constants: Meta, batch: Task) -> MetaResult:
-            def task_cost(meta: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
-                cost = objective(meta, constants, task)
-                return cost, {"costs": cost}
-
-            transformed = meta_value_and_grad(
-                task_cost, task_map=task_map, chunk_size=chunk_size, has_aux=True
-            )
-            try:
-                return transformed(meta, batch)
-            except MetaframeError:
-                raise
-            except Exception as error:
-                if task_map == "vmap":
-                    error.add_note(NOT_VECTORISED)
-                raise
-
-        if not compiled:
-            return run
-        settings = (objective.config, objective.loss_fn, objective.steps, objective.mode)
-        key = (*settings, task_map, chunk_size, self._adapter.signature())
-        if key not in self._programs and len(self._programs) == PROGRAMS_KEPT:
-            del self._programs[next(iter(self._programs))]
-        return self._programs.setdefault(key, compile(run))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the compiled programs, which a copy makes anew."""
-        return {**self.__dict__, "_programs": {}}
-
-    def _divided(self, values: Mapping[str, Array]) -> Meta:
-        groups: Meta = {"params": {}, "learned": {}}
-        for name, value in values.items():
-            learned = self._learned is not None and name.startswith(LEARNED)
-            group, key = ("learned", name.removeprefix(LEARNED)) if learned else ("params", name)
-            groups[group][key] = value
-        return groups
-
-
-NOT_VECTORISED = (
-    "The tasks were being vectorised. If the model or the loss cannot be, for instance because it "
-    "branches on a value or writes to an array in place, run the tasks one after the other: "
-    'meta_value_and_grad(..., task_map="loop").'
-)
-
-
-def _prefixed(learned: Params) -> Params:
-    return {LEARNED + name: value for name, value in learned.items()}
+        names = adapted_names(adapter.adaptable(), adapt_names)
+        config = AdaptConfig(names, inner_lr, inner_steps, first_order, allow_unused, norm, update)
+        super().__init__(adapter, config, Method())
