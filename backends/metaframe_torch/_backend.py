@@ -22,6 +22,7 @@ from metaframe_torch._compile import compile_traced
 from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
+from metaframe_torch._optim import TorchOptimizer
 
 
 class TorchBackend(Backend):
@@ -140,6 +141,9 @@ class TorchBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> LearnedAdapter:
         return LearnedAdapter(values, self)
+
+    def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
+        return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool

@@ -7,10 +7,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaframe import checks, optim
-from metaframe.backend import Array
+from metaframe.backend import Array, Backend
 from metaframe.compile import compile
 from metaframe.errors import MetaframeError
 from metaframe.inner import Mode
+from metaframe.learners.adaptation import Adaptation
 from metaframe.learners.config import AdaptConfig, Norm
 from metaframe.learners.functional import LearningRate, Params, adapted_names
 from metaframe.learners.learner import Learner, LossFn
@@ -172,39 +173,46 @@ class MAML(Wrapper):
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
         """
+        backend = self._adapter.backend
+        batch = as_batch(tasks, self.meta_parameters(), backend)
+        settings = (loss_fn, steps, task_map, chunk_size, mode)
+        run: Callable[..., MetaResult]
+        if backend.compiles_quickly if compiled is None else compiled:
+            key = (*settings, self.config, self.signature())
+            run = self._program(key, lambda: self.meta_gradient(*settings))
+        else:
+            run = self.meta_gradient(*settings)
+        result = run(self.meta_arrays(), self.constants(), batch)
+        return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
+
+    def meta_gradient(
+        self,
+        loss_fn: LossFn,
+        steps: int | None = None,
+        task_map: TaskMap = "vmap",
+        chunk_size: int | None = None,
+        mode: Mode = "reverse",
+        metric: LossFn | None = None,
+    ) -> Callable[[Params, Meta, Task], MetaResult]:
+        """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
+
+        Args:
+            loss_fn, steps, task_map, chunk_size, mode: as for `meta_value_and_grad`.
+            metric: a second function of prediction and target, not differentiated; each task's
+                value is in `aux["scores"]`.
+
+        Returns:
+            A function `(meta, constants, batch) -> (cost, grads, aux)` of what `meta_arrays` and
+            `constants` return and of a stacked task.
+        """
         checks.function(loss_fn, "loss_fn")
         steps = self.config.inner_steps if steps is None else steps
         checks.steps(steps, "steps", at_least=0)
-        backend, meta = self._adapter.backend, self.meta_parameters()
-        batch = as_batch(tasks, meta, backend)
-        constants = {
-            "params": {n: x for n, x in self._adapter.params().items() if n not in meta},
-            "state": self._adapter.state(),
-        }
-        run = self._program(
-            TaskObjective(self._adapter, self.config, loss_fn, steps, mode),
-            task_map,
-            chunk_size,
-            backend.compiles_quickly if compiled is None else compiled,
-        )
-        result = run(
-            self._divided({n: backend.stop_gradient(x) for n, x in meta.items()}),
-            {
-                kind: {n: backend.asarray(x) for n, x in xs.items()}
-                for kind, xs in constants.items()
-            },
-            batch,
-        )
-        flat = {**result.grads["params"], **_prefixed(result.grads["learned"])}
-        return result._replace(grads={name: flat[name] for name in meta})
+        objective = TaskObjective(self._adapter, self.config, loss_fn, steps, mode, metric)
 
-    def _program(
-        self, objective: TaskObjective, task_map: TaskMap, chunk_size: int | None, compiled: bool
-    ) -> Callable[[Meta, Meta, Task], MetaResult]:
-        def run(meta: Meta, constants: Meta, batch: Task) -> MetaResult:
-            def task_cost(meta: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
-                cost = objective(meta, constants, task)
-                return cost, {"costs": cost}
+        def run(meta: Params, constants: Meta, batch: Task) -> MetaResult:
+            def task_cost(meta: Params, task: Task) -> tuple[Array, dict[str, Array]]:
+                return objective(self._divided(meta), constants, task)
 
             transformed = meta_value_and_grad(
                 task_cost, task_map=task_map, chunk_size=chunk_size, has_aux=True
@@ -218,13 +226,49 @@ class MAML(Wrapper):
                     error.add_note(NOT_VECTORISED)
                 raise
 
-        if not compiled:
-            return run
-        settings = (objective.config, objective.loss_fn, objective.steps, objective.mode)
-        key = (*settings, task_map, chunk_size, self._adapter.signature())
-        if key not in self._programs and len(self._programs) == PROGRAMS_KEPT:
-            del self._programs[next(iter(self._programs))]
-        return self._programs.setdefault(key, compile(run))
+        return run
+
+    def adaptation(self, loss_fn: LossFn) -> Adaptation:
+        """Adaptation to one task, step by step and as pure functions, for evaluations."""
+        checks.function(loss_fn, "loss_fn")
+        return Adaptation(self._adapter, self.config, loss_fn, self._divided)
+
+    def meta_arrays(self) -> Params:
+        """The values of `meta_parameters`, as constants of no record of operations."""
+        stop = self._adapter.backend.stop_gradient
+        return {name: stop(x) for name, x in self.meta_parameters().items()}
+
+    def variables(self) -> dict[str, Any]:
+        """The meta-parameters as the objects that the framework's own optimizers update."""
+        variables = self._adapter.variables()
+        meta = {name: variables[name] for name in self._adapter.trainable()}
+        learned = self._learned.variables() if self._learned is not None else {}
+        return {**meta, **{LEARNED + name: value for name, value in learned.items()}}
+
+    def constants(self) -> Meta:
+        """The model's other arrays: parameters that are not trained, and its state."""
+        adapter, asarray = self._adapter, self._adapter.backend.asarray
+        trainable = frozenset(adapter.trainable())
+        others = {n: asarray(x) for n, x in adapter.params().items() if n not in trainable}
+        return {"params": others, "state": {n: asarray(x) for n, x in adapter.state().items()}}
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the model."""
+        return self._adapter.backend
+
+    def signature(self) -> Hashable:
+        """What, besides arrays, decides what the model computes, such as a training flag."""
+        return self._adapter.signature()
+
+    def _program(
+        self, key: Hashable, make: Callable[[], Callable[..., MetaResult]]
+    ) -> Callable[..., MetaResult]:
+        if key not in self._programs:
+            if len(self._programs) == PROGRAMS_KEPT:
+                del self._programs[next(iter(self._programs))]
+            self._programs[key] = compile(make())
+        return self._programs[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the compiled programs, which a copy makes anew."""
@@ -244,7 +288,3 @@ NOT_VECTORISED = (
     "branches on a value or writes to an array in place, run the tasks one after the other: "
     'meta_value_and_grad(..., task_map="loop").'
 )
-
-
-def _prefixed(learned: Params) -> Params:
-    return {LEARNED + name: value for name, value in learned.items()}

@@ -26,16 +26,17 @@ Meta = dict[str, Params]
 
 @dataclass(frozen=True)
 class TaskObjective:
-    """`(meta, constants, task) -> query loss after adaptation`."""
+    """`(meta, constants, task) -> query loss after adaptation, and what to report`."""
 
     adapter: ModelAdapter
     config: AdaptConfig
     loss_fn: LossFn
     steps: int
     mode: Mode
+    metric: LossFn | None = None
 
-    def __call__(self, meta: Meta, constants: Meta, task: Task) -> Array:
-        """Adapt on the support set, then the loss on the query set."""
+    def __call__(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
+        """Adapt on the support set, then the loss, and the metric if there is one, on the query."""
         names, state = self.config.names, constants["state"]
         whole = {**constants["params"], **meta["params"]}
         others = {n: x for n, x in whole.items() if n not in names}
@@ -66,7 +67,10 @@ class TaskObjective:
             _, state = self.adapter.call(params, state, record, (task.support_x,), {})
         query = self.config.forward("query")
         output, _ = self.adapter.call(params, state, query, (task.query_x,), {})
-        return self.loss_fn(output, task.query_y)
+        cost = self.loss_fn(output, task.query_y)
+        if self.metric is None:
+            return cost, {"costs": cost}
+        return cost, {"costs": cost, "scores": self.metric(output, task.query_y)}
 
     def _ordered(self, adapted: Params, others: Params) -> Params:
         return {n: adapted[n] if n in adapted else others[n] for n in self.adapter.params()}
