@@ -191,6 +191,14 @@ class Backend(abc.ABC):
         """Let the framework's own transforms take `cls` apart, if it has such a registry."""
         del cls, flatten, unflatten
 
+    def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The state of the framework's hidden random streams, for a checkpoint."""
+        return {}
+
+    def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what `random_state` returned."""
+        del state
+
     # -- models --------------------------------------------------------------------------
 
     def adapter(self, model: object) -> ModelAdapter | None:

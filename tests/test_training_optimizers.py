@@ -44,9 +44,9 @@ ADAMS: list[tuple[str, Callable[[MAML], Any], float]] = [
     ("torch", _torch_adam, 1e-12),
     ("equinox", _optax_adam, 1e-12),
     ("nnx", _optax_adam, 1e-12),
-    # Keras keeps its learning rate in float32, and its epsilon beside the uncorrected average.
-    ("keras", _keras_adam, 1e-6),
-    ("tf_module", _keras_adam, 1e-6),
+    # Keras corrects the bias in float32, where 1 - 0.999**t has three digits less.
+    ("keras", _keras_adam, 1e-5),
+    ("tf_module", _keras_adam, 1e-5),
 ]
 each_adam = pytest.mark.parametrize(("name", "make", "within"), ADAMS, ids=[a[0] for a in ADAMS])
 
@@ -105,5 +105,5 @@ def test_a_schedule_is_for_our_optimizers() -> None:
     require("torch")
     maml = MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1)
     runner = MetaTrainer(maml, _torch_adam(maml), nn.mse, Fixed(), schedule=lambda step: 0.1)
-    with pytest.raises(InputError, match="schedule= is for optimizers of metaframe.optim"):
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())

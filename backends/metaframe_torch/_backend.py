@@ -123,6 +123,18 @@ class TorchBackend(Backend):
         words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
         return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
+    def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        streams = {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        return {name: s.numpy() for name, s in {"cpu": torch.get_rng_state(), **streams}.items()}
+
+    def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        for name, values in state.items():
+            stream = torch.from_numpy(values.copy())
+            if name == "cpu":
+                torch.set_rng_state(stream)
+            elif name in self.devices():
+                torch.cuda.set_rng_state(stream, name)
+
     def register_node(
         self,
         cls: type,

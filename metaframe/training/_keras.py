@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from metaframe.backend import Array, NativeOptimizer
-from metaframe.errors import InputError
+from metaframe.errors import CheckpointError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -36,7 +36,7 @@ class KerasOptimizer:
         self._build()
         held = {str(i): variable for i, variable in enumerate(self._optimizer.variables)}
         if set(held) != set(arrays):
-            raise InputError(
+            raise CheckpointError(
                 f"the checkpoint has {len(arrays)} arrays of a Keras optimizer, this one has "
                 f"{len(held)}. Make it with the settings it had."
             )

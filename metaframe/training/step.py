@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from metaframe import checks, optim, tree
-from metaframe.backend import Array, NativeOptimizer
+from metaframe.backend import Array, Backend, NativeOptimizer
 from metaframe.compile import compile
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.inner import Mode
 from metaframe.learners import MAML
 from metaframe.learners.learner import LossFn
@@ -168,15 +168,15 @@ class _PureStep:
         return Outcome(_report(aux, cost, norm, backend.to_numpy), apply)
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
-        to_numpy = self._maml.backend.to_numpy
         names, leaves = tree.key_chains(self._state), tree.leaves(self._state)
-        return {n: to_numpy(x) for n, x in zip(names, leaves, strict=True)}, {}
+        backend = self._maml.backend
+        return {n: on_host(x, backend) for n, x in zip(names, leaves, strict=True)}, {}
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         del plain
         names = tree.key_chains(self._state)
         if set(names) != set(arrays):
-            raise InputError(
+            raise CheckpointError(
                 "the checkpoint is of another optimizer: "
                 f"missing {sorted(set(names) - set(arrays))}, "
                 f"unexpected {sorted(set(arrays) - set(names))}."
@@ -225,6 +225,12 @@ class _NativeStep:
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         self._optimizer.restore(arrays, plain)
+
+
+def on_host(x: Array, backend: Backend) -> np.ndarray[Any, Any]:
+    """`x` in NumPy; bfloat16, which that lacks, as float32, which holds it exactly."""
+    wide = backend.dtype_name(x) == "bfloat16"
+    return backend.to_numpy(backend.ops.astype(x, "float32") if wide else x)
 
 
 def _like(rate: float, params: Params, maml: MAML) -> Array:

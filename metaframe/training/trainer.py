@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, tree
-from metaframe.errors import InputError, NonFiniteError
+from metaframe.errors import CheckpointError, InputError, NonFiniteError
 from metaframe.learners import MAML
 from metaframe.learners.learner import LossFn
 from metaframe.learners.objective import as_batch
@@ -19,7 +19,9 @@ from metaframe.training.batches import batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
 from metaframe.training.evaluation import Evaluation, Evaluator
 from metaframe.training.interrupt import held_interrupt
-from metaframe.training.step import Schedule, StepReport, StepSettings, outer_step
+from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 class MetaTrainer:
@@ -133,7 +135,7 @@ class MetaTrainer:
         run = Run(self, num_iterations, meta_batch_size)
         with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch)
-            with source as ahead:
+            with self._standing(), source as ahead:
                 for batch in ahead:
                     self._position = batch.position
                     self._iterate(run, batch.tasks, watchers)
@@ -152,34 +154,50 @@ class MetaTrainer:
         """
         return self._evaluate(tasks).loss.mean
 
-    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
-        to_numpy = self.maml.backend.to_numpy
-        arrays = {f"params/{n}": to_numpy(x) for n, x in self.maml.meta_parameters().items()}
+        backend, meta = self.maml.backend, self.maml.meta_parameters()
         optimizer, plain = self._outer.state()
+        arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}
         arrays |= {f"optimizer/{name}": x for name, x in optimizer.items()}
+        random = backend.random_state().items()
+        arrays |= {f"rng.{backend.name}/{name}": x for name, x in random}
         position = self._position
         if position is None and is_restorable(self.task_sampler):
             position = self.task_sampler.state()  # type: ignore[attr-defined]
         return arrays, {
             "step": self.step,
+            "dtypes": {name: backend.dtype_name(x) for name, x in meta.items()},
             "optimizer": plain,
             "sampler": None if position is None else dict(position),
         }
 
-    def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]], plain: Mapping[str, Any]) -> None:
+    def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
         """Go on from what `state` returned, on this or another backend.
 
+        Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
+        come from, and are left as they are on another.
+
         Raises:
-            InputError: parameters or an optimizer of another kind, or another sampler.
+            CheckpointError: another model, algorithm or optimizer.
+            InputError: a sampler with another seed or split.
         """
-        restore_parameters(self.maml, arrays)
-        optimizer = _group(arrays, "optimizer/")
-        self._outer.restore(optimizer, plain["optimizer"])
+        restore_parameters(self.maml, arrays, plain["dtypes"])
+        self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
         if plain["sampler"] is not None and is_restorable(self.task_sampler):
             self.task_sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-        self._position = plain["sampler"]
+        backend = self.maml.backend
+        if random := _group(arrays, f"rng.{backend.name}/"):
+            backend.restore_random_state(random)
         self.step = int(plain["step"])
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        """Batches are sampled ahead inside; outside the sampler itself says where training is."""
+        try:
+            yield
+        finally:
+            self._position = None
 
     def _advance(self, tasks: Task | Sequence[Task]) -> StepReport:
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
@@ -237,25 +255,31 @@ class MetaTrainer:
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
 
 
-def restore_parameters(maml: MAML, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def restore_parameters(maml: MAML, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
     """Assign the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
 
     Raises:
-        InputError: other names or shapes than the learner's.
+        CheckpointError: other names, shapes or dtypes than the learner's.
     """
-    found, own = _group(arrays, "params/"), maml.meta_parameters()
+    found, own, backend = _group(arrays, "params/"), maml.meta_parameters(), maml.backend
     if set(found) != set(own):
-        raise InputError(
+        raise CheckpointError(
             "the checkpoint is of another model or algorithm: "
             f"missing {sorted(set(own) - set(found))}, unexpected {sorted(set(found) - set(own))}."
         )
-    backend = maml.backend
-    maml.assign({n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in found.items()})
+    for name, value in own.items():
+        there = (found[name].shape, dtypes.get(name))
+        here = (tuple(value.shape), backend.dtype_name(value))
+        if there != here:
+            raise CheckpointError(
+                f"parameter {name!r} is {there[1]} of shape {there[0]} in the checkpoint and "
+                f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
+                "was trained with."
+            )
+    maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
 
 
-def _group(
-    arrays: Mapping[str, np.ndarray[Any, Any]], prefix: str
-) -> dict[str, np.ndarray[Any, Any]]:
+def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
     return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
 
 
