@@ -18,9 +18,16 @@ from metaframe.container import Container as Container
 from metaframe.errors import MetaframeError as MetaframeError
 from metaframe.inner import inner_loop as inner_loop
 from metaframe.learners import ANIL as ANIL
+from metaframe.learners import CAVIA as CAVIA
 from metaframe.learners import MAML as MAML
+from metaframe.learners import ImplicitMAML as ImplicitMAML
 from metaframe.learners import Learner as Learner
+from metaframe.learners import MAMLPlusPlus as MAMLPlusPlus
+from metaframe.learners import MetaCurvature as MetaCurvature
 from metaframe.learners import MetaSGD as MetaSGD
+from metaframe.learners import ProtoMAML as ProtoMAML
+from metaframe.learners import ProtoNet as ProtoNet
+from metaframe.learners import Reptile as Reptile
 from metaframe.learners import adapt as adapt
 from metaframe.learners import functional_forward as functional_forward
 from metaframe.learners import head_names as head_names

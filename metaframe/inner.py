@@ -122,9 +122,9 @@ class InnerResult(NamedTuple):
     """What the observer returned, summed over the steps; empty without observer or steps."""
 
 
-Observer = Callable[[tree.Tree, StepView | None], Arrays]
-"""`(variables before the step, the step) -> arrays to add up`. The step is None in the modes that
-recompute it, where it is not kept."""
+Observer = Callable[[tree.Tree, StepView | None, Array], Arrays]
+"""`(variables before the step, the step, its index) -> arrays to add up`. The step is None in the
+modes that recompute it, where it is not kept."""
 
 
 class InnerLoop:
@@ -158,22 +158,23 @@ class InnerLoop:
             self._rule.init(tree.unflatten(self._inner_spec, start)), self._backend.owns
         )
         step = self._step()
-        sizes = (len(start), len(self._state.arrays))
+        index = () if observe is None else (self._backend.asarray(0, "int32"),)
+        sizes = (len(start), len(self._state.arrays), len(index))
 
         def body(carry: Arrays) -> Arrays:
-            params, state, total = modes.split(carry, sizes)
+            params, state, index, total = modes.split(carry, sizes)
             after, state, view = step(params, state)
             if observe is not None:
-                seen = observe(self._variables(self._attach(params)), view)
+                seen = observe(self._variables(self._attach(params)), view, *index)
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
-            return (*after, *state, *total)
+            return (*after, *state, *(i + 1 for i in index), *total)
 
-        carry = (*start, *self._state.arrays)
+        carry = (*start, *self._state.arrays, *index)
         if observe is not None and steps:
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
             carry, steps = body(carry), steps - 1
-        params, _, total = modes.split(self._backend.repeat(body, carry, steps), sizes)
+        params, _, _, total = modes.split(self._backend.repeat(body, carry, steps), sizes)
         return InnerResult(self._variables(self._attach(params)), total)
 
     def cost_and_gradient(self, v: tree.Tree) -> tuple[Array, Arrays]:

@@ -34,7 +34,7 @@ def rematerialised(backend: Backend, gradient: Gradient, apply: Apply) -> Step:
             params, state, context = groups
             return apply(params, gradient(params, context), state, context)
 
-        return _vjp(backend, step, groups, cotangents)
+        return vjp(backend, step, groups, cotangents)
 
     return _with_rule(backend, gradient, apply, transpose)
 
@@ -47,7 +47,7 @@ def mixed(
     def transpose(groups: Sequence[Arrays], cotangents: Arrays) -> Sequence[Arrays]:
         params, state, context = groups
         grads = gradient(params, context)
-        params_bar, grads_bar, state_bar, context_bar = _vjp(
+        params_bar, grads_bar, state_bar, context_bar = vjp(
             backend, apply, (params, grads, state, context), cotangents
         )
         floats = _floating(backend, context)
@@ -94,9 +94,9 @@ def _with_rule(
     return step
 
 
-def _vjp(
+def vjp(
     backend: Backend,
-    fn: Callable[..., tuple[Arrays, Arrays]],
+    fn: Callable[..., Sequence[Arrays]],
     groups: Sequence[Arrays],
     cotangents: Arrays,
 ) -> Sequence[Arrays]:

@@ -48,7 +48,8 @@ class AdaptedCost:
             inner_batch = self.inner_batch_fn(task) if self.inner_batch_fn else task
             outer_batch = self.outer_batch_fn(task) if self.outer_batch_fn else task
 
-            def observe(at: tree.Tree, _: StepView | None) -> Arrays:
+            def observe(at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
+                del view, index
                 return (outer(outer_batch, at),)
 
             loop = InnerLoop(self.inner_cost, v, inner_batch, chosen, self.settings)
@@ -87,8 +88,8 @@ class ReptileTask:
         cost = (total_cost + last_cost) / (self.steps + 1)
         return step, (cost, *(tree.leaves(result.variables) if self.return_inner_v else ()))
 
-    def _observe(self, at: tree.Tree, view: StepView | None) -> Arrays:
-        del at
+    def _observe(self, at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
+        del at, index
         if view is None:
             raise InputError("Reptile needs the gradients of the inner steps: mode='reverse'.")
         return (view.cost, *(view.grads if self.direction == "gradients" else view.updates))

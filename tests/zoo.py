@@ -47,17 +47,31 @@ def loss(v: Values, x: Any, y: Any) -> float:
 
 
 def gradient(v: Values, x: Any, y: Any) -> Values:
+    return backward(v, x, 2 * (predict(v, x) - y) / y.size)
+
+
+def backward(v: Values, x: Any, error: Any) -> Values:
+    """The gradient of a loss whose derivative in the outputs is `error`."""
     hidden = np.tanh(x @ v["w1"] + v["b1"])
-    error = 2 * (predict(v, x) - y) / y.size
     back = (error @ v["w2"].T) * (1 - hidden**2)
     return {"w1": x.T @ back, "b1": back.sum(0), "w2": hidden.T @ error, "b2": error.sum(0)}
 
 
+def path(v: Values, task: Task, steps: int, step: Callable[[int, Values, Values], Values]) -> Any:
+    """The points visited, from `v`; `step(k, v, gradient) -> next v`."""
+    points = [v]
+    for k in range(steps):
+        v = step(k, v, gradient(v, task.support_x, task.support_y))
+        points.append(v)
+    return points
+
+
 def adapted(v: Values, task: Task, rates: Any, steps: int) -> Values:
-    for _ in range(steps):
-        g = gradient(v, task.support_x, task.support_y)
-        v = {name: v[name] - rates[name] * g[name] for name in v}
-    return v
+    def step(k: int, v: Values, g: Values) -> Values:
+        return {name: v[name] - rates[name] * g[name] for name in v}
+
+    last: Values = path(v, task, steps, step)[-1]
+    return last
 
 
 def meta_cost(v: Values, rates: Any, steps: int, batch: list[Task]) -> float:

@@ -174,6 +174,8 @@ class EquinoxAdapter(ModelAdapter):
     deal with, and so is the choice of statistics.
     """
 
+    output_first = True
+
     def __init__(self, function: Callable[..., Any], model: Any, backend: Backend) -> None:
         self.model = model
         self.backend = backend

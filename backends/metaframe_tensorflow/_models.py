@@ -7,13 +7,13 @@ structure in which tensors stand in the places of the variables; the module itse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import tensorflow as tf
 
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.models import Forward, ModelAdapter
+from metaframe.models import Forward, LearnedValues, ModelAdapter
 
 Params = dict[str, Array]
 
@@ -98,7 +98,7 @@ class _Substitution:
         return node
 
 
-class VariablesAdapter(ModelAdapter):
+class VariablesAdapter(LearnedValues):
     """Learned values as variables, for Keras optimizers to update."""
 
     def __init__(self, values: Params, backend: Backend) -> None:
@@ -107,16 +107,6 @@ class VariablesAdapter(ModelAdapter):
 
     def params(self) -> Params:
         return dict(self.model)
-
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> NoReturn:
-        raise NotImplementedError("learned values are not a model")
 
     def write(self, params: Params) -> None:
         for name, variable in self.model.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
-from metaframe.models import Forward, ModelAdapter
+from metaframe.models import Forward, LearnedValues, ModelAdapter
 
 DROPOUTS = frozenset(
     {
@@ -36,6 +36,8 @@ RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 class TorchAdapter(ModelAdapter):
     """A `torch.nn.Module`; names are those of `named_parameters`."""
+
+    output_first = True
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         self.model = model
@@ -194,7 +196,7 @@ def _as_it_is() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-class LearnedAdapter(ModelAdapter):
+class LearnedAdapter(LearnedValues):
     """Learned values as an `nn.ParameterDict`, whose names cannot hold a dot."""
 
     def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
@@ -204,16 +206,6 @@ class LearnedAdapter(ModelAdapter):
 
     def params(self) -> dict[str, Tensor]:
         return {name: self.model[name.replace(".", "/")] for name in self._names}
-
-    def call(
-        self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> NoReturn:
-        raise NotImplementedError("learned values are not a model")
 
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():

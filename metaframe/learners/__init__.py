@@ -2,20 +2,34 @@
 
 from metaframe.learners.anil import ANIL as ANIL
 from metaframe.learners.anil import head_names as head_names
+from metaframe.learners.cavia import CAVIA as CAVIA
 from metaframe.learners.functional import adapt as adapt
 from metaframe.learners.functional import functional_forward as functional_forward
 from metaframe.learners.functional import inner_step as inner_step
 from metaframe.learners.functional import named_buffers as named_buffers
 from metaframe.learners.functional import named_params as named_params
+from metaframe.learners.implicit import ImplicitMAML as ImplicitMAML
 from metaframe.learners.learner import Learner as Learner
 from metaframe.learners.maml import MAML as MAML
+from metaframe.learners.maml_pp import MAMLPlusPlus as MAMLPlusPlus
+from metaframe.learners.meta_curvature import MetaCurvature as MetaCurvature
 from metaframe.learners.meta_sgd import MetaSGD as MetaSGD
+from metaframe.learners.proto import ProtoMAML as ProtoMAML
+from metaframe.learners.proto import ProtoNet as ProtoNet
+from metaframe.learners.reptile import Reptile as Reptile
 
 __all__ = [
     "ANIL",
+    "CAVIA",
     "MAML",
+    "ImplicitMAML",
     "Learner",
+    "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaSGD",
+    "ProtoMAML",
+    "ProtoNet",
+    "Reptile",
     "adapt",
     "functional_forward",
     "head_names",

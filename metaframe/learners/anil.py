@@ -52,16 +52,21 @@ def head_names(module: Any, head: Any) -> tuple[str, ...]:
     >>> head_names(model, model[1])
     ('1.weight', '1.bias')
     """
+    return part_names(module, head, "head")
+
+
+def part_names(module: Any, part: Any, what: str) -> tuple[str, ...]:
+    """`head_names` for any part of a model; `what` is what the error calls it."""
     params = adapter_of(module).params()
-    if isinstance(head, str):
-        names = tuple(n for n in params if n == head or n.startswith((f"{head}/", f"{head}.")))
+    if isinstance(part, str):
+        names = tuple(n for n in params if n == part or n.startswith((f"{part}/", f"{part}.")))
     else:
-        parts = {id(x) for x in _arrays(head)}
-        names = tuple(n for n, x in params.items() if id(x) in parts)
+        shared = {id(x) for x in _arrays(part)}
+        names = tuple(n for n, x in params.items() if id(x) in shared)
     if not names:
         raise InputError(
-            f"head shares no parameters with the module, whose parameters are {list(params)}. Pass "
-            "a submodule of it, or the name of a part of its parameters."
+            f"{what} shares no parameters with the module, whose parameters are {list(params)}. "
+            "Pass a submodule of it, or the name of a part of its parameters."
         )
     return names
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaframe import checks, optim
 from metaframe.backend import Array
+from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, rate_for
 from metaframe.models import Forward
 from metaframe.update import UpdateRule, update_rule
@@ -23,13 +25,14 @@ class AdaptConfig:
     Attributes:
         names: the parameters to adapt.
         inner_lr: step size; `None` if the update rule brings its own.
-        inner_steps: default number of steps, at least 1.
+        inner_steps: default number of steps.
         first_order: take inner gradients for constants.
         allow_unused: leave parameters that the support loss does not depend on as they are.
         norm: statistics of batch normalisation. "batch": of the examples in hand, so query
             predictions depend on each other (transductive). "frozen": the model's running ones.
             "support": of the support set under the adapted parameters.
-        update: the update rule; one learned value a parameter comes as its learning rate.
+        update: the update rule; what it learns, by name, comes as its learning rate.
+        twice: will a support loss be differentiated twice? Default: not with `first_order`.
     """
 
     names: tuple[str, ...]
@@ -39,9 +42,10 @@ class AdaptConfig:
     allow_unused: bool
     norm: Norm
     update: Any
+    twice: bool | None = None
 
     def __post_init__(self) -> None:
-        checks.steps(self.inner_steps, "inner_steps", at_least=1)
+        checks.steps(self.inner_steps, "inner_steps", at_least=0)
         checks.choice(self.norm, "norm", NORMS)
         if self.inner_lr is not None:
             rate_for(self.inner_lr, self.names)
@@ -52,6 +56,25 @@ class AdaptConfig:
         """The update rule in its one form."""
         return update_rule(self.update, stop_gradients=False)
 
+    def steps(self, given: int | None, *, at_least: int) -> int:
+        """How many steps to take: the configured number, or the one given."""
+        if given is None:
+            return self.inner_steps
+        checks.steps(given, "steps", at_least=at_least)
+        if given and not self.names:
+            raise InputError(f"this algorithm takes no inner steps, received steps={given}.")
+        return given
+
+    def rate_of(self, name: str) -> Any:
+        """Where a learned rate of this parameter starts.
+
+        Raises:
+            InputError: no learning rate to start from.
+        """
+        if self.inner_lr is None:
+            raise InputError("learned rates start from inner_lr, received None.")
+        return self.inner_lr[name] if isinstance(self.inner_lr, Mapping) else self.inner_lr
+
     def rate(self, learned: dict[str, Array]) -> optim.Rate:
         """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
         if learned or self.inner_lr is None:
@@ -60,7 +83,7 @@ class AdaptConfig:
 
     def forward(self, phase: Literal["support", "query"]) -> Forward:
         """How the model is called on the examples of this phase."""
-        twice = not self.first_order
+        twice = not self.first_order if self.twice is None else self.twice
         if self.norm == "support":
             return Forward("record" if phase == "support" else "frozen", twice)
         return Forward(self.norm, twice)

@@ -10,6 +10,7 @@ from metaframe.backend import Array
 from metaframe.errors import InputError
 from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, descend, gradients
+from metaframe.learners.method import Method, Support
 from metaframe.models import ModelAdapter
 
 LossFn = Callable[[Any, Any], Array]
@@ -34,21 +35,32 @@ class Learner:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, params: Params, learned: Params, config: AdaptConfig
+        self,
+        adapter: ModelAdapter,
+        params: Params,
+        learned: Params,
+        config: AdaptConfig,
+        method: Method,
     ) -> None:
         self.params = params
         """The current parameters by name."""
         self.config = config
+        self._given = params
         self._adapter = adapter
         self._learned = learned
+        self._method = method
         self._statistics = adapter.state()
         self._rule = config.rule
-        self._rule_state = self._rule.init({name: params[name] for name in config.names})
         self._supporting = False
         self._has_support = config.norm != "support"
+        self._start: Params | None = None
+        if method.begin is None:
+            self._begin(params)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output with the current parameters."""
+        if self._start is None and not self._supporting:
+            raise InputError("this learner has seen no support set yet. Call adapt_on first.")
         if not (self._supporting or self._has_support):
             raise InputError(
                 "norm='support' normalises by the support set, which this learner has not seen. "
@@ -72,16 +84,54 @@ class Learner:
 
         Raises:
             InputTypeError: an array, where the framework does not record operations.
-            InputError: a loss that is no scalar or depends on none of the adapted parameters.
+            InputError: a loss that is no scalar or depends on none of the adapted parameters, or
+                an algorithm that has to see the support set itself, with `adapt_on`.
             UnusedParameterError: an unused parameter, with `allow_unused=False`.
         """
-        loss: Any = support_loss
-        if callable(support_loss):
-            function = support_loss
-            loss = lambda params: function(self._sibling(params))  # noqa: E731
-        elif self.config.norm == "support":
+        if self._method.needs_support:
+            raise InputError(
+                "this algorithm adapts to a support set and not to a loss. Use "
+                "learner.adapt_on(loss_fn, x, y)."
+            )
+        if not callable(support_loss) and self.config.norm == "support":
             raise InputError("norm='support' needs adapt_on, or a function passed to adapt.")
-        config = self.config
+        return self._step(support_loss)
+
+    def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
+        """Take `steps` inner steps on one support set, the loss computed anew at each.
+
+        Args:
+            loss_fn: `loss_fn(prediction, target) -> scalar`.
+            x: inputs.
+            y: targets.
+            steps: how many, at least 1; default: the configured `inner_steps`.
+
+        Raises:
+            InputError: fewer steps than one; otherwise as `adapt`.
+        """
+        checks.function(loss_fn, "loss_fn")
+        steps = self.config.steps(steps, at_least=1)
+        support = self._support(loss_fn, x, y)
+        if self._method.begin is not None and (self._start is None or steps == 0):
+            self._begin(self._method.begin(support, self._given))
+        for _ in range(steps):
+            self._step(lambda learner: loss_fn(learner(x), y))
+        if self._method.finish is not None and self._start is not None:
+            self.params = self._method.finish(support, self._start, self.params)
+        if steps == 0 and self.config.norm == "support":
+            self._see_support(lambda learner: learner(x))
+        return self
+
+    def _begin(self, params: Params) -> None:
+        self.params = self._start = params
+        self._rule_state = self._rule.init({name: params[name] for name in self.config.names})
+
+    def _step(self, support_loss: Any) -> Self:
+        loss, config = support_loss, self.config
+        if callable(support_loss):
+            loss = lambda params: support_loss(self._sibling(params)) + self._penalty(params)  # noqa: E731
+        elif self._method.penalty is not None:
+            loss = support_loss + self._penalty(self.params)
         grads = gradients(
             self._adapter.backend,
             self.params,
@@ -97,24 +147,21 @@ class Learner:
             self._see_support(support_loss)
         return self
 
-    def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
-        """Take `steps` inner steps on one support set, the loss computed anew at each.
+    def _penalty(self, params: Params) -> Any:
+        if self._method.penalty is None or self._start is None:
+            return 0
+        names = self.config.names
+        return self._method.penalty(*({n: p[n] for n in names} for p in (params, self._start)))
 
-        Args:
-            loss_fn: `loss_fn(prediction, target) -> scalar`.
-            x: inputs.
-            y: targets.
-            steps: how many, at least 1; default: the configured `inner_steps`.
-
-        Raises:
-            InputError: fewer steps than one; otherwise as `adapt`.
-        """
-        checks.function(loss_fn, "loss_fn")
-        steps = self.config.inner_steps if steps is None else steps
-        checks.steps(steps, "steps", at_least=1)
-        for _ in range(steps):
-            self.adapt(lambda learner: loss_fn(learner(x), y))
-        return self
+    def _support(self, loss_fn: LossFn, x: Any, y: Any) -> Support:
+        return Support(
+            x,
+            y,
+            lambda params, x: self._sibling(params)(x),
+            lambda batch, params: loss_fn(self._sibling(params)(batch[0]), batch[1]),
+            self.config.names,
+            self._adapter.backend,
+        )
 
     def _sibling(self, params: Params) -> Learner:
         """This learner at other parameters, looking at the support set."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from metaframe import ops
 from metaframe.learners.config import Norm
+from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
-from metaframe.models.values import live
 
 
 class MetaSGD(MAML):
@@ -21,7 +21,7 @@ class MetaSGD(MAML):
 
     Args:
         module: the model, see `MAML`.
-        inner_lr: where every rate starts.
+        inner_lr: where every rate starts: a number, or one for each adapted parameter by name.
         inner_steps: see `MAML`.
         first_order: see `MAML`. The rates get their exact gradient either way.
         adapt_names: names of the parameters to adapt, and to learn rates for.
@@ -37,7 +37,7 @@ class MetaSGD(MAML):
     def __init__(
         self,
         module: Any,
-        inner_lr: float = 0.01,
+        inner_lr: LearningRate = 0.01,
         inner_steps: int = 1,
         first_order: bool = False,
         adapt_names: Iterable[str] | None = None,
@@ -49,8 +49,6 @@ class MetaSGD(MAML):
             module, inner_lr, inner_steps, first_order, adapt_names, allow_unused, norm=norm
         )
         params = self._adapter.params()
-        self._learned = live(
-            {n: inner_lr * ops.ones_like(params[n]) for n in self.config.names},
-            self._adapter.backend,
+        self.rates = self._learn(
+            {n: self.config.rate_of(n) * ops.ones_like(params[n]) for n in self.config.names}
         )
-        self.rates = self._learned.model

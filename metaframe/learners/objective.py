@@ -1,4 +1,4 @@
-"""The meta-objective of one task, as a pure function over `inner_loop`."""
+"""The meta-objective of one task, as a pure function over the inner loop."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metaframe import tree
+from metaframe import optim, tree
 from metaframe.backend import Array, Backend, is_neutral
 from metaframe.errors import InputTypeError
-from metaframe.inner import Mode, inner_loop
+from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
 from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, gradients
 from metaframe.learners.learner import LossFn
-from metaframe.models import ModelAdapter
+from metaframe.learners.method import Method, Support
+from metaframe.models import Forward, ModelAdapter
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -25,59 +26,133 @@ Meta = dict[str, Params]
 
 
 @dataclass(frozen=True)
-class TaskObjective:
-    """`(meta, constants, task) -> query loss after adaptation, and what to report`."""
+class Setting:
+    """What is the same for every task; with equal settings a compiled program is used again."""
 
     adapter: ModelAdapter
     config: AdaptConfig
+    method: Method
     loss_fn: LossFn
     steps: int
     mode: Mode
     metric: LossFn | None = None
 
-    def __call__(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
-        """Adapt on the support set, then the loss, and the metric if there is one, on the query."""
-        names, state = self.config.names, constants["state"]
-        whole = {**constants["params"], **meta["params"]}
-        others = {n: x for n, x in whole.items() if n not in names}
-
-        def support_loss(batch: Any, adapted: Params) -> Array:
-            forward = replace(self.config.forward("support"), repeated=self.mode != "reverse")
-            (x, y), rest = batch
-            output, _ = self.adapter.call(self._ordered(adapted, rest), state, forward, (x,), {})
-            return self.loss_fn(output, y)
-
-        batch = ((task.support_x, task.support_y), others)
-        start = {name: whole[name] for name in names}
-        if not self.config.allow_unused:
-            self._check_all_used(start, lambda params: support_loss(batch, params))
-        adapted = inner_loop(
-            support_loss,
-            start,
-            batch,
-            steps=self.steps,
-            lr=self.config.rate(meta["learned"]),
-            update=self.config.update,
-            order=1 if self.config.first_order else 2,
-            mode=self.mode,
-        )
-        params = self._ordered(adapted, others)
-        if self.config.norm == "support":
-            record = self.config.forward("support")
-            _, state = self.adapter.call(params, state, record, (task.support_x,), {})
-        query = self.config.forward("query")
-        output, _ = self.adapter.call(params, state, query, (task.query_x,), {})
-        cost = self.loss_fn(output, task.query_y)
+    def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
+        """The task's contribution to the meta-objective, and what to report of it."""
+        objective = self.method.objective or adapted_query_loss
+        run = TaskRun(self, meta, constants, task)
+        cost = objective(run)
         if self.metric is None:
             return cost, {"costs": cost}
-        return cost, {"costs": cost, "scores": self.metric(output, task.query_y)}
+        return cost, {"costs": cost, "scores": self.metric(run.prediction, task.query_y)}
 
-    def _ordered(self, adapted: Params, others: Params) -> Params:
-        return {n: adapted[n] if n in adapted else others[n] for n in self.adapter.params()}
 
-    def _check_all_used(self, start: Params, loss: Any) -> None:
-        backend = self.adapter.backend
-        gradients(backend, start, self.config.names, loss, True, allow_unused=False)
+class TaskRun:
+    """One task: its losses and its inner loop, as functions of named parameters."""
+
+    def __init__(self, setting: Setting, meta: Meta, constants: Meta, task: Task) -> None:
+        self.setting = setting
+        self.task = task
+        self.schedule = constants["schedule"]
+        """What changes from one call to the next and is not differentiated."""
+        self._state = constants["state"]
+        self._learned = meta["learned"]
+        self.support = Support(
+            task.support_x,
+            task.support_y,
+            lambda params, x: self._call(params, self._state, self._support_forward(), x)[0],
+            self._support_loss,
+            setting.config.names,
+            setting.adapter.backend,
+        )
+        params, begin = {**constants["params"], **meta["params"]}, setting.method.begin
+        params = {name: params[name] for name in setting.adapter.params()}
+        self.start = params if begin is None else begin(self.support, params)
+        """All parameters before the first step."""
+
+    def adapted(self, observe: Observer | None = None) -> InnerResult:
+        """All parameters after the inner loop, and the sums of what the observer returned."""
+        setting = self.setting
+        if setting.steps == 0:
+            return InnerResult(self.start, ())
+        if not setting.config.allow_unused:
+            self._check_all_used()
+        result = self._loop().run(setting.steps, observe)
+        params = self.ordered(result.variables)
+        if setting.method.finish is not None:
+            params = setting.method.finish(self.support, self.start, params)
+        return InnerResult(params, result.total)
+
+    def query_loss(self, params: Params) -> Array:
+        """The loss on the query set."""
+        self.prediction = self.predict(params, self.task.query_x)
+        """What the last query loss was computed from."""
+        return self.setting.loss_fn(self.prediction, self.task.query_y)
+
+    def predict(self, params: Params, x: Any) -> Any:
+        """The model's output for examples that it did not adapt on, all in one batch."""
+        state = self._state
+        if self.setting.config.norm == "support":
+            record = self.setting.config.forward("support")
+            _, state = self._call(params, state, record, self.task.support_x)
+        return self._call(params, state, self.setting.config.forward("query"), x)[0]
+
+    @property
+    def rate(self) -> optim.Rate:
+        """What the update rule is given as learning rate."""
+        return self.setting.config.rate(self._learned)
+
+    def ordered(self, params: Params) -> Params:
+        """In the model's own order, which a structure does not keep."""
+        return {name: params[name] for name in self.start}
+
+    def _loop(self) -> InnerLoop:
+        config = self.setting.config
+        settings = InnerSettings(
+            self.rate,
+            config.update,
+            1 if config.first_order else 2,
+            self.setting.mode,
+        )
+        chosen = tree.leaves({name: name in config.names for name in self.start})
+        batch = (self.support.x, self.support.y)
+        return InnerLoop(self.inner_cost, self.start, batch, chosen, settings)
+
+    def inner_cost(self, batch: Any, params: Params) -> Array:
+        """What the inner loop minimises: the support loss, and the algorithm's penalty."""
+        loss, penalty = self._support_loss(batch, params), self.setting.method.penalty
+        if penalty is None:
+            return loss
+        names = self.setting.config.names
+        return loss + penalty(*({n: p[n] for n in names} for p in (params, self.start)))
+
+    def _support_loss(self, batch: Any, params: Params) -> Array:
+        x, y = batch
+        output, _ = self._call(self.ordered(params), self._state, self._support_forward(), x)
+        return self.setting.loss_fn(output, y)
+
+    def _support_forward(self) -> Forward:
+        forward = self.setting.config.forward("support")
+        return replace(forward, repeated=self.setting.mode != "reverse")
+
+    def _call(self, params: Params, state: Params, forward: Forward, x: Any) -> tuple[Any, Params]:
+        return self.setting.adapter.call(params, state, forward, (x,), {})
+
+    def _check_all_used(self) -> None:
+        batch, names = (self.support.x, self.support.y), self.setting.config.names
+        gradients(
+            self.setting.adapter.backend,
+            self.start,
+            names,
+            lambda params: self._support_loss(batch, params),
+            True,
+            allow_unused=False,
+        )
+
+
+def adapted_query_loss(run: TaskRun) -> Array:
+    """What MAML minimises: the query loss of the adapted parameters."""
+    return run.query_loss(run.adapted().variables)
 
 
 def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Task:
@@ -93,13 +168,12 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
     from metaframe.tasks import Task, stack_tasks
 
     stacked = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
-    example = next(x for x in like.values() if backend.is_floating(x))
 
     def convert(x: Any) -> Array:
         if backend.owns(x):
             return x
         if is_neutral(x):
-            return _converted(x, example, backend)
+            return array_like(x, like, backend)
         raise InputTypeError(
             f"the model is of {backend.name!r}, received tasks with {type(x).__qualname__}. "
             f"Convert the tasks to arrays of {backend.name!r}, or leave them in NumPy."
@@ -109,10 +183,12 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
     return batch
 
 
-def _converted(x: Any, like: Array, backend: Backend) -> Array:
-    device = str(like.device)
+def array_like(x: Any, like: Params, backend: Backend) -> Array:
+    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
+    example = next(p for p in like.values() if backend.is_floating(p))
+    device = str(example.device)
     return backend.asarray(
         x,
-        backend.dtype_name(like) if np.asarray(x).dtype.kind == "f" else None,
+        backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None,
         device if device in backend.devices() else None,
     )

@@ -17,5 +17,13 @@ from metaframe.models.adapter import ModelAdapter as ModelAdapter
 from metaframe.models.find import FunctionalModel as FunctionalModel
 from metaframe.models.find import adapter_of as adapter_of
 from metaframe.models.find import functional as functional
+from metaframe.models.values import LearnedValues as LearnedValues
 
-__all__ = ["Forward", "FunctionalModel", "ModelAdapter", "adapter_of", "functional"]
+__all__ = [
+    "Forward",
+    "FunctionalModel",
+    "LearnedValues",
+    "ModelAdapter",
+    "adapter_of",
+    "functional",
+]

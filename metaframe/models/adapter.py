@@ -49,6 +49,8 @@ class ModelAdapter(abc.ABC):
     model: Any
     """The user's model, with the current parameters."""
     backend: Backend
+    output_first: bool = False
+    """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
 
     @abc.abstractmethod
     def params(self) -> Params:
@@ -80,6 +82,10 @@ class ModelAdapter(abc.ABC):
     def variables(self) -> dict[str, Any]:
         """What the framework's own optimizers update. Default: the parameters."""
         return dict(self.params())
+
+    def adaptable(self) -> tuple[str, ...]:
+        """Names of the parameters an inner loop may adapt. Default: those that are trained."""
+        return self.trainable()
 
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""

@@ -8,16 +8,8 @@ from metaframe.backend import Backend
 from metaframe.models.adapter import Forward, ModelAdapter, Params
 
 
-class ValuesAdapter(ModelAdapter):
-    """Named arrays without a forward pass."""
-
-    def __init__(self, values: Params, backend: Backend) -> None:
-        self.model = dict(values)
-        self.backend = backend
-
-    def params(self) -> Params:
-        """The values."""
-        return dict(self.model)
+class LearnedValues(ModelAdapter):
+    """Named values without a forward pass: the base of every framework's own kind."""
 
     def call(
         self,
@@ -29,6 +21,18 @@ class ValuesAdapter(ModelAdapter):
     ) -> NoReturn:
         """Not possible."""
         raise NotImplementedError("learned values are not a model")
+
+
+class ValuesAdapter(LearnedValues):
+    """Named arrays, for frameworks without parameter objects."""
+
+    def __init__(self, values: Params, backend: Backend) -> None:
+        self.model = dict(values)
+        self.backend = backend
+
+    def params(self) -> Params:
+        """The values."""
+        return dict(self.model)
 
     def write(self, params: Params) -> None:
         """Replace the values."""

@@ -26,7 +26,7 @@ from metaframe.training.callbacks import Callback, Run, merit
 from metaframe.training.trainer import MetaTrainer
 
 if TYPE_CHECKING:
-    from metaframe.learners import MAML
+    from metaframe.learners.meta_learner import MetaLearner
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -93,7 +93,7 @@ def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
     return checkpoint
 
 
-def load_parameters(path: str | Path, maml: MAML) -> Checkpoint:
+def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     """Set the meta-parameters of `maml` to those of the checkpoint at `path`, and nothing else.
 
     Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,10 @@ from metaframe import checks, ops, tree
 from metaframe.backend import Array, backend_of
 from metaframe.compile import compile
 from metaframe.errors import InputError, InputTypeError
-from metaframe.learners import MAML
-from metaframe.learners.adaptation import Adapted
 from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
+from metaframe.learners.pure import Adaptation, Adapted
 from metaframe.meta import TaskMap, map_tasks
 from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
@@ -94,7 +94,7 @@ def _plain(estimate: Estimate) -> dict[str, float]:
 
 
 def evaluate(
-    maml: MAML,
+    maml: MetaLearner,
     loss_fn: LossFn,
     tasks: Any,
     num_tasks: int = 600,
@@ -123,8 +123,7 @@ def evaluate(
         InputError, InputTypeError: bad arguments, before any work.
 
     >>> import torch
-    >>> from metaframe.learners import MAML
-    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>>     >>> from metaframe.tasks import SinusoidTaskSampler
     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
     >>> sampler = SinusoidTaskSampler(seed=0, split="test")
     >>> found = evaluate(maml, torch.nn.functional.mse_loss, sampler, 20, steps=3)
@@ -140,15 +139,15 @@ class Evaluator:
     """`evaluate` with its programs kept from one call to the next."""
 
     def __init__(
-        self, maml: MAML, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
+        self, maml: MetaLearner, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
     ) -> None:
         self._maml = maml
         self._loss_fn = loss_fn
         self._metric = metric
-        self._adaptation = maml.adaptation(loss_fn)
         self._settings = settings.for_learner(maml)
         wrap: Any = compile if self._settings.compiled else lambda fn: fn
-        self._step = wrap(self._mapped(self._adaptation.step))
+        self._start = wrap(self._mapped(_start))
+        self._step = wrap(self._mapped(_step))
         self._score = wrap(self._mapped(self._score_together))
         self._score_alone = wrap(self._mapped(self._score_one_by_one))
 
@@ -178,12 +177,10 @@ class Evaluator:
     def _batch(
         self, tasks: Task, count: int, steps: int, inductive: bool, whole_curve: bool
     ) -> tuple[Values, Values | None, Values | None]:
-        meta, constants = self._maml.meta_arrays(), self._maml.constants()
-        batch = as_batch(tasks, meta, self._maml.backend)
-        size = tree.leaves(batch)[0].shape[0]
-        start = self._adaptation.start(meta, constants)
-        at = tree.map(lambda x: ops.broadcast_to(x, (size, *x.shape)), start)
-        shared = (meta, constants, self._maml.signature())
+        maml = self._maml
+        shared = (maml.adaptation(self._loss_fn), maml.meta_arrays(), maml.constants())
+        batch = as_batch(tasks, shared[1], maml.backend)
+        at = self._start(None, batch, *shared)
         points = []
         for k in range(steps + 1):
             if k:
@@ -200,10 +197,9 @@ class Evaluator:
     def _mapped(self, of_task: Callable[..., Any]) -> Callable[..., Any]:
         settings = self._settings
 
-        def run(at: Any, batch: Task, meta: Params, constants: Meta, model: Any) -> Any:
-            del model  # another program for another training flag
+        def run(at: Any, batch: Task, adaptation: Adaptation, meta: Params, constants: Meta) -> Any:
             mapped = map_tasks(
-                lambda at, task: of_task(at, meta, constants, task),
+                lambda at, task: of_task(_View(adaptation, meta, constants, task), at),
                 task_map=settings.task_map,
                 chunk_size=settings.chunk_size,
             )
@@ -211,19 +207,20 @@ class Evaluator:
 
         return run
 
-    def _score_together(
-        self, at: Adapted, meta: Params, constants: Meta, task: Task
-    ) -> dict[str, Array]:
-        output = self._adaptation.predict(at, meta, constants, task, task.query_x)
+    def _score_together(self, view: _View, at: Adapted) -> dict[str, Array]:
+        task = view.task
+        output = view.predict(at, task.query_x)
         found = {"loss": self._loss_fn(output, task.query_y)}
         if self._metric is not None:
             found["score"] = self._metric(output, task.query_y)
         return found
 
-    def _score_one_by_one(self, at: Adapted, meta: Params, constants: Meta, task: Task) -> Array:
+    def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
+        task = view.task
+
         def alone(x: Array) -> Array:
             together = tree.map(lambda s, q: ops.concat([s, q[None]]), task.support_x, x)
-            output = self._adaptation.predict(at, meta, constants, task, together)
+            output = view.predict(at, together)
             return tree.map(lambda y: y[-1], output)
 
         # The weights are the same for all of them, so that vectorising pays even where it does
@@ -231,6 +228,28 @@ class Evaluator:
         how: TaskMap = "loop" if self._settings.task_map == "loop" else "vmap"
         output = map_tasks(alone, task_map=how)(task.query_x)
         return (self._metric or self._loss_fn)(output, task.query_y)
+
+
+class _View(NamedTuple):
+    """One task as the learner sees it."""
+
+    adaptation: Adaptation
+    meta: Params
+    constants: Meta
+    task: Task
+
+    def predict(self, at: Adapted, x: Any) -> Any:
+        """All of `x` in one batch."""
+        return self.adaptation.predict(at, self.meta, self.constants, self.task, x)
+
+
+def _start(view: _View, at: None) -> Adapted:
+    del at
+    return view.adaptation.start(view.meta, view.constants, view.task)
+
+
+def _step(view: _View, at: Adapted) -> Adapted:
+    return view.adaptation.step(at, view.meta, view.constants, view.task)
 
 
 def _columns(values: Sequence[Array], count: int) -> Values:

@@ -7,7 +7,7 @@ variables in place and stays outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -18,9 +18,10 @@ from metaframe.backend import Array, Backend, NativeOptimizer
 from metaframe.compile import compile
 from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.inner import Mode
-from metaframe.learners import MAML
 from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
+from metaframe.learners.pure import MetaGradient
 from metaframe.meta import TASK_MAPS, TaskMap
 from metaframe.models.adapter import Params
 from metaframe.tasks import Task
@@ -28,6 +29,9 @@ from metaframe.training._keras import keras_optimizer
 
 Schedule = Callable[[int], float]
 """From the number of steps taken so far to the learning rate of the next one."""
+
+Gradient = Callable[[], MetaGradient]
+"""What the learner offers now; the training loop may change it, by a schedule or a flag."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class StepSettings:
         checks.chunk_size(self.chunk_size)
         checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
 
-    def for_learner(self, maml: MAML) -> StepSettings:
+    def for_learner(self, maml: MetaLearner) -> StepSettings:
         """With the default of `compiled` filled in."""
         quick = maml.backend.compiles_quickly
         return replace(self, compiled=quick if self.compiled is None else self.compiled)
@@ -94,20 +98,28 @@ class OuterStep(Protocol):
 
 
 def outer_step(
-    maml: MAML, optimizer: Any, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
+    maml: MetaLearner,
+    optimizer: Any,
+    loss_fn: LossFn,
+    metric: LossFn | None,
+    settings: StepSettings,
 ) -> OuterStep:
     """The step for `optimizer`, whatever kind it is.
 
     Raises:
         InputTypeError: it is none that the model's framework or metaframe knows.
     """
-    gradient = maml.meta_gradient(
-        loss_fn,
-        task_map=settings.task_map,
-        chunk_size=settings.chunk_size,
-        mode=settings.mode,
-        metric=metric,
-    )
+
+    def gradient() -> MetaGradient:
+        return maml.meta_gradient(
+            loss_fn,
+            task_map=settings.task_map,
+            chunk_size=settings.chunk_size,
+            mode=settings.mode,
+            metric=metric,
+        )
+
+    gradient()  # bad arguments are found here and not at the first step
     compiled = bool(settings.for_learner(maml).compiled)
     native = maml.backend.native_optimizer(optimizer) or keras_optimizer(
         optimizer, maml.variables()
@@ -135,16 +147,22 @@ def _report(aux: dict[str, Array], cost: Array, norm: Array, to_numpy: Any) -> S
 class _PureStep:
     """Gradient and update as one pure function."""
 
-    def __init__(self, maml: MAML, optimizer: Any, gradient: Any, compiled: bool) -> None:
+    def __init__(
+        self, maml: MetaLearner, optimizer: Any, gradient: Gradient, compiled: bool
+    ) -> None:
         self._maml = maml
-        self._optimizer = optimizer
+        self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
         ours = isinstance(optimizer, optim.Optimizer)
 
         def step(
-            params: Params, state: Any, constants: Meta, batch: Task, rate: Any, model: Hashable
+            gradient: MetaGradient,
+            params: Params,
+            state: Any,
+            constants: Meta,
+            batch: Task,
+            rate: Array | None,
         ) -> tuple[Params, Any, Array, dict[str, Array], Array]:
-            del model  # another program for another training flag, which the gradient reads
             cost, grads, aux = gradient(params, constants, batch)
             updates, state = optimizer.update(grads, state, params, *([rate] if ours else []))
             after = optim.apply_updates(params, updates)
@@ -158,7 +176,7 @@ class _PureStep:
         batch = as_batch(batch, params, backend)
         array = None if rate is None else _like(rate, params, maml)
         after, state, cost, aux, norm = self._run(
-            params, self._state, maml.constants(), batch, array, maml.signature()
+            self._gradient(), params, self._state, maml.constants(), batch, array
         )
 
         def apply() -> None:
@@ -193,15 +211,15 @@ class _NativeStep:
     """The gradient as one pure function, then the framework's optimizer."""
 
     def __init__(
-        self, maml: MAML, optimizer: NativeOptimizer, gradient: Any, compiled: bool
+        self, maml: MetaLearner, optimizer: NativeOptimizer, gradient: Gradient, compiled: bool
     ) -> None:
         self._maml = maml
         self._optimizer = optimizer
+        self._gradient = gradient
 
         def step(
-            params: Params, constants: Meta, batch: Task, model: Hashable
+            gradient: MetaGradient, params: Params, constants: Meta, batch: Task
         ) -> tuple[Params, Array, dict[str, Array], Array]:
-            del model
             cost, grads, aux = gradient(params, constants, batch)
             return grads, cost, aux, optim.global_norm(grads)
 
@@ -216,7 +234,7 @@ class _NativeStep:
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
-        grads, cost, aux, norm = self._run(params, maml.constants(), batch, maml.signature())
+        grads, cost, aux, norm = self._run(self._gradient(), params, maml.constants(), batch)
         report = _report(aux, cost, norm, backend.to_numpy)
         return Outcome(report, lambda: self._optimizer.step(maml.variables(), grads))
 
@@ -233,6 +251,6 @@ def on_host(x: Array, backend: Backend) -> np.ndarray[Any, Any]:
     return backend.to_numpy(backend.ops.astype(x, "float32") if wide else x)
 
 
-def _like(rate: float, params: Params, maml: MAML) -> Array:
+def _like(rate: float, params: Params, maml: MetaLearner) -> Array:
     first = next(x for x in params.values() if maml.backend.is_floating(x))
     return maml.backend.asarray(float(rate), maml.backend.dtype_name(first))

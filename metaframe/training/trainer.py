@@ -11,8 +11,8 @@ import numpy as np
 
 from metaframe import checks, tree
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
-from metaframe.learners import MAML
 from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import batches, is_restorable
@@ -62,7 +62,7 @@ class MetaTrainer:
 
     def __init__(
         self,
-        maml: MAML,
+        maml: MetaLearner,
         meta_optimizer: Any,
         loss_fn: LossFn,
         task_sampler: TaskSampler,
@@ -255,7 +255,7 @@ class MetaTrainer:
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
 
 
-def restore_parameters(maml: MAML, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
+def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
     """Assign the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
 
     Raises:

@@ -1,0 +1,189 @@
+"""MAML++: switches that make MAML train stably (Antoniou et al. 2018, arXiv 1810.09502)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from metaframe import checks, ops, tree
+from metaframe.backend import Array, Arrays
+from metaframe.inner import StepView
+from metaframe.learners.config import Norm
+from metaframe.learners.functional import LearningRate
+from metaframe.learners.maml import MAML
+from metaframe.learners.method import Method
+from metaframe.learners.objective import TaskRun, adapted_query_loss, array_like
+from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
+
+LEAST_WEIGHT = 0.03
+"""Times 1/K, what a step before the last keeps while its weight falls (the authors' code)."""
+
+
+class MAMLPlusPlus(MAML):
+    """MAML with a learned rate for each parameter and step, a multi-step loss and annealed order.
+
+        theta_k = theta_{k-1} - alpha_k * grad L_support(theta_{k-1}),   k = 1 .. K
+        minimise  sum_k w_k L_query(theta_k)
+
+    Each change is a switch. With all three off it is `MAML`.
+
+    - `learn_rates`: alpha_k is learned, one number a parameter tensor and step ("LSLR" in the
+      paper), as meta-parameter "learned/<name>" of shape (K,). Steps beyond K use the last.
+    - `multi_step_epochs` = E: the weights start equal and move to the last step, see
+      `multi_step_weights`; from epoch E on the loss is that of the last step alone.
+    - `second_order_from` = n: before epoch n gradients are first order.
+
+    The last two depend on `epoch`, which starts at 0 and which the training loop has to set.
+    Per-step batch normalisation is not part of this class; see `norm` for what there is. Nor is
+    the cosine schedule, which is the outer optimizer's.
+
+    Args:
+        module: see `MAML`.
+        inner_lr: where every rate starts.
+        inner_steps: K; the paper takes 5.
+        first_order: see `MAML`; for all epochs.
+        adapt_names: see `MAML`.
+        allow_unused: see `MAML`.
+        norm: see `MAML`.
+        learn_rates: see above.
+        multi_step_epochs: see above; the authors take 10 for Omniglot and 15 for miniImageNet. 0
+            switches it off.
+        second_order_from: see above; the paper takes 50. 0 switches it off.
+
+    >>> import torch
+    >>> maml = MAMLPlusPlus(torch.nn.Linear(1, 1), inner_steps=3, multi_step_epochs=10)
+    >>> maml.meta_parameters()["learned/weight"].shape
+    torch.Size([3])
+    >>> maml.epoch = 10
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        inner_lr: LearningRate = 0.01,
+        inner_steps: int = 5,
+        first_order: bool = False,
+        adapt_names: Iterable[str] | None = None,
+        allow_unused: bool = True,
+        *,
+        norm: Norm = "batch",
+        learn_rates: bool = True,
+        multi_step_epochs: int = 0,
+        second_order_from: int = 0,
+    ) -> None:
+        checks.steps(multi_step_epochs, "multi_step_epochs", at_least=0)
+        checks.steps(second_order_from, "second_order_from", at_least=0)
+        super().__init__(
+            module,
+            inner_lr,
+            inner_steps,
+            first_order,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=rate_for_each_step() if learn_rates else gradient_descent_update,
+        )
+        self._first_order = first_order
+        self._multi_step_epochs = multi_step_epochs
+        self._second_order_from = second_order_from
+        if learn_rates:
+            params, steps = self._adapter.params(), (inner_steps,)
+            self.rates = self._learn(
+                {
+                    n: self.config.rate_of(n) + ops.zeros(steps, like=params[n])
+                    for n in self.config.names
+                }
+            )
+        self.epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of training, which decides the weights of the steps and the order."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        checks.steps(epoch, "epoch", at_least=0)
+        self._epoch = epoch
+        first_order = self._first_order or epoch < self._second_order_from
+        if first_order != self.config.first_order:
+            self.config = dataclasses.replace(self.config, first_order=first_order)
+        multi_step = epoch < self._multi_step_epochs
+        self._method = Method(multi_step_loss if multi_step else None)
+        self._schedule = {}
+        if multi_step:
+            weights = multi_step_weights(self.config.inner_steps, epoch, self._multi_step_epochs)
+            # The loss before the first step has no weight.
+            self._schedule["weights"] = array_like(
+                np.concatenate([[0.0], weights]), self._adapter.params(), self._adapter.backend
+            )
+
+
+def multi_step_weights(steps: int, epoch: int, epochs: int) -> np.ndarray[Any, Any]:
+    """The weight of the query loss after each of K steps, in an epoch e of E.
+
+        w_k = max((1 - e / E) / K, 0.03 / K),   k < K
+        w_K = min((1 + (K - 1) e / E) / K, 1 - (K - 1) 0.03 / K)
+
+    The paper says that the weights start equal and move to the last step; the numbers are those of
+    the authors' code. They sum to one, and from epoch E on only the last is not zero.
+
+    Args:
+        steps: K.
+        epoch: e, 0 or more.
+        epochs: E, 0 for no annealing.
+
+    >>> multi_step_weights(4, 0, 10).tolist(), multi_step_weights(4, 10, 10).tolist()
+    ([0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0])
+    """
+    if epoch >= epochs:
+        return np.array([0.0] * (steps - 1) + [1.0])
+    done, least = epoch / epochs, LEAST_WEIGHT / steps
+    weights = np.full(steps, max((1 - done) / steps, least))
+    weights[-1] = min((1 + (steps - 1) * done) / steps, 1 - (steps - 1) * least)
+    return weights
+
+
+def multi_step_loss(run: TaskRun) -> Array:
+    """The weighted sum of the query losses after each step.
+
+    With another number of steps than was configured, as in an evaluation, it is the last alone.
+    """
+    if run.setting.steps != run.setting.config.inner_steps:
+        return adapted_query_loss(run)
+    weights = run.schedule["weights"]
+
+    def observe(at: Params, view: StepView | None, index: Array) -> Arrays:
+        del view
+        return (ops.take(weights, index) * run.query_loss(run.ordered(at)),)
+
+    result = run.adapted(observe)
+    (total,) = result.total
+    return total + weights[-1] * run.query_loss(result.variables)
+
+
+def rate_for_each_step() -> Optimizer:
+    """Gradient descent with K learning rates a parameter, one a step; steps beyond take the last.
+
+    They come as the learning rate, an array (K,) in the place of each parameter.
+    """
+
+    def init(params: Params) -> State:
+        first = tree.leaves(params)[0]
+        return ops.sum(ops.zeros_like(first))
+
+    def update(
+        grads: Grads, state: State, params: Params = None, lr: Rate = None
+    ) -> tuple[Params, State]:
+        del params
+
+        def step(g: Array, rates: Array) -> Array:
+            last = rates.shape[0] - 1
+            return -ops.take(rates, ops.astype(ops.minimum(state, last), "int32")) * g
+
+        return tree.map(step, grads, lr), state + 1
+
+    return Optimizer(init, update)

@@ -1,0 +1,126 @@
+"""Prototypes as a classifier, and as where one starts: ProtoNet and Proto-MAML.
+
+Logits -|f(x) - c_k|^2 are, up to a number that is the same for all classes of an example and that
+softmax ignores, linear in the features: 2 c_k . f(x) - |c_k|^2 (Snell et al. 2017, section 2.4).
+So both are a linear head made from the support set; Proto-MAML takes inner steps from there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from metaframe import checks, ops, optim
+from metaframe.backend import Array, backend_of
+from metaframe.errors import InputError
+from metaframe.learners.config import AdaptConfig, Norm
+from metaframe.learners.functional import Params
+from metaframe.learners.maml import MAML
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.method import Method, Support
+from metaframe.models import adapter_of
+from metaframe.models.around import HEAD, WithHead
+
+
+class ProtoNet(MetaLearner):
+    """Prototypical networks (Snell et al. 2017, arXiv 1703.05175).
+
+        c_k = mean of f(x) over the support examples of class k
+        logits 2 c_k . f(x) - |c_k|^2, of which softmax is that of -|f(x) - c_k|^2
+
+    There is no inner loop: a learner's `adapt_on` computes the prototypes, and the wrapper itself
+    returns features.
+
+    Args:
+        module: f, a model whose output is (examples, features).
+        ways: the number of classes; labels are integers 0 to ways - 1, and each has at least one
+            example in a support set.
+        norm: see `MAML`.
+
+    >>> import torch
+    >>> net = ProtoNet(torch.nn.Linear(3, 3), ways=2)
+    >>> x, y = torch.eye(3)[:2], torch.tensor([0, 1])
+    >>> net.clone().adapt_on(torch.nn.functional.cross_entropy, x, y)(x).argmax(1)
+    tensor([0, 1])
+    """
+
+    def __init__(self, module: Any, ways: int, *, norm: Norm = "batch") -> None:
+        config = AdaptConfig((), None, 0, True, True, norm, optim.gradient_descent_update)
+        super().__init__(WithHead(adapter_of(module)), config, _from_prototypes(ways))
+
+
+class ProtoMAML(MAML):
+    """MAML whose linear head starts from prototypes (Triantafillou et al. 2020, arXiv 1903.03096).
+
+        w_k = 2 c_k,   b_k = -|c_k|^2,   c_k = mean of f(x) over the support examples of class k
+
+    and then the inner loop adapts f and the head. The meta-gradient goes through the prototypes.
+
+    Args:
+        module: f, a model whose output is (examples, features); the head is added to it.
+        ways: see `ProtoNet`.
+        inner_lr: see `MAML`.
+        inner_steps: see `MAML`.
+        first_order: see `MAML`; the prototypes are differentiated in any case.
+        adapt_names: names of the parameters to adapt; those of the head are "prototypes/w",
+            (features, ways), and "prototypes/b", (ways,). Default: all.
+        allow_unused: see `MAML`.
+        norm: see `MAML`.
+        update: see `MAML`.
+
+    >>> import torch
+    >>> maml = ProtoMAML(torch.nn.Linear(3, 8), ways=2)
+    >>> x, y = torch.eye(3)[:2], torch.tensor([0, 1])
+    >>> learner = maml.clone().adapt_on(torch.nn.functional.cross_entropy, x, y, steps=2)
+    >>> learner(x).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        ways: int,
+        inner_lr: float = 0.01,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        adapt_names: Iterable[str] | None = None,
+        allow_unused: bool = True,
+        *,
+        norm: Norm = "batch",
+        update: Any = optim.gradient_descent_update,
+    ) -> None:
+        super().__init__(
+            WithHead(adapter_of(module)),
+            inner_lr,
+            inner_steps,
+            first_order,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=update,
+        )
+        self._method = _from_prototypes(ways)
+
+
+def prototypes(features: Array, labels: Array, ways: int) -> Array:
+    """The mean feature of each class, (ways, features)."""
+    if len(features.shape) != 2:
+        raise InputError(
+            "prototypes need a model whose output is (examples, features), received shape "
+            f"{tuple(features.shape)}."
+        )
+    members = ops.one_hot(labels, ways, backend_of(features).dtype_name(features))
+    sums = ops.einsum("nk,nf->kf", members, features)
+    return sums / ops.sum(members, axis=0)[:, None]
+
+
+def _from_prototypes(ways: int) -> Method:
+    checks.steps(ways, "ways", at_least=2)
+    return Method(begin=functools.partial(_with_head, ways=ways))
+
+
+def _with_head(support: Support, params: Params, *, ways: int) -> Params:
+    centres = prototypes(support.predict(params, support.x), support.y, ways)
+    head = (2 * ops.transpose(centres, (1, 0)), -ops.sum(ops.square(centres), axis=1))
+    return {**params, **dict(zip(HEAD, head, strict=True))}

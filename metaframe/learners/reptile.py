@@ -1,0 +1,96 @@
+"""Reptile around a model of any framework (Nichol et al. 2018, arXiv 1803.02999)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from metaframe import checks, ops, optim
+from metaframe.backend import Array, Arrays
+from metaframe.errors import InputError
+from metaframe.inner import StepView
+from metaframe.learners.config import Norm
+from metaframe.learners.functional import Params
+from metaframe.learners.maml import MAML
+from metaframe.learners.method import Method, Support
+from metaframe.learners.objective import TaskRun
+
+
+class Reptile(MAML):
+    """Moves the meta-parameters towards the adapted ones; takes first derivatives only.
+
+        theta_K = K steps from theta on the support set
+        grads = (theta - mean_i theta_K,i) / alpha
+
+    `meta_value_and_grad` returns that direction as `grads`, added up from the updates as
+    `metaframe.reptile_step(direction="displacement")` does: gradient descent on it with rate
+    epsilon * alpha is the paper's `theta + epsilon * mean_i (theta_K,i - theta)`. It depends on
+    the support set alone; the query set gives the cost that is returned.
+
+    The direction is no derivative of a loss, so `backward()` cannot give it: a learner's adapted
+    parameters are constants.
+
+    Args:
+        module: see `MAML`.
+        inner_lr: alpha, a positive number.
+        inner_steps: K. With one step the direction is a plain gradient of the mean support loss.
+        adapt_names: see `MAML`; the direction is zero for the others.
+        allow_unused: see `MAML`.
+        norm: see `MAML`.
+        update: the inner update rule, see `MAML`; the paper takes `optim.adam(b1=0.0)`.
+
+    >>> import torch
+    >>> from metaframe.tasks import Task
+    >>> maml = Reptile(torch.nn.Linear(1, 1), inner_lr=0.1, inner_steps=8)
+    >>> x = torch.linspace(-1, 1, 8)[:, None]
+    >>> cost, direction, _ = maml.meta_value_and_grad(torch.nn.functional.mse_loss,
+    ...                                               [Task(x, 2 * x, x, 2 * x)])
+    >>> sorted(direction)
+    ['bias', 'weight']
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        inner_lr: float = 0.01,
+        inner_steps: int = 5,
+        adapt_names: Iterable[str] | None = None,
+        allow_unused: bool = True,
+        *,
+        norm: Norm = "batch",
+        update: Any = optim.gradient_descent_update,
+    ) -> None:
+        checks.learning_rate(inner_lr)
+        if not isinstance(inner_lr, (int, float)) or inner_lr == 0:
+            raise InputError(
+                f"Reptile divides by inner_lr, which has to be a positive number; received "
+                f"{inner_lr!r}."
+            )
+        super().__init__(
+            module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
+        )
+        self._method = Method(displacement, finish=_constants)
+
+
+def displacement(run: TaskRun) -> Array:
+    """A cost with the value of the query loss and the gradient of Reptile's direction."""
+    result = run.adapted(_updates)
+    cost = ops.stop_gradient(run.query_loss(result.variables))
+    if not result.total:
+        return cost
+    config = run.setting.config
+    for name, moved in zip(sorted(config.names), result.total, strict=True):
+        # Zero, with the constant factor as its gradient.
+        offset = run.start[name] - ops.stop_gradient(run.start[name])
+        cost = cost - ops.sum(offset * ops.stop_gradient(moved) / config.inner_lr)
+    return cost
+
+
+def _updates(at: Params, view: StepView | None, index: Array) -> Arrays:
+    del at, index
+    return view.updates if view is not None else ()
+
+
+def _constants(support: Support, start: Params, params: Params) -> Params:
+    del start
+    return {name: support.backend.stop_gradient(x) for name, x in params.items()}
