@@ -280,6 +280,7 @@ def test_ctrl_c_ends_after_the_step_and_saves(backend: Backend, tmp_path: Path) 
 
 PROGRAM = """
 import sys
+import torch
 import metaframe
 from metaframe import MAML, nn, ops, optim
 from metaframe.tasks import SinusoidTaskSampler
@@ -288,6 +289,7 @@ from metaframe.training.checkpoint import checkpoint_files
 
 folder, steps = sys.argv[1], int(sys.argv[2])
 metaframe.set_backend("torch")
+torch.manual_seed(0)  # its state is saved too, and differs from process to process
 model = nn.mlp([1, 32, 1], activation=ops.tanh)
 maml = MAML((model, model.init(0)), 0.01)
 trainer = MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0))

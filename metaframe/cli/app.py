@@ -19,7 +19,6 @@ from metaframe.cli.output import Output, described
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
 
 click.rich_click.TEXT_MARKUP = "rich"
-click.rich_click.SHOW_METAVARS_COLUMN = True
 click.rich_click.OPTION_GROUPS = {
     f"metaframe {command}": [
         {"name": name, "options": [f"--{n.replace('_', '-')}" for n in names]}
@@ -128,7 +127,9 @@ def resume(
     **flags: Any,
 ) -> None:
     """Go on with an interrupted run, exactly where its last checkpoint left it."""
-    config = runs.with_iterations(runs.opened(run, given(flags)), iterations)
+    config = runs.opened(run, given(flags))
+    if iterations is not None:
+        config = runs.extend(run, config, iterations)
     output = Output(as_json=as_json, quiet=quiet)
     _trained(config, run, output, runs.Extras(plots, tensorboard))
 
@@ -193,7 +194,7 @@ def reproduce(
     output = Output(as_json=as_json, quiet=quiet)
     output.remark(f"{name}: {chosen.about}")
     runs.train(config, folder, output, runs.Extras(plots, tensorboard))
-    verdict = presets.judge(chosen, config, folder, output)
+    verdict = presets.judge(chosen, folder)
     output.result(verdict.as_dict(), verdict.lines())
     if not verdict.met:
         sys.exit(FAILED)

@@ -23,6 +23,7 @@ from metaframe.errors import nearest
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
 TaskMap = Literal["auto", "vmap", "scan", "loop"]
+Protocol = Literal["random", "runs"]
 Mode = Literal["reverse", "remat", "mixed"]
 
 
@@ -40,6 +41,9 @@ class RunConfig:
     parts: tuple[str, ...] = setting((), "Parts of the data set to train and test on.")
     held_out: tuple[str, ...] = setting(
         (), "Omniglot: alphabets to test on; default: a random split of the characters."
+    )
+    protocol: Protocol = setting(
+        "random", "Omniglot: test on random tasks, or on the 20 official one-shot runs."
     )
     ways: int = setting(5, "Classes in a task.", at_least=2)
     shots: int = setting(1, "Support examples of each class; for regression: points.", at_least=1)

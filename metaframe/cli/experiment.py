@@ -100,12 +100,12 @@ class Experiment:
         seed = self.config.seed if split == "train" else self.config.eval_seed
         return self.dataset.sampler(self.config, split, seed)
 
-    def evaluate(self, tasks: Any = None) -> Evaluation:
-        """Measure the learner on held-out tasks, by default those of the test split."""
+    def evaluate(self) -> Evaluation:
+        """Measure the learner on held-out tasks."""
         return evaluate(
             self.learner,
             self.loss_fn,
-            self.sampler("test") if tasks is None else tasks,
+            tables.test_tasks(self.config),
             self.config.eval_tasks,
             steps=self.config.eval_steps,
             metric=self.metric,

@@ -15,7 +15,10 @@ from metaframe.cli.config import RunConfig
 Command = Callable[..., Any]
 
 GROUPS = {
-    "Task": ("dataset", "data", "parts", "held_out", "ways", "shots", "queries"),
+    "Task": (
+        *("dataset", "data", "parts", "held_out", "protocol"),
+        *("ways", "shots", "queries"),
+    ),
     "Algorithm": ("algorithm", "width", "inner_lr", "inner_steps"),
     "Outer loop": (
         *("outer_lr", "schedule", "warmup_steps", "clip_norm", "clip_value"),

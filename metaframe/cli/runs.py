@@ -186,7 +186,7 @@ def _choose(experiment: Experiment, folder: Path, wanted: str | None = None) -> 
 
 def _measured(experiment: Experiment, checkpoint: str, output: Output) -> dict[str, Any]:
     config = experiment.config
-    output.remark(f"evaluating {checkpoint} on {config.eval_tasks} held-out tasks")
+    output.remark(f"evaluating {checkpoint} on held-out tasks")
     return {
         "checkpoint": checkpoint,
         "metric": "mse" if experiment.dataset.regression else "accuracy",
@@ -208,6 +208,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def with_iterations(config: RunConfig, iterations: int | None) -> RunConfig:
-    """With another number of outer steps, if one is given."""
-    return config if iterations is None else dataclasses.replace(config, iterations=iterations)
+def extend(folder: Path, config: RunConfig, iterations: int) -> RunConfig:
+    """Another number of outer steps for the run in `folder`, recorded there."""
+    config = dataclasses.replace(config, iterations=iterations)
+    write_atomically(folder / CONFIG, config.to_toml().encode())
+    return config

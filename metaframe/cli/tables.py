@@ -17,8 +17,10 @@ from metaframe.tasks import (
     FewShotSampler,
     IndexedSampler,
     SinusoidTaskSampler,
+    Task,
     digits_sampler,
     load_omniglot,
+    one_shot_runs,
 )
 from metaframe.tasks.sampling import Split
 
@@ -70,6 +72,8 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         raise UsageError("dataset omniglot needs its files: --data FOLDER with the official zips.")
     data = load_omniglot(config.data, config.parts)
     classes = data.split_characters()
+    if config.protocol == "runs":  # their alphabets are none of these
+        classes = ClassSplit(train=tuple(range(len(data.characters))))
     if config.held_out:
         classes = data.split_alphabets(config.held_out)
     if config.eval_every and not classes.validation:
@@ -87,6 +91,26 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         rotations=True,
         seed=seed,
     )
+
+
+def _official_runs(config: RunConfig) -> list[Task]:
+    if config.data is None:
+        raise UsageError("protocol runs needs --data FOLDER with Omniglot's all_runs.zip.")
+    if (config.ways, config.shots) != (20, 1):
+        raise UsageError(
+            "the official runs are 20-way 1-shot, received "
+            f"ways={config.ways}, shots={config.shots}."
+        )
+    return [run.task() for run in one_shot_runs(config.data)]
+
+
+def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
+    """What a run is measured on: tasks of the test split, or a data set's official ones."""
+    if config.protocol == "random":
+        return dataset(config.dataset).sampler(config, "test", config.eval_seed)
+    if config.dataset != "omniglot":
+        raise UsageError(f"protocol runs is for omniglot, received dataset={config.dataset}.")
+    return _official_runs(config)
 
 
 def _omniglot_model(config: RunConfig) -> nn.Model:
