@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from metaframe.cli.experiment import resolve
 from metaframe.cli.presets import PRESETS
 from metaframe.cli.tables import ALGORITHMS, DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
+from metaframe.training.metrics import read_metrics
 
 QUICK = [
     *("--iterations", "4", "--meta-batch-size", "2", "--eval-every", "2"),
@@ -77,8 +80,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(
         if not name.startswith("rng."):
             np.testing.assert_array_equal(other.arrays[name], value)
     losses = [
-        [r["loss"] for r in map(json.loads, (f / "metrics.jsonl").open()) if "loss" in r]
-        for f in (whole, parted)
+        [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (whole, parted)
     ]
     assert losses[0] == losses[1]
 
@@ -217,25 +219,51 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
     assert "\x1b" not in done.stdout + done.stderr
 
 
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *args: str) -> None:
+        import pty
+
+        self._screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "metaframe.cli", *args],
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.shown = ""
+
+    def expect(self, text: str) -> None:
+        """Read until `text` is shown."""
+        while text not in self.shown:
+            try:
+                self.shown += os.read(self._screen, 4096).decode(errors="replace")
+            except OSError:  # the command has ended
+                raise AssertionError(f"{text!r} never came:\n{self.shown}") from None
+
+    def wait(self) -> int:
+        """Read to the end; the exit code."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._screen, 4096):
+                self.shown += data.decode(errors="replace")
+        os.close(self._screen)
+        return self.process.wait()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
 def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
-    pexpect = pytest.importorskip("pexpect")
     out = str(tmp_path / "run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
-    terminal = pexpect.spawn(
-        sys.executable,
-        ["-m", "metaframe.cli", "train", *flags, "--backend", "torch", "--out", out],
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
-        dimensions=(40, 150),
-        timeout=120,
-    )
+    terminal = Terminal("train", *flags, "--backend", "torch", "--out", out)
     terminal.expect("tasks/s")
-    terminal.sendintr()
+    terminal.process.send_signal(signal.SIGINT)
     terminal.expect("saved; continue with: metaframe resume")
-    terminal.expect("interrupted")
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 130
+    assert terminal.wait() == 130
+    assert "interrupted" in terminal.shown
     step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
     assert step > 0
     assert main(["resume", out, "--iterations", str(step + 2), "--no-plots", "-q"]) == 0
