@@ -123,7 +123,8 @@ def evaluate(
         InputError, InputTypeError: bad arguments, before any work.
 
     >>> import torch
-    >>>     >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> from metaframe.learners import MAML
+    >>> from metaframe.tasks import SinusoidTaskSampler
     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
     >>> sampler = SinusoidTaskSampler(seed=0, split="test")
     >>> found = evaluate(maml, torch.nn.functional.mse_loss, sampler, 20, steps=3)
