@@ -13,6 +13,15 @@ import zoo
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
+from metaframe.learners import (
+    CAVIA,
+    ImplicitMAML,
+    MAMLPlusPlus,
+    MetaCurvature,
+    ProtoMAML,
+    Reptile,
+)
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.tasks import SinusoidTaskSampler, Task, stack_tasks
 from metaframe.training import (
     Callback,
@@ -96,6 +105,33 @@ def test_evaluation_with_an_inner_optimizer_that_has_state(backend: Backend) -> 
     for k in range(4):
         cost, _, _ = maml.meta_value_and_grad(nn.mse, zoo.tasks(), steps=k)
         assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
+
+
+FAMILY: dict[str, Callable[[Any], MetaLearner]] = {
+    "reptile": lambda m: Reptile(m, RATE, 2),
+    "maml++": lambda m: MAMLPlusPlus(m, RATE, 2),
+    "curvature": lambda m: MetaCurvature(m, RATE, 2),
+    "cavia": lambda m: CAVIA(m, "head", inner_lr=RATE, inner_steps=2),
+    "implicit": lambda m: ImplicitMAML(m, RATE, 2, proximal=1.0),
+    "proto-maml": lambda m: ProtoMAML(m, 2, RATE, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) -> None:
+    maml, loss_fn, tasks = FAMILY[name](zoo.pair(zoo.weights(), backend.name)), nn.mse, zoo.tasks()
+    if name == "proto-maml":
+        loss_fn, labels = nn.cross_entropy, np.array([0, 1, 1, 0, 1, 0])
+        tasks = [Task(t.support_x, labels, t.query_x, labels[:5]) for t in tasks]
+    curve = evaluate(maml, loss_fn, tasks, steps=2, inductive=False).losses.mean(axis=0)
+    for k in range(3):
+        cost, _, _ = maml.meta_value_and_grad(loss_fn, tasks, steps=k, compiled=False)
+        assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
+    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, Fixed(), metric=loss_fn)
+    loss = runner.meta_step(tasks)
+    assert loss == pytest.approx(curve[2], rel=1e-12)
+    assert runner.meta_step(tasks) != loss
 
 
 @pytest.mark.parametrize("count", [1, 49, 50, 51, 120])
