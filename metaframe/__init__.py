@@ -1,5 +1,7 @@
 """metaframe: one definition of a meta-learning algorithm, on PyTorch, JAX and TensorFlow."""
 
+from typing import TYPE_CHECKING, Any
+
 from metaframe import errors as errors
 from metaframe import models as models
 from metaframe import nn as nn
@@ -44,4 +46,20 @@ from metaframe.steps import fomaml_step as fomaml_step
 from metaframe.steps import maml_step as maml_step
 from metaframe.steps import reptile_step as reptile_step
 
+if TYPE_CHECKING:
+    from metaframe.training import History as History
+    from metaframe.training import MetaTrainer as MetaTrainer
+    from metaframe.training import evaluate as evaluate
+
 __version__ = "0.1.0"
+
+_TRAINING = ("History", "MetaTrainer", "evaluate")
+
+
+def __getattr__(name: str) -> Any:
+    # Training reads data sets and draws bars, which a user of the steps need not wait for.
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import metaframe.training
+
+    return getattr(metaframe.training, name)

@@ -27,6 +27,7 @@ from metaframe.boundary import Array as Array
 from metaframe.boundary import Arrays as Arrays
 from metaframe.boundary import ArraysFn as ArraysFn
 from metaframe.boundary import Backend as Backend
+from metaframe.boundary import NativeOptimizer as NativeOptimizer
 from metaframe.boundary import ObjectiveFn as ObjectiveFn
 from metaframe.boundary import ScalarFn as ScalarFn
 from metaframe.errors import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,22 @@ ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
 """A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
 ObjectiveFn = Callable[[Arrays], Array]
 """A pure function from a flat tuple of arrays to a scalar."""
+
+
+class NativeOptimizer(Protocol):
+    """An optimizer that holds its own state and changes variables in place."""
+
+    def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
+        """Update `variables` by `grads`, both by name."""
+        ...
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
+        """The state for a checkpoint: arrays by name, and plain values."""
+        ...
+
+    def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 class Backend(abc.ABC):
@@ -180,6 +196,14 @@ class Backend(abc.ABC):
         """Let the framework's own transforms take `cls` apart, if it has such a registry."""
         del cls, flatten, unflatten
 
+    def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The state of the framework's hidden random streams, for a checkpoint."""
+        return {}
+
+    def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what `random_state` returned."""
+        del state
+
     # -- models --------------------------------------------------------------------------
 
     def adapter(self, model: object) -> ModelAdapter | None:
@@ -190,6 +214,11 @@ class Backend(abc.ABC):
     def live(self, values: dict[str, Array]) -> ModelAdapter | None:
         """`values` as parameters that the framework's own optimizers can update, if it has such."""
         del values
+        return None
+
+    def native_optimizer(self, optimizer: object) -> NativeOptimizer | None:
+        """`optimizer` behind the neutral interface; None if it is none of this framework."""
+        del optimizer
         return None
 
     def loss_gradient(

@@ -50,6 +50,10 @@ class CompileError(MetaframeError, RuntimeError):
     """A function could not be traced or compiled as a whole."""
 
 
+class CheckpointError(MetaframeError, ValueError):
+    """A checkpoint is damaged, of another format, or of another model, optimizer or sampler."""
+
+
 class NonFiniteError(MetaframeError, FloatingPointError):
     """A cost or gradient is NaN or infinite (checked only on request)."""
 

@@ -24,6 +24,7 @@ from metaframe_torch._compile import compile_traced
 from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
+from metaframe_torch._optim import TorchOptimizer
 
 
 class TorchBackend(Backend):
@@ -130,6 +131,18 @@ class TorchBackend(Backend):
         words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
         return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
+    def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        streams = {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        return {name: s.numpy() for name, s in {"cpu": torch.get_rng_state(), **streams}.items()}
+
+    def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        for name, values in state.items():
+            stream = torch.from_numpy(values.copy())
+            if name == "cpu":
+                torch.set_rng_state(stream)
+            elif name in self.devices():
+                torch.cuda.set_rng_state(stream, name)
+
     def register_node(
         self,
         cls: type,
@@ -148,6 +161,9 @@ class TorchBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> LearnedAdapter:
         return LearnedAdapter(values, self)
+
+    def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
+        return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool

@@ -7,32 +7,26 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaframe import checks
-from metaframe.backend import Array
+from metaframe.backend import Array, Backend
 from metaframe.compile import compile
-from metaframe.errors import InputError, MetaframeError, nearest
+from metaframe.errors import InputError, nearest
 from metaframe.inner import Mode
 from metaframe.learners.config import AdaptConfig, Norm
 from metaframe.learners.functional import Params
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.objective import Meta, Setting, as_batch
+from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import MetaResult, TaskMap, meta_value_and_grad
+from metaframe.meta import MetaResult, TaskMap
 from metaframe.models import ModelAdapter
 from metaframe.models.values import live
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
 
-LEARNED = "learned/"
-"""Prefix of the names of what an update rule learns, among the meta-parameters."""
 PROGRAMS_KEPT = 16
 """Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
-NOT_VECTORISED = (
-    "The tasks were being vectorised. If the model or the loss cannot be, for instance because it "
-    "branches on a value or writes to an array in place, run the tasks one after the other: "
-    'meta_value_and_grad(..., task_map="loop").'
-)
 
 
 class MetaLearner(Wrapper):
@@ -144,70 +138,91 @@ class MetaLearner(Wrapper):
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
         """
+        gradient = self.meta_gradient(
+            loss_fn, steps=steps, task_map=task_map, chunk_size=chunk_size, mode=mode
+        )
+        batch = as_batch(tasks, self.meta_parameters(), self.backend)
+        quick = self.backend.compiles_quickly
+        run = self._program(gradient) if (quick if compiled is None else compiled) else gradient
+        result = run(self.meta_arrays(), self.constants(), batch)
+        return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
+
+    def meta_gradient(
+        self,
+        loss_fn: LossFn,
+        *,
+        steps: int | None = None,
+        task_map: TaskMap = "vmap",
+        chunk_size: int | None = None,
+        mode: Mode = "reverse",
+        metric: LossFn | None = None,
+    ) -> MetaGradient:
+        """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
+
+        Args:
+            loss_fn, steps, task_map, chunk_size, mode: as for `meta_value_and_grad`.
+            metric: a second function of prediction and target, not differentiated; each task's
+                value is in `aux["scores"]`.
+
+        Returns:
+            A function `(meta, constants, batch) -> (cost, grads, aux)` of what `meta_arrays` and
+            `constants` return and of a stacked task. Two of them are equal, and have the same
+            hash, if one program serves for both.
+        """
         checks.function(loss_fn, "loss_fn")
         steps = self.config.steps(steps, at_least=0)
-        backend, meta = self._adapter.backend, self.meta_parameters()
-        batch = as_batch(tasks, meta, backend)
-        constants = {
+        setting = Setting(self._adapter, self.config, self._method, loss_fn, steps, mode, metric)
+        return MetaGradient(setting, task_map, chunk_size, self._learned is not None, self._flags)
+
+    def adaptation(self, loss_fn: LossFn) -> Adaptation:
+        """Adaptation to one task, step by step and as pure functions, for evaluations."""
+        checks.function(loss_fn, "loss_fn")
+        setting = Setting(self._adapter, self.config, self._method, loss_fn, 1, "reverse")
+        return Adaptation(setting, self._learned is not None, self._flags)
+
+    def meta_arrays(self) -> Params:
+        """The values of `meta_parameters`, as constants of no record of operations."""
+        stop = self.backend.stop_gradient
+        return {name: stop(x) for name, x in self.meta_parameters().items()}
+
+    def variables(self) -> dict[str, Any]:
+        """The meta-parameters as the objects that the framework's own optimizers update."""
+        variables = self._adapter.variables()
+        meta = {name: variables[name] for name in self._adapter.trainable()}
+        learned = self._learned.variables() if self._learned is not None else {}
+        return {**meta, **_prefixed(learned)}
+
+    def constants(self) -> Meta:
+        """What else a meta-gradient depends on: other parameters, state, the method's schedule."""
+        meta = frozenset(self._adapter.trainable())
+        groups = {
             "params": {n: x for n, x in self._adapter.params().items() if n not in meta},
             "state": self._adapter.state(),
             "schedule": self._schedule,
         }
-        run = self._program(
-            Setting(self._adapter, self.config, self._method, loss_fn, steps, mode),
-            task_map,
-            chunk_size,
-            backend.compiles_quickly if compiled is None else compiled,
-        )
-        result = run(
-            self._divided({n: backend.stop_gradient(x) for n, x in meta.items()}),
-            {
-                kind: {n: backend.asarray(x) for n, x in xs.items()}
-                for kind, xs in constants.items()
-            },
-            batch,
-        )
-        flat = {**result.grads["params"], **_prefixed(result.grads["learned"])}
-        return result._replace(grads={name: flat[name] for name in meta})
+        asarray = self.backend.asarray
+        return {kind: {n: asarray(x) for n, x in xs.items()} for kind, xs in groups.items()}
 
-    def _program(
-        self, setting: Setting, task_map: TaskMap, chunk_size: int | None, compiled: bool
-    ) -> Callable[[Meta, Meta, Task], MetaResult]:
-        def run(meta: Meta, constants: Meta, batch: Task) -> MetaResult:
-            def task_cost(meta: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
-                cost = setting.task_cost(meta, constants, task)
-                return cost, {"costs": cost}
+    @property
+    def backend(self) -> Backend:
+        """The backend of the model."""
+        return self._adapter.backend
 
-            transformed = meta_value_and_grad(
-                task_cost, task_map=task_map, chunk_size=chunk_size, has_aux=True
-            )
-            try:
-                return transformed(meta, batch)
-            except MetaframeError:
-                raise
-            except Exception as error:
-                if task_map == "vmap":
-                    error.add_note(NOT_VECTORISED)
-                raise
+    @property
+    def _flags(self) -> Hashable:
+        return self._adapter.signature()
 
-        if not compiled:
-            return run
-        key = (setting, task_map, chunk_size, self._adapter.signature())
-        if key not in self._programs and len(self._programs) == PROGRAMS_KEPT:
+    def _program(self, gradient: MetaGradient) -> Callable[..., MetaResult]:
+        if gradient not in self._programs and len(self._programs) == PROGRAMS_KEPT:
             del self._programs[next(iter(self._programs))]
-        return self._programs.setdefault(key, compile(run))
+        return self._programs.setdefault(gradient, compile(gradient))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the compiled programs, which a copy makes anew."""
         return {**self.__dict__, "_programs": {}}
 
     def _divided(self, values: Mapping[str, Array]) -> Meta:
-        groups: Meta = {"params": {}, "learned": {}}
-        for name, value in values.items():
-            learned = self._learned is not None and name.startswith(LEARNED)
-            group, key = ("learned", name.removeprefix(LEARNED)) if learned else ("params", name)
-            groups[group][key] = value
-        return groups
+        return divided(values, self._learned is not None)
 
 
 def _prefixed(learned: Params) -> Params:

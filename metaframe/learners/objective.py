@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metaframe import tree
+from metaframe import optim, tree
 from metaframe.backend import Array, Backend, is_neutral
 from metaframe.errors import InputTypeError
 from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
@@ -35,11 +35,16 @@ class Setting:
     loss_fn: LossFn
     steps: int
     mode: Mode
+    metric: LossFn | None = None
 
-    def task_cost(self, meta: Meta, constants: Meta, task: Task) -> Array:
-        """The task's contribution to the meta-objective."""
+    def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
+        """The task's contribution to the meta-objective, and what to report of it."""
         objective = self.method.objective or adapted_query_loss
-        return objective(TaskRun(self, meta, constants, task))
+        run = TaskRun(self, meta, constants, task)
+        cost = objective(run)
+        if self.metric is None:
+            return cost, {"costs": cost}
+        return cost, {"costs": cost, "scores": self.metric(run.prediction, task.query_y)}
 
 
 class TaskRun:
@@ -80,13 +85,22 @@ class TaskRun:
 
     def query_loss(self, params: Params) -> Array:
         """The loss on the query set."""
+        self.prediction = self.predict(params, self.task.query_x)
+        """What the last query loss was computed from."""
+        return self.setting.loss_fn(self.prediction, self.task.query_y)
+
+    def predict(self, params: Params, x: Any) -> Any:
+        """The model's output for examples that it did not adapt on, all in one batch."""
         state = self._state
         if self.setting.config.norm == "support":
             record = self.setting.config.forward("support")
             _, state = self._call(params, state, record, self.task.support_x)
-        forward = self.setting.config.forward("query")
-        output, _ = self._call(params, state, forward, self.task.query_x)
-        return self.setting.loss_fn(output, self.task.query_y)
+        return self._call(params, state, self.setting.config.forward("query"), x)[0]
+
+    @property
+    def rate(self) -> optim.Rate:
+        """What the update rule is given as learning rate."""
+        return self.setting.config.rate(self._learned)
 
     def ordered(self, params: Params) -> Params:
         """In the model's own order, which a structure does not keep."""
@@ -95,16 +109,17 @@ class TaskRun:
     def _loop(self) -> InnerLoop:
         config = self.setting.config
         settings = InnerSettings(
-            config.rate(self._learned),
+            self.rate,
             config.update,
             1 if config.first_order else 2,
             self.setting.mode,
         )
         chosen = tree.leaves({name: name in config.names for name in self.start})
         batch = (self.support.x, self.support.y)
-        return InnerLoop(self._inner_cost, self.start, batch, chosen, settings)
+        return InnerLoop(self.inner_cost, self.start, batch, chosen, settings)
 
-    def _inner_cost(self, batch: Any, params: Params) -> Array:
+    def inner_cost(self, batch: Any, params: Params) -> Array:
+        """What the inner loop minimises: the support loss, and the algorithm's penalty."""
         loss, penalty = self._support_loss(batch, params), self.setting.method.penalty
         if penalty is None:
             return loss

@@ -65,6 +65,10 @@ class KerasAdapter(ModelAdapter):
         )
         return output, dict(zip(state, after, strict=True))
 
+    def variables(self) -> dict[str, Any]:
+        """Keras variables, which its optimizers want on every framework but TensorFlow."""
+        return dict(zip(self.params(), self.model.trainable_variables, strict=True))
+
     def write(self, params: Params) -> None:
         """Assign the trainable variables."""
         for variable, value in zip(self.model.trainable_variables, params.values(), strict=True):

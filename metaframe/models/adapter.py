@@ -79,6 +79,10 @@ class ModelAdapter(abc.ABC):
         """Names of the parameters to differentiate. Default: every floating one."""
         return tuple(n for n, x in self.params().items() if self.backend.is_floating(x))
 
+    def variables(self) -> dict[str, Any]:
+        """What the framework's own optimizers update. Default: the parameters."""
+        return dict(self.params())
+
     def adaptable(self) -> tuple[str, ...]:
         """Names of the parameters an inner loop may adapt. Default: those that are trained."""
         return self.trainable()

@@ -36,6 +36,10 @@ class Around(ModelAdapter):
         """The model's."""
         return self.inner.trainable()
 
+    def variables(self) -> dict[str, Any]:
+        """The model's."""
+        return self.inner.variables()
+
     def signature(self) -> Hashable:
         """The model's."""
         return self.inner.signature()

@@ -23,7 +23,7 @@ from metaframe import tree
 from metaframe.backend import Backend, convert_neutral, current_backend
 from metaframe.errors import BackendError, InputError, InputTypeError, nearest
 from metaframe.tasks import _checks
-from metaframe.tasks.task import Task
+from metaframe.tasks.task import Task, stack_tasks
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -187,6 +187,15 @@ class IndexedSampler(abc.ABC):
         tasks = [self.task(self._position + i) for i in range(count)]
         self._position += count
         return tasks
+
+    def sample_batch(self, meta_batch_size: int) -> Task:
+        """The tasks of `sample` as one stacked Task: stacked in NumPy, then placed at once."""
+        count = _checks.integer("meta_batch_size", meta_batch_size, 1)
+        start = self._position
+        drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in range(count)]
+        batch = self._place(stack_tasks(drawn))
+        self._position += count
+        return batch
 
     def state(self) -> dict[str, int | str]:
         """What `restore` needs, as plain values for a checkpoint."""

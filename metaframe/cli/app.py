@@ -1,0 +1,247 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from metaframe import __version__
+from metaframe.backend import available_backends
+from metaframe.cli import presets, runs, tables
+from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
+from metaframe.cli.experiment import resolve
+from metaframe.cli.flags import GROUPS, given, setting_flags
+from metaframe.cli.output import Output, described
+from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
+
+click.rich_click.TEXT_MARKUP = "rich"
+click.rich_click.OPTION_GROUPS = {
+    f"metaframe {command}": [
+        {"name": name, "options": [f"--{n.replace('_', '-')}" for n in names]}
+        for name, names in GROUPS.items()
+    ]
+    for command in ("train", "reproduce")
+}
+
+Command = Callable[..., Any]
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Run a command; every outcome becomes an exit code and, if bad, one message."""
+    stderr = Output().stderr
+    try:
+        cli.main(None if argv is None else list(argv), prog_name="metaframe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        stderr.print("interrupted", markup=False)
+        return INTERRUPTED
+    except (UsageError, UnknownKeyError, BackendNotInstalledError) as error:
+        stderr.print(f"metaframe: {error}", markup=False)
+        return USAGE
+    except MetaframeError as error:
+        stderr.print(f"metaframe: {error}", markup=False)
+        return FAILED
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else FAILED
+    return OK
+
+
+def _modes(command: Command) -> Command:
+    quiet = click.option("--quiet", "-q", is_flag=True, help="No progress and no remarks.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    return quiet(as_json(command))
+
+
+def _run_options(command: Command) -> Command:
+    for option in (
+        click.option("--plots/--no-plots", default=True, help="Draw plots at the end."),
+        click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too."),
+        click.option("--overwrite", is_flag=True, help="Start anew where there is a run already."),
+        click.option("--out", type=click.Path(path_type=Path), help="The run's folder."),
+    ):
+        command = option(command)
+    return command
+
+
+_run_argument = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="metaframe")
+def cli() -> None:
+    """Meta-learning on PyTorch, JAX and TensorFlow: train, evaluate, resume, reproduce, plot.
+
+    Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted.
+    """
+
+
+@cli.command()
+@setting_flags()
+@click.option("--config", "file", type=click.Path(), help="A TOML file with settings.")
+@click.option("--preset", help="Start from the settings of a preset, see `metaframe list`.")
+@_run_options
+@_modes
+def train(
+    file: str | None,
+    preset: str | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    plots: bool,
+    tensorboard: bool,
+    **flags: Any,
+) -> None:
+    """Meta-train, evaluate on held-out tasks, and leave everything in a run folder.
+
+    Settings: defaults < preset < file < flags. Ctrl-C saves and exits; `resume` goes on.
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    settings = presets.preset(preset).settings if preset else {}
+    config = resolve(given(flags), file, settings)
+    folder = out or runs.default_folder(config)
+    runs.begin(config, folder, overwrite=overwrite)
+    _trained(config, folder, output, runs.Extras(plots, tensorboard))
+
+
+@cli.command()
+@_run_argument
+@click.option("--iterations", type=int, help="Train up to so many outer steps in all.")
+@setting_flags(("backend", "device", "data"))
+@click.option("--plots/--no-plots", default=True, help="Draw plots at the end.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too.")
+@_modes
+def resume(
+    run: Path,
+    iterations: int | None,
+    as_json: bool,
+    quiet: bool,
+    plots: bool,
+    tensorboard: bool,
+    **flags: Any,
+) -> None:
+    """Go on with an interrupted run, exactly where its last checkpoint left it."""
+    config = runs.opened(run, given(flags))
+    if iterations is not None:
+        config = runs.extend(run, config, iterations)
+    output = Output(as_json=as_json, quiet=quiet)
+    _trained(config, run, output, runs.Extras(plots, tensorboard))
+
+
+def _trained(config: Any, folder: Path, output: Output, extras: runs.Extras) -> None:
+    try:
+        result = runs.train(config, folder, output, extras)
+    except KeyboardInterrupt:
+        output.remark(f"saved; continue with: metaframe resume {folder}")
+        raise
+    percent = result["metric"] == "accuracy"
+    lines = described(result["evaluation"], percent=percent)
+    output.result({"folder": str(folder), **result}, [*lines, f"everything is in {folder}"])
+
+
+@cli.command()
+@_run_argument
+@click.option("--checkpoint", help="best, latest or a file; default: best if there is one.")
+@setting_flags(("eval_tasks", "eval_steps", "eval_seed", "backend", "device", "data"))
+@_modes
+def evaluate(run: Path, checkpoint: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Measure a trained run on held-out tasks, with a 95% confidence interval."""
+    output = Output(as_json=as_json, quiet=quiet)
+    result = runs.evaluate(run, runs.opened(run, given(flags)), checkpoint, output)
+    output.result(result, described(result["evaluation"], percent=result["metric"] == "accuracy"))
+
+
+@cli.command()
+@_run_argument
+@setting_flags(("backend", "device", "data"))
+@_modes
+def plot(run: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Draw the plots of a run: learning curve, accuracy by step, predictions."""
+    output = Output(as_json=as_json, quiet=quiet)
+    files = runs.plot(run, runs.opened(run, given(flags)), output)
+    output.result(files, files)
+
+
+@cli.command()
+@click.argument("name")
+@setting_flags()
+@_run_options
+@_modes
+def reproduce(
+    name: str,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    plots: bool,
+    tensorboard: bool,
+    **flags: Any,
+) -> None:
+    """Run a preset and compare with the number it is expected to reach.
+
+    The exit code is 1 if it does not.
+    """
+    chosen = presets.preset(name)
+    config = resolve(given(flags), None, chosen.settings)
+    folder = out or Path("runs") / f"{name}-{config.backend}"
+    runs.begin(config, folder, overwrite=overwrite)
+    output = Output(as_json=as_json, quiet=quiet)
+    output.remark(f"{name}: {chosen.about}")
+    runs.train(config, folder, output, runs.Extras(plots, tensorboard))
+    verdict = presets.judge(chosen, folder)
+    output.result(verdict.as_dict(), verdict.lines())
+    if not verdict.met:
+        sys.exit(FAILED)
+
+
+@cli.command()
+@_modes
+def backends(as_json: bool, quiet: bool) -> None:
+    """The backends, whether they are installed, and their devices."""
+    found = available_backends()
+    data = [
+        {"name": b.name, "version": b.version, "devices": list(b.devices), "install": b.install}
+        for b in found
+    ]
+    rows = [
+        (b.name, b.version or "not installed", ", ".join(b.devices) or b.install) for b in found
+    ]
+    output = Output(as_json=as_json, quiet=quiet)
+    output.table(data, "backends", ("name", "version", "devices, or how to install"), rows)
+
+
+@cli.command("list")
+@_modes
+def list_(as_json: bool, quiet: bool) -> None:
+    """The data sets, algorithms and presets there are."""
+    output = Output(as_json=as_json, quiet=quiet)
+    groups = {
+        "data sets": {name: entry.about for name, entry in tables.DATASETS.items()},
+        "algorithms": {name: entry.about for name, entry in tables.ALGORITHMS.items()},
+        "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
+    }
+    if as_json:
+        output.result(groups, [])
+        return
+    for title, entries in groups.items():
+        output.table(None, title, ("name", ""), entries.items())
+
+
+@cli.command()
+@setting_flags(("backend", "device"))
+@click.option("--steps", type=click.IntRange(min=1), default=100, help="Steps to time.")
+@_modes
+def bench(steps: int, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Time the meta-step of the sinusoid experiment: 25 tasks, one inner step, MLP 1-40-40-1."""
+    from metaframe.cli.bench import time_steps
+
+    output = Output(as_json=as_json, quiet=quiet)
+    found = time_steps(resolve(given(flags)), steps)
+    line = f"{found['backend']}: {found['step_ms']:.2f} ms a step, {found['first_s']:.1f} s first"
+    output.result(found, [line])

@@ -1,0 +1,134 @@
+"""From a RunConfig to the objects that train and evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from metaframe import nn, optim
+from metaframe.backend import backend_of, known_backends, load_backend, use_backend
+from metaframe.cli import tables
+from metaframe.cli.config import RunConfig, check_keys, read_toml
+from metaframe.cli.errors import UsageError
+from metaframe.errors import nearest
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.models.precision import mixed_precision
+from metaframe.tasks import IndexedSampler
+from metaframe.training import Evaluation, MetaTrainer, Schedule, StepSettings, evaluate, schedules
+
+PREFERRED = ("jax", "torch", "tensorflow")
+"""The order in which an installed backend is chosen if none is named."""
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    file: str | Path | None = None,
+    preset: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The settings of a run: defaults < preset < file < flags.
+
+    Raises:
+        UsageError: an unknown key or name, or a value that does not fit.
+    """
+    given = {**(preset or {}), **(read_toml(file) if file else {}), **flags}
+    check_keys(given, "the command line")
+    name = str(given.get("dataset", RunConfig.dataset))
+    config = RunConfig(**{**tables.dataset(name).defaults, **given})
+    tables.algorithm(config.algorithm)
+    backend = config.backend or _installed()
+    if backend not in known_backends():
+        known = ", ".join(sorted(known_backends()))
+        hint = nearest(backend, known_backends())
+        raise UsageError(f"no backend called {backend!r}. {hint} There are {known}.")
+    return dataclasses.replace(config, backend=backend)
+
+
+def _installed() -> str:
+    for name in PREFERRED:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    raise UsageError(f"no framework is installed; install one of {', '.join(PREFERRED)}.")
+
+
+class Experiment:
+    """The learner, the samplers and the trainer of one run. Made within `selected`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.dataset = tables.dataset(config.dataset)
+        self.loss_fn = nn.mse if self.dataset.regression else nn.cross_entropy
+        self.metric = None if self.dataset.regression else nn.accuracy
+        model = self.dataset.model(config)
+        pair: Any = (model, model.init(config.seed))
+        if config.precision == "bfloat16":
+            pair = mixed_precision(pair)
+        self.learner: MetaLearner = tables.algorithm(config.algorithm).build(pair, config)
+
+    @functools.cached_property
+    def settings(self) -> StepSettings:
+        """How steps run."""
+        c = self.config
+        task_map = c.task_map
+        if task_map == "auto":
+            task_map = "scan" if self.dataset.convolutional and self._on_cpu() else "vmap"
+        return StepSettings(task_map, c.chunk_size, c.mode, c.compiled)
+
+    @functools.cached_property
+    def trainer(self) -> MetaTrainer:
+        """The trainer, with Adam as outer optimizer."""
+        c = self.config
+        optimizer = optim.adam()
+        if c.clip_norm is not None or c.clip_value is not None:
+            optimizer = optim.clipped(optimizer, norm=c.clip_norm, value=c.clip_value)
+        return MetaTrainer(
+            self.learner,
+            optimizer,
+            self.loss_fn,
+            self.sampler("train"),
+            metric=self.metric,
+            schedule=_schedule(c),
+            settings=self.settings,
+        )
+
+    def sampler(self, split: Any) -> IndexedSampler:
+        """The tasks of a split; those that are measured on have a seed of their own."""
+        seed = self.config.seed if split == "train" else self.config.eval_seed
+        return self.dataset.sampler(self.config, split, seed)
+
+    def evaluate(self) -> Evaluation:
+        """Measure the learner on held-out tasks."""
+        return evaluate(
+            self.learner,
+            self.loss_fn,
+            tables.test_tasks(self.config),
+            self.config.eval_tasks,
+            steps=self.config.eval_steps,
+            metric=self.metric,
+            settings=self.settings,
+        )
+
+    def _on_cpu(self) -> bool:
+        value = next(iter(self.learner.meta_parameters().values()))
+        return "cpu" in str(backend_of(value).ops.zeros_like(value).device).lower()
+
+
+@contextmanager
+def selected(config: RunConfig) -> Iterator[None]:
+    """The run's backend, device and dtype, for a block of code."""
+    name = config.backend or _installed()
+    load_backend(name)
+    dtype = "float64" if config.precision == "float64" else "float32"
+    with use_backend(name, device=config.device, dtype=dtype):
+        yield
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    schedule = schedules.constant(config.outer_lr)
+    if config.schedule == "cosine":
+        schedule = schedules.cosine(config.outer_lr, max(config.iterations, 1))
+    return schedules.warmup(schedule, config.warmup_steps)

@@ -1,0 +1,73 @@
+"""Flags of a command, made from the fields of RunConfig."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from typing import Any, Literal
+
+import rich_click as click
+
+from metaframe.cli.config import RunConfig
+
+Command = Callable[..., Any]
+
+GROUPS = {
+    "Task": (
+        *("dataset", "data", "parts", "held_out", "protocol"),
+        *("ways", "shots", "queries"),
+    ),
+    "Algorithm": ("algorithm", "width", "inner_lr", "inner_steps"),
+    "Outer loop": (
+        *("outer_lr", "schedule", "warmup_steps", "clip_norm", "clip_value"),
+        *("meta_batch_size", "iterations", "seed"),
+    ),
+    "Evaluation": (
+        *("eval_every", "validation_tasks", "patience", "eval_steps", "eval_tasks", "eval_seed"),
+    ),
+    "Execution": (
+        *("backend", "device", "precision", "task_map", "chunk_size", "mode", "compiled"),
+        *("checkpoint_every", "keep"),
+    ),
+}
+"""How the help page groups the settings."""
+
+
+def setting_flags(names: Iterable[str] | None = None) -> Callable[[Command], Command]:
+    """A decorator that adds one flag for each of these settings, by default for all."""
+    wanted = None if names is None else set(names)
+    entries = [e for e in fields(RunConfig) if wanted is None or e.name in wanted]
+
+    def decorate(command: Command) -> Command:
+        for entry in reversed(entries):
+            command = _flag(entry)(command)
+        return command
+
+    return decorate
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the values of flags that were used."""
+    names = {entry.name for entry in fields(RunConfig)}
+    return {n: v for n, v in flags.items() if n in names and v is not None}
+
+
+def _flag(entry: Field[Any]) -> Callable[[Command], Command]:
+    kind = typing.get_type_hints(RunConfig)[entry.name]
+    dashed = entry.name.replace("_", "-")
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    base = next(option for option in options if option is not types.NoneType)
+    text = entry.metadata["help"]
+    if entry.default not in (None, ()):
+        text += f" [dim]\\[default: {entry.default}][/dim]"
+    if base is bool:
+        return click.option(f"--{dashed}/--no-{dashed}", entry.name, default=None, help=text)
+    if typing.get_origin(base) is Literal:
+        choice = click.Choice(typing.get_args(base))
+        return click.option(f"--{dashed}", entry.name, type=choice, help=text)
+    as_text = base == tuple[str, ...]
+    metavar = "A,B,..." if as_text else None
+    parameter_type = str if as_text else base
+    return click.option(f"--{dashed}", entry.name, type=parameter_type, metavar=metavar, help=text)

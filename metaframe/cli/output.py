@@ -1,0 +1,70 @@
+"""What a command says: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Output:
+    """Prints for people, or with `as_json` one JSON document for machines.
+
+    Args:
+        as_json: print nothing but the result, as JSON.
+        quiet: no progress and no remarks.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet or as_json
+        self._stdout = Console(highlight=False, soft_wrap=True)
+        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def remark(self, text: str) -> None:
+        """Say what is going on."""
+        if not self.quiet:
+            self.stderr.print(text, markup=False)
+
+    def result(self, data: Any, lines: Sequence[str]) -> None:
+        """The outcome: `data` for machines, `lines` for people."""
+        if self.as_json:
+            print(json.dumps(data, indent=1))
+            return
+        for line in lines:
+            self._stdout.print(line, markup=False)
+
+    def table(self, data: Any, title: str, columns: Sequence[str], rows: Any) -> None:
+        """A table: `data` for machines, `rows` of texts for people."""
+        if self.as_json:
+            print(json.dumps(data, indent=1))
+            return
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self._stdout.print(table)
+
+
+def described(evaluation: Mapping[str, Any], *, percent: bool) -> list[str]:
+    """The lines of an evaluation, given as in result.json."""
+    factor, unit, what = (100, "%", "accuracy") if percent else (1, "", "mean squared error")
+
+    def figure(point: Mapping[str, float]) -> str:
+        return f"{factor * point['mean']:.2f}{unit} ± {factor * point['ci95']:.2f}"
+
+    curve = evaluation["curve"]
+    steps = len(curve) - 1
+    noun = "step" if steps == 1 else "steps"
+    lines = [
+        f"{what} before adaptation: {figure(curve[0])}",
+        f"{what} after {steps} {noun}: {figure(evaluation['transductive'])}"
+        f" ({evaluation['tasks']} tasks, 95% CI)",
+    ]
+    alone = evaluation["inductive"]
+    if alone is not None and percent:
+        lines[-1] += ", transductive: query examples in one batch"
+        lines.append(f"{what} after {steps} {noun}: {figure(alone)}, inductive: each query alone")
+    return lines

@@ -1,0 +1,193 @@
+"""Presets: experiments with the number they are expected to reach, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metaframe.cli.errors import UsageError
+from metaframe.cli.output import described
+from metaframe.cli.runs import read_result
+from metaframe.errors import nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment.
+
+    Attributes:
+        about: one line: what it is, on which hardware, and how long it takes.
+        settings: what differs from the defaults.
+        expected: the number to reach, a mean squared error or a share of right answers.
+        tolerance: how far from it, on the wrong side, is still reached.
+        source: where the number comes from.
+        step: the number of inner steps it is measured after; default: the last.
+    """
+
+    about: str
+    settings: Mapping[str, Any]
+    expected: float
+    tolerance: float
+    source: str
+    step: int | None = None
+    inductive: bool = False
+    """Is it the inductive figure that counts, each query example decided alone?"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run compares with its preset."""
+
+    preset: Preset
+    metric: str
+    reached: float
+    evaluation: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def met(self) -> bool:
+        """Is the number reached?"""
+        if self.metric == "mse":
+            return self.reached <= self.preset.expected + self.preset.tolerance
+        return self.reached >= self.preset.expected - self.preset.tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        p = self.preset
+        return {
+            "met": self.met,
+            "metric": self.metric,
+            "reached": self.reached,
+            "expected": p.expected,
+            "tolerance": p.tolerance,
+            "source": p.source,
+            "evaluation": dict(self.evaluation),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        percent, p = self.metric == "accuracy", self.preset
+        shown = "{:.2%}" if percent else "{:.3f}"
+        relation = "at least" if percent else "at most"
+        bound = p.expected - p.tolerance if percent else p.expected + p.tolerance
+        return [
+            *described(self.evaluation, percent=percent),
+            f"expected {relation} {shown.format(bound)} ({p.source})",
+            f"{'reached' if self.met else 'NOT REACHED'}: {shown.format(self.reached)}",
+        ]
+
+
+_ALPHABETS = ["Japanese_(katakana)", "Sanskrit", "Tagalog"]
+_SMALL = {
+    "dataset": "omniglot",
+    "parts": ["small1", "small2"],
+    "held_out": _ALPHABETS,
+    "width": 32,
+    "eval_every": 0,
+}
+_PAPER = {
+    "dataset": "omniglot",
+    "parts": ["background", "evaluation"],
+    "width": 64,
+    "queries": 1,
+    "task_map": "vmap",
+    "iterations": 40000,
+    "eval_every": 2000,
+    "checkpoint_every": 2000,
+}
+_5W = {"ways": 5, "inner_lr": 0.4, "inner_steps": 1, "eval_steps": 3, "meta_batch_size": 32}
+_20W = {"ways": 20, "inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5, "meta_batch_size": 16}
+
+
+def _runs(part: str, convnet: float) -> Preset:
+    return Preset(
+        f"ANIL trained on {part}, on the 20 official within-alphabet runs; two cores, 15 minutes",
+        {
+            "dataset": "omniglot",
+            "parts": [part],
+            "protocol": "runs",
+            "algorithm": "anil",
+            **_20W,
+            "queries": 1,
+            "meta_batch_size": 4,
+            "iterations": 2000,
+            "eval_every": 0,
+        },
+        expected=1 - 0.388,
+        tolerance=0.0,
+        source="Lake et al. 2015: error 38.8% without learning, modified Hausdorff distance; "
+        f"{convnet:.1%} for a convolutional network trained on {part}",
+        inductive=True,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "sinusoid-maml": Preset(
+        "MAML on sine curves, 10 points, one step; any CPU, 1 minute",
+        {"dataset": "sinusoid", "iterations": 2000, "eval_every": 0, "eval_steps": 10},
+        expected=0.9,
+        tolerance=0.0,
+        source="iteryne's documentation: 0.87 after 2,000 iterations, 3.1 before adaptation",
+        step=1,
+    ),
+    "omniglot-small1-5w1s": Preset(
+        "MAML, 5-way 1-shot, tested on alphabets never trained on; two cores, 10 minutes",
+        {**_SMALL, **_5W, "queries": 5, "iterations": 1500, "meta_batch_size": 16},
+        expected=0.92,
+        tolerance=0.0,
+        source="a hand-written run with the same network reaches 91.3% after 1,000 steps of 32",
+    ),
+    "omniglot-oneshot-runs": _runs("small1", 0.240),
+    "omniglot-oneshot-runs-small2": _runs("small2", 0.223),
+}
+
+
+def _paper(algorithm: str, ways: Mapping[str, Any], expected: float, source: str) -> Preset:
+    return Preset(
+        f"{algorithm.upper()}, {ways['ways']}-way 1-shot at paper scale; a GPU, hours",
+        {**_PAPER, **ways, "algorithm": algorithm},
+        expected,
+        tolerance=0.01,
+        source=source,
+    )
+
+
+_MAML_PAPER = "Finn et al. 2017, arXiv 1703.03400, table 1"
+_REPTILE_PAPER = "Nichol et al. 2018, arXiv 1803.02999, table 1, transductive"
+_ANIL_PAPER = "Raghu et al. 2020, arXiv 1909.09157"
+
+for _algorithm, _five, _twenty, _source in (
+    ("maml", 0.987, 0.958, _MAML_PAPER),
+    ("fomaml", 0.983, 0.894, _REPTILE_PAPER),
+    ("reptile", 0.9768, 0.8943, _REPTILE_PAPER),
+    # The paper has no 5-way figure for ANIL; it reports no difference from MAML elsewhere.
+    ("anil", 0.987, 0.962, _ANIL_PAPER),
+):
+    PRESETS[f"omniglot-5w1s-{_algorithm}"] = _paper(_algorithm, _5W, _five, _source)
+    PRESETS[f"omniglot-20w1s-{_algorithm}"] = _paper(_algorithm, _20W, _twenty, _source)
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        UsageError: there is none, with the nearest name.
+    """
+    if name not in PRESETS:
+        raise UsageError(
+            f"no preset called {name!r}. {nearest(name, PRESETS)} `metaframe list` shows them all."
+        )
+    return PRESETS[name]
+
+
+def judge(chosen: Preset, folder: Path) -> Verdict:
+    """Compare the result in `folder` with what was expected."""
+    result = read_result(folder)
+    if result is None:
+        raise UsageError(f"{folder} has no result yet.")
+    found = result["evaluation"]
+    point = found["curve"][-1 if chosen.step is None else chosen.step]
+    if chosen.inductive:
+        point = found["inductive"]
+    return Verdict(chosen, result["metric"], point["mean"], result["evaluation"])

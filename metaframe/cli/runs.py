@@ -1,0 +1,215 @@
+"""A run folder: made, trained in, continued, evaluated.
+
+config.toml     the resolved settings
+metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the same
+checkpoints/    the last few, and the best by validation
+result.json     what the evaluation on held-out tasks found
+*.png           plots, where matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metaframe.cli.config import RunConfig, read_toml
+from metaframe.cli.errors import UsageError
+from metaframe.cli.experiment import Experiment, resolve, selected
+from metaframe.cli.output import Output
+from metaframe.training.callbacks import Callback, EarlyStopping
+from metaframe.training.checkpoint import (
+    BEST,
+    Checkpoints,
+    checkpoint_files,
+    latest_checkpoint,
+    load_checkpoint,
+    load_parameters,
+    write_atomically,
+)
+from metaframe.training.metrics import MetricsLog
+from metaframe.training.progress import ProgressBar
+
+CONFIG, RESULT, CHECKPOINTS = "config.toml", "result.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run does besides, none of which is part of its settings."""
+
+    plots: bool = True
+    tensorboard: bool = False
+
+
+def default_folder(config: RunConfig) -> Path:
+    """A folder named after what the run is."""
+    shape = "" if config.dataset == "sinusoid" else f"-{config.ways}w{config.shots}s"
+    name = f"{config.dataset}{shape}-{config.algorithm}-{config.backend}-seed{config.seed}"
+    return Path("runs") / name
+
+
+def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
+    """Make a run folder.
+
+    Raises:
+        UsageError: there is a run in it already.
+    """
+    if (folder / CONFIG).exists():
+        if not overwrite:
+            raise UsageError(
+                f"{folder} has a run already. Continue it with `metaframe resume {folder}`, choose "
+                "another folder with --out, or start anew with --overwrite."
+            )
+        for name in (CONFIG, RESULT, "metrics.jsonl", "metrics.csv"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, config.to_toml().encode())
+
+
+def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings of the run in `folder`, with `changes`.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is no run folder: it has no {CONFIG}.")
+    return resolve({**read_toml(folder / CONFIG), **changes})
+
+
+def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
+    """Train in `folder` up to `config.iterations` steps, evaluate, and return the result.
+
+    A folder with checkpoints is continued from the last one.
+    """
+    started = time.perf_counter()
+    with selected(config):
+        experiment = Experiment(config)
+        if checkpoint_files(folder / CHECKPOINTS):
+            file = latest_checkpoint(folder / CHECKPOINTS)
+            load_checkpoint(file, experiment.trainer)
+            output.remark(f"continuing after {experiment.trainer.step} steps")
+        stopped = _fit(experiment, folder, output, extras)
+        chosen = _choose(experiment, folder)
+        result = {
+            "stopped": stopped,
+            "steps": experiment.trainer.step,
+            "seconds": round(time.perf_counter() - started, 1),
+            **_measured(experiment, chosen, output),
+        }
+        _write_result(folder, result)
+        if extras.plots:
+            draw(experiment, folder, output)
+    return result
+
+
+def evaluate(
+    folder: Path, config: RunConfig, checkpoint: str | None, output: Output
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of the run in `folder`: "best", "latest", a file, or the usual one."""
+    with selected(config):
+        experiment = Experiment(config)
+        chosen = _choose(experiment, folder, checkpoint)
+        return _measured(experiment, chosen, output)
+
+
+def plot(folder: Path, config: RunConfig, output: Output) -> list[str]:
+    """Draw the plots of the run in `folder`; returns the files."""
+    with selected(config):
+        experiment = Experiment(config)
+        _choose(experiment, folder)
+        return draw(experiment, folder, output)
+
+
+def draw(experiment: Experiment, folder: Path, output: Output) -> list[str]:
+    """All plots there is data for."""
+    if importlib.util.find_spec("matplotlib") is None:
+        output.remark('no plots without matplotlib: pip install "metaframe[plot]"')
+        return []
+    from metaframe.cli import plots
+
+    return plots.draw_all(experiment, folder)
+
+
+def _fit(experiment: Experiment, folder: Path, output: Output, extras: Extras) -> str | None:
+    config, trainer = experiment.config, experiment.trainer
+    remaining = config.iterations - trainer.step
+    if remaining <= 0:
+        return None
+    callbacks: list[Callback] = [
+        Checkpoints(folder / CHECKPOINTS, config.checkpoint_every, config.keep, config.as_dict()),
+        MetricsLog(folder, tensorboard=extras.tensorboard),
+    ]
+    if config.patience:
+        callbacks.append(EarlyStopping(config.patience))
+    if not output.quiet:
+        callbacks.append(ProgressBar(output.stderr))
+    history = trainer.fit(
+        remaining,
+        config.meta_batch_size,
+        eval_every=config.eval_every or None,
+        eval_tasks=_validation(experiment),
+        callbacks=callbacks,
+    )
+    return history.stopped
+
+
+def _validation(experiment: Experiment) -> Any:
+    config = experiment.config
+    if not config.eval_every:
+        return None
+    sampler = experiment.sampler("validation")
+    return [sampler.task(i) for i in range(config.validation_tasks)]
+
+
+def _choose(experiment: Experiment, folder: Path, wanted: str | None = None) -> str:
+    """Load the parameters to evaluate: those that validation chose, otherwise the last."""
+    best = folder / CHECKPOINTS / BEST
+    if wanted is None:
+        wanted = "best" if best.exists() else "latest"
+    if wanted == "best":
+        file = best
+    elif wanted == "latest":
+        file = latest_checkpoint(folder / CHECKPOINTS)
+    else:
+        file = Path(wanted)
+    step = load_parameters(file, experiment.learner).step
+    return f"{file.name} (step {step})"
+
+
+def _measured(experiment: Experiment, checkpoint: str, output: Output) -> dict[str, Any]:
+    config = experiment.config
+    output.remark(f"evaluating {checkpoint} on held-out tasks")
+    return {
+        "checkpoint": checkpoint,
+        "metric": "mse" if experiment.dataset.regression else "accuracy",
+        "config": config.as_dict(),
+        "evaluation": experiment.evaluate().as_dict(),
+    }
+
+
+def _write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What result.json holds; None if there is none yet."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def extend(folder: Path, config: RunConfig, iterations: int) -> RunConfig:
+    """Another number of outer steps for the run in `folder`, recorded there."""
+    config = dataclasses.replace(config, iterations=iterations)
+    write_atomically(folder / CONFIG, config.to_toml().encode())
+    return config

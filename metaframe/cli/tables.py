@@ -1,0 +1,192 @@
+"""The data sets, algorithms and schedules that the command knows, one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from metaframe import nn, ops
+from metaframe.cli.config import RunConfig
+from metaframe.cli.errors import UsageError
+from metaframe.errors import nearest
+from metaframe.learners import ANIL, MAML, MetaSGD, Reptile
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.tasks import (
+    ClassSplit,
+    FewShotSampler,
+    IndexedSampler,
+    SinusoidTaskSampler,
+    Task,
+    digits_sampler,
+    load_omniglot,
+    one_shot_runs,
+)
+from metaframe.tasks.sampling import Split
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source of tasks, and what fits it.
+
+    Attributes:
+        about: one line.
+        sampler: `(config, split, seed) -> sampler`.
+        model: `config -> model`.
+        regression: mean squared error instead of cross-entropy and accuracy.
+        convolutional: is its model slow on a CPU when vectorised over tasks?
+        defaults: settings that differ from the general ones.
+    """
+
+    about: str
+    sampler: Callable[[RunConfig, Split, int], IndexedSampler]
+    model: Callable[[RunConfig], nn.Model]
+    regression: bool = False
+    convolutional: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _sinusoid(config: RunConfig, split: Split, seed: int) -> SinusoidTaskSampler:
+    return SinusoidTaskSampler(
+        k_support=config.shots, k_query=config.queries, seed=seed, split=split
+    )
+
+
+def _sinusoid_model(config: RunConfig) -> nn.Model:
+    return nn.mlp([1, config.width, config.width, 1])
+
+
+def _digits(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    return digits_sampler(
+        ways=config.ways, shots=config.shots, queries=config.queries, split=split, seed=seed
+    )
+
+
+def _digits_model(config: RunConfig) -> nn.Model:
+    network = nn.mlp([64, config.width, config.width // 2 or 1, config.ways])
+    return nn.Model(network.init, lambda params, x: network.apply(params, ops.reshape(x, (-1, 64))))
+
+
+def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    if config.data is None:
+        raise UsageError("dataset omniglot needs its files: --data FOLDER with the official zips.")
+    data = load_omniglot(config.data, config.parts)
+    classes = data.split_characters()
+    if config.protocol == "runs":  # their alphabets are none of these
+        classes = ClassSplit(train=tuple(range(len(data.characters))))
+    if config.held_out:
+        classes = data.split_alphabets(config.held_out)
+    if config.eval_every and not classes.validation:
+        # Never the classes that are tested on: every tenth of the others.
+        train, held = classes.train, classes.train[::10]
+        classes = ClassSplit(tuple(c for c in train if c not in held), held, classes.test)
+    return FewShotSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        split=split,
+        classes=classes,
+        rotations=True,
+        seed=seed,
+    )
+
+
+def _official_runs(config: RunConfig) -> list[Task]:
+    if config.data is None:
+        raise UsageError("protocol runs needs --data FOLDER with Omniglot's all_runs.zip.")
+    if (config.ways, config.shots) != (20, 1):
+        raise UsageError(
+            "the official runs are 20-way 1-shot, received "
+            f"ways={config.ways}, shots={config.shots}."
+        )
+    return [run.task() for run in one_shot_runs(config.data)]
+
+
+def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
+    """What a run is measured on: tasks of the test split, or a data set's official ones."""
+    if config.protocol == "random":
+        return dataset(config.dataset).sampler(config, "test", config.eval_seed)
+    if config.dataset != "omniglot":
+        raise UsageError(f"protocol runs is for omniglot, received dataset={config.dataset}.")
+    return _official_runs(config)
+
+
+def _omniglot_model(config: RunConfig) -> nn.Model:
+    return nn.conv4(config.ways, channels=config.width, pooling="stride")
+
+
+DATASETS = {
+    "sinusoid": Dataset(
+        "sine curves of random amplitude and phase; regression from a few points",
+        _sinusoid,
+        _sinusoid_model,
+        regression=True,
+        defaults={"shots": 10, "queries": 10, "width": 40, "meta_batch_size": 25},
+    ),
+    "digits": Dataset(
+        "handwritten digits in four rotations, from scikit-learn",
+        _digits,
+        _digits_model,
+        defaults={"queries": 10, "width": 128, "inner_lr": 0.1, "inner_steps": 3},
+    ),
+    "omniglot": Dataset(
+        "handwritten characters of many alphabets; needs --data",
+        _omniglot,
+        _omniglot_model,
+        convolutional=True,
+        defaults={"parts": ("small1",), "queries": 5, "inner_lr": 0.4, "eval_steps": 3},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A learner around a model: `(module, config) -> learner`."""
+
+    about: str
+    build: Callable[[Any, RunConfig], MetaLearner]
+
+
+ALGORITHMS = {
+    "maml": Algorithm(
+        "exact second-order meta-gradients (arXiv 1703.03400)",
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps),
+    ),
+    "fomaml": Algorithm(
+        "inner gradients taken for constants (arXiv 1703.03400, 5.2)",
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True),
+    ),
+    "reptile": Algorithm(
+        "moves towards the adapted parameters (arXiv 1803.02999)",
+        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps),
+    ),
+    "anil": Algorithm(
+        "adapts the head only (arXiv 1909.09157)",
+        lambda model, c: ANIL(model, "head", inner_lr=c.inner_lr, inner_steps=c.inner_steps),
+    ),
+    "metasgd": Algorithm(
+        "learns the inner rates (arXiv 1707.09835)",
+        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps),
+    ),
+}
+
+
+def dataset(name: str) -> Dataset:
+    """The data set called `name`."""
+    if name not in DATASETS:
+        raise UsageError(f"no data set called {name!r}. {_hint(name, DATASETS)}")
+    return DATASETS[name]
+
+
+def algorithm(name: str) -> Algorithm:
+    """The algorithm called `name`."""
+    if name not in ALGORITHMS:
+        raise UsageError(f"no algorithm called {name!r}. {_hint(name, ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def _hint(name: str, table: Mapping[str, Any]) -> str:
+    near = nearest(name, table)
+    return near if near.startswith("Known") else f"{near} There are {', '.join(sorted(table))}."

@@ -1,0 +1,70 @@
+"""Mixed precision: a model that computes in fewer digits than its parameters have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metaframe import checks, tree
+from metaframe.backend import Array, Backend
+from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.around import Around
+from metaframe.models.find import adapter_of
+
+DTYPES = ("bfloat16", "float16")
+
+
+def mixed_precision(model: Any, dtype: str = "bfloat16") -> ModelAdapter:
+    """`model`, computing in `dtype`: `MAML(mixed_precision(model))`.
+
+    Parameters and inputs are rounded on their way into the model and its output is widened on the
+    way out. So the loss, the inner gradients and updates, the adapted parameters, the
+    meta-gradients and the outer optimizer stay in the parameters' own precision (Micikevicius et
+    al. 2018, arXiv 1710.03740, with master weights in both loops). bfloat16 has the range of
+    float32, so losses need no scaling; with float16 small gradients are lost.
+
+    Args:
+        model: see `metaframe.models`; its layers have to accept `dtype`.
+        dtype: "bfloat16" or "float16".
+
+    >>> import torch
+    >>> from metaframe.learners import MAML
+    >>> maml = MAML(mixed_precision(torch.nn.Linear(3, 1)))
+    >>> maml(torch.ones(2, 3)).dtype, maml.meta_parameters()["weight"].dtype
+    (torch.float32, torch.float32)
+    """
+    checks.choice(dtype, "dtype", DTYPES)
+    return _Narrow(adapter_of(model), dtype)
+
+
+class _Narrow(Around):
+    def __init__(self, inner: ModelAdapter, dtype: str) -> None:
+        super().__init__(inner)
+        self._dtype = dtype
+
+    def call(
+        self,
+        params: Params,
+        state: Params,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Params]:
+        wide = next(
+            self.backend.dtype_name(x) for x in params.values() if self.backend.is_floating(x)
+        )
+        narrow = [_cast(x, self._dtype, self.backend) for x in (params, state, args, kwargs)]
+        output, after = self.inner.call(narrow[0], narrow[1], forward, narrow[2], narrow[3])
+        restored = {n: _like(x, state[n], self.backend) for n, x in after.items()}
+        return _cast(output, wide, self.backend), restored
+
+
+def _cast(values: Any, dtype: str, backend: Backend) -> Any:
+    def cast(x: Any) -> Any:
+        floating = backend.owns(x) and backend.is_floating(x)
+        return backend.ops.astype(x, dtype) if floating else x
+
+    return tree.map(cast, values)
+
+
+def _like(x: Array, like: Array, backend: Backend) -> Array:
+    return backend.ops.astype(x, backend.dtype_name(like))

@@ -1,0 +1,57 @@
+"""Keras optimizers behind the neutral interface, whichever framework Keras computes with."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from metaframe.backend import Array, NativeOptimizer
+from metaframe.errors import CheckpointError
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class KerasOptimizer:
+    """A Keras optimizer; it builds its state at the first step, or when that is restored."""
+
+    def __init__(self, optimizer: Any, variables: dict[str, Any]) -> None:
+        self._optimizer = optimizer
+        self._variables = variables
+
+    def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
+        """Update `variables` by `grads`."""
+        self._optimizer.apply_gradients([(grads[n], v) for n, v in variables.items()])
+
+    def state(self) -> tuple[Arrays, Any]:
+        """Its variables by position: their names differ between two models in one process."""
+        self._build()
+        held = enumerate(self._optimizer.variables)
+        return {str(i): np.asarray(variable.numpy()) for i, variable in held}, {}
+
+    def restore(self, arrays: Arrays, plain: Any) -> None:
+        """Assign its variables."""
+        del plain
+        self._build()
+        held = {str(i): variable for i, variable in enumerate(self._optimizer.variables)}
+        if set(held) != set(arrays):
+            raise CheckpointError(
+                f"the checkpoint has {len(arrays)} arrays of a Keras optimizer, this one has "
+                f"{len(held)}. Make it with the settings it had."
+            )
+        for name, variable in held.items():
+            variable.assign(arrays[name])
+
+    def _build(self) -> None:
+        if not self._optimizer.built:
+            self._optimizer.build(list(self._variables.values()))
+
+
+def keras_optimizer(optimizer: object, variables: dict[str, Any]) -> NativeOptimizer | None:
+    """`optimizer` if it is one of Keras, None otherwise. Imports nothing."""
+    keras = sys.modules.get("keras")
+    base = getattr(getattr(keras, "optimizers", None), "Optimizer", None)
+    if base is None or not isinstance(optimizer, base):
+        return None
+    return KerasOptimizer(optimizer, variables)

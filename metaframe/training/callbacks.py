@@ -1,0 +1,122 @@
+"""What can watch a training run, and end it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from metaframe import checks
+from metaframe.training.evaluation import Evaluation
+from metaframe.training.step import StepReport
+
+if TYPE_CHECKING:
+    from metaframe.training.trainer import MetaTrainer
+
+
+@dataclass
+class History:
+    """Records produced by `MetaTrainer.fit`.
+
+    Attributes:
+        meta_loss: the mean query loss of every iteration.
+        eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0.
+        eval_score: `(iteration, metric)` likewise, if the trainer has a metric.
+        stopped: why the run ended before its last iteration; None if it did not.
+    """
+
+    meta_loss: list[float] = field(default_factory=list)
+    eval_loss: list[tuple[int, float]] = field(default_factory=list)
+    eval_score: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str | None = None
+
+
+@dataclass
+class Run:
+    """One call of `fit`, as callbacks see it.
+
+    Attributes:
+        trainer: who runs it; `trainer.step` counts the outer steps taken in all.
+        num_iterations: outer steps of this call.
+        tasks_per_step: the meta-batch size.
+        history: what was recorded so far.
+        iteration: the current iteration of this call, from 0.
+        report: what the last outer step found.
+        evaluation: what the last evaluation found.
+    """
+
+    trainer: MetaTrainer
+    num_iterations: int
+    tasks_per_step: int
+    history: History = field(default_factory=History)
+    iteration: int = -1
+    report: StepReport | None = None
+    evaluation: Evaluation | None = None
+
+    def stop(self, reason: str) -> None:
+        """End the run after this iteration."""
+        self.history.stopped = self.history.stopped or reason
+
+
+class Callback:
+    """Does nothing; override what is of interest."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first iteration."""
+
+    def on_step(self, run: Run) -> None:
+        """After every outer step."""
+
+    def on_evaluation(self, run: Run) -> None:
+        """After every evaluation, which comes after the step's `on_step`."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last iteration, also of a run that was stopped, interrupted or failed."""
+
+
+class EachStep(Callback):
+    """Calls a function of iteration and loss after every step."""
+
+    def __init__(self, function: Callable[[int, float], None]) -> None:
+        checks.function(function, "callback")
+        self._function = function
+
+    def on_step(self, run: Run) -> None:
+        """Hand over the iteration, counted from 0, and its loss."""
+        self._function(run.iteration, run.history.meta_loss[-1])
+
+
+class EarlyStopping(Callback):
+    """Stops when evaluations no longer improve.
+
+    Args:
+        patience: evaluations without an improvement before the run stops, at least 1.
+        min_delta: what counts as an improvement, in the metric's unit.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        checks.steps(patience, "patience", at_least=1)
+        self._patience = patience
+        self._min_delta = min_delta
+        self._best = -math.inf
+        self._waited = 0
+
+    def on_evaluation(self, run: Run) -> None:
+        """Compare with the best so far."""
+        value = merit(run.evaluation)
+        if value > self._best + self._min_delta:
+            self._best, self._waited = value, 0
+            return
+        self._waited += 1
+        if self._waited >= self._patience:
+            run.stop(f"no improvement in {self._waited} evaluations")
+
+
+def merit(evaluation: Evaluation | None) -> float:
+    """What is the higher the better: the metric, or without one minus the loss."""
+    if evaluation is None:
+        return -math.inf
+    if evaluation.scores is None:
+        return -evaluation.loss.mean
+    return evaluation.transductive.mean

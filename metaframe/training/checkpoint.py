@@ -1,0 +1,294 @@
+"""Checkpoints: one file, whole or refused, the same on every backend.
+
+A checkpoint is a safetensors file: arrays by name in C order, and a JSON text with everything that
+is no array. Nothing in it is code, and nothing is unpickled. The SHA-256 of the whole file, with
+zeros in the place of the digest, stands in its header, so that a file that lost or changed a single
+bit anywhere is refused before it is parsed; safetensors alone would load many such files as other
+numbers. A file is written under another name, flushed to the disk and then renamed, so that a
+process that dies in the middle leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metaframe import checks
+from metaframe.errors import CheckpointError, InputError
+from metaframe.training.callbacks import Callback, Run, merit
+from metaframe.training.trainer import MetaTrainer
+
+if TYPE_CHECKING:
+    from metaframe.learners.meta_learner import MetaLearner
+
+FORMAT = 1
+SUFFIX = ".safetensors"
+BEST = f"best{SUFFIX}"
+
+_MARK = b'"sha256":"'
+_DIGEST = 64
+_AGAIN = "Use an earlier checkpoint, or a copy of this one from before it was damaged."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        arrays: by name: "params/...", "optimizer/...", "rng.<backend>/...".
+        plain: what else the trainer needs: step, dtypes, optimizer settings, sampler position.
+        config: the run's resolved configuration, as its writer gave it.
+        backend: the backend it was written on.
+    """
+
+    arrays: Mapping[str, np.ndarray[Any, Any]]
+    plain: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = ""
+
+    @property
+    def step(self) -> int:
+        """Outer steps taken."""
+        return int(self.plain["step"])
+
+
+def save_checkpoint(
+    path: str | Path, trainer: MetaTrainer, config: Mapping[str, Any] | None = None
+) -> None:
+    """Write where `trainer` is to `path`, atomically.
+
+    Args:
+        path: the file; its directory exists.
+        trainer: the trainer.
+        config: plain values to keep with it, such as the settings of the run.
+
+    Raises:
+        InputError: `config` cannot be written as JSON.
+        OSError: the file cannot be written.
+    """
+    arrays, plain = trainer.state()
+    checkpoint = Checkpoint(arrays, plain, dict(config or {}), trainer.maml.backend.name)
+    write_atomically(Path(path), encode(checkpoint))
+
+
+def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
+    """Continue `trainer` from the checkpoint at `path`, whichever backend wrote it.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        CheckpointError: a damaged file, or one of another model, algorithm or optimizer.
+        InputError: the sampler has another seed or split.
+    """
+    checkpoint = read_checkpoint(path)
+    trainer.restore(checkpoint.arrays, checkpoint.plain)
+    return checkpoint
+
+
+def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
+    """Set the meta-parameters of `maml` to those of the checkpoint at `path`, and nothing else.
+
+    Raises:
+        CheckpointError: a damaged file, or one of another model or algorithm.
+    """
+    from metaframe.training.trainer import restore_parameters
+
+    checkpoint = read_checkpoint(path)
+    restore_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])
+    return checkpoint
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, after checking that it is whole.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, damaged, or of a newer format.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}.") from error
+    return decode(data, str(path))
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The bytes of a checkpoint file."""
+    from safetensors.numpy import save
+
+    content = {
+        "format": FORMAT,
+        "backend": checkpoint.backend,
+        "plain": checkpoint.plain,
+        "config": checkpoint.config,
+        "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
+    }
+    try:
+        text = json.dumps(content, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a checkpoint's config must be plain JSON values: {error}.") from error
+    arrays = {name: _in_c_order(x) for name, x in checkpoint.arrays.items()}
+    data = save(arrays, {"metaframe": text, "sha256": "0" * _DIGEST})
+    at = _digest_at(data)
+    assert at is not None, "the header has the place of the digest"
+    return data[:at] + _digest(data, at) + data[at + _DIGEST :]
+
+
+def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:
+    """The checkpoint in `data`; `name` is what errors call it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    at = _digest_at(data)
+    if at is None:
+        raise CheckpointError(f"{name} is no checkpoint of metaframe, or was cut off. {_AGAIN}")
+    if _digest(data, at) != data[at : at + _DIGEST]:
+        raise CheckpointError(f"{name} is damaged: its checksum does not match. {_AGAIN}")
+    try:
+        content = json.loads(_header(data)["__metadata__"]["metaframe"])
+        arrays = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{name} cannot be read: {error}. {_AGAIN}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{name} has format {content.get('format')!r}, this version of metaframe reads "
+            f"{FORMAT}."
+        )
+    return Checkpoint(arrays, content["plain"], content["config"], content["backend"])
+
+
+def _header(data: bytes) -> Any:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def _digest_at(data: bytes) -> int | None:
+    """Where the digest is. Inside a JSON string a quote is escaped, so the mark is unique."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    at = data.find(_MARK, 8, end)
+    return None if at < 0 or at + len(_MARK) + _DIGEST > len(data) else at + len(_MARK)
+
+
+def _digest(data: bytes, at: int) -> bytes:
+    whole = hashlib.sha256(data[:at])
+    whole.update(b"0" * _DIGEST)
+    whole.update(memoryview(data)[at + _DIGEST :])
+    return whole.hexdigest().encode()
+
+
+def _in_c_order(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # safetensors writes the memory of any other layout as it lies; ascontiguousarray would make
+    # a 0-d array 1-d.
+    return np.array(x, dtype=x.dtype.newbyteorder("="), order="C", copy=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that at every moment it has its old content or all of the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    if os.name != "posix":  # directories cannot be opened elsewhere
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints(Callback):
+    """Keeps the last few checkpoints of a run, and the best one, in a folder.
+
+    Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
+
+    Args:
+        folder: made if it does not exist.
+        every: outer steps from one checkpoint to the next.
+        keep: how many to keep, at least 1; the best one is kept besides.
+        config: kept in each of them.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every: int,
+        keep: int = 3,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        checks.steps(every, "every", at_least=1)
+        checks.steps(keep, "keep", at_least=1)
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._every = every
+        self._keep = keep
+        self._config = dict(config or {})
+        self._best = -np.inf
+
+    def on_start(self, run: Run) -> None:
+        """Remove what a killed process left behind, and remember how good the best one is."""
+        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if (self.folder / BEST).exists():
+            self._best = float(read_checkpoint(self.folder / BEST).config["merit"])
+
+    def on_step(self, run: Run) -> None:
+        """Save when it is time."""
+        if run.trainer.step % self._every == 0:
+            self._save(run.trainer)
+
+    def on_evaluation(self, run: Run) -> None:
+        """Keep the best."""
+        found = merit(run.evaluation)
+        if found > self._best:
+            self._best = found
+            config = {**self._config, "merit": found}
+            save_checkpoint(self.folder / BEST, run.trainer, config)
+
+    def on_end(self, run: Run) -> None:
+        """Save the end, unless that was saved already."""
+        if not self._path(run.trainer.step).exists():
+            self._save(run.trainer)
+
+    def _save(self, trainer: MetaTrainer) -> None:
+        save_checkpoint(self._path(trainer.step), trainer, self._config)
+        for old in checkpoint_files(self.folder)[: -self._keep]:
+            old.unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}{SUFFIX}"
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The checkpoints that `Checkpoints` left in `folder`, in the order of their steps."""
+    return sorted(Path(folder).glob(f"step-*{SUFFIX}"))
+
+
+def latest_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint with the most steps in `folder`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = checkpoint_files(folder)
+    if not found:
+        raise CheckpointError(f"{folder} has no checkpoints (files step-*{SUFFIX}).")
+    return found[-1]

@@ -1,0 +1,291 @@
+"""Measuring a learner on held-out tasks: a mean with its confidence interval, at every step.
+
+What a figure means depends on what a prediction may look at. *Transductive*: all query examples of
+a task go through the model in one batch, so that batch normalisation lets them help each other.
+*Inductive*: every query example is classified on its own, next to the support set. For a model
+without batch statistics the two are the same; for the usual convolutional ones they are not, and
+published figures are of either kind. An `Evaluation` holds both and says which is which.
+
+Source of the inductive form: Nichol et al. 2018, arXiv 1803.02999, section 6.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaframe import checks, ops, tree
+from metaframe.backend import Array, backend_of
+from metaframe.compile import compile
+from metaframe.errors import InputError, InputTypeError
+from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.objective import Meta, as_batch
+from metaframe.learners.pure import Adaptation, Adapted
+from metaframe.meta import TaskMap, map_tasks
+from metaframe.models.adapter import Params
+from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
+from metaframe.training.step import StepSettings
+
+TASKS_AT_ONCE = 50
+"""Tasks in one batch of an evaluation."""
+
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation found, for every task and every number of steps.
+
+    Attributes:
+        losses: `(tasks, steps + 1)` query losses after 0, 1, ... steps, transductive.
+        scores: `(tasks, steps + 1)` the metric likewise; None without a metric.
+        inductive: `(tasks,)` the metric, or the loss without one, after the last step, every query
+            example predicted on its own next to the support set; None if not asked for.
+    """
+
+    losses: Values
+    scores: Values | None = None
+    inductive: Values | None = None
+
+    @property
+    def loss(self) -> Estimate:
+        """The query loss after the last step."""
+        return mean_and_ci95(self.losses[:, -1])
+
+    @property
+    def transductive(self) -> Estimate:
+        """The metric (without one: the loss) after the last step, query examples in one batch."""
+        return self.curve[-1]
+
+    @property
+    def alone(self) -> Estimate | None:
+        """The metric (without one: the loss) after the last step, each query example alone."""
+        return None if self.inductive is None else mean_and_ci95(self.inductive)
+
+    @property
+    def curve(self) -> tuple[Estimate, ...]:
+        """The metric (without one: the loss) after 0, 1, ... steps, transductive."""
+        table = self.losses if self.scores is None else self.scores
+        return tuple(mean_and_ci95(column) for column in table.T)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        inductive = self.alone
+        return {
+            "tasks": len(self.losses),
+            "loss": _plain(self.loss),
+            "transductive": _plain(self.transductive),
+            "inductive": None if inductive is None else _plain(inductive),
+            "curve": [_plain(point) for point in self.curve],
+            "per_task": {
+                "losses": self.losses[:, -1].tolist(),
+                "scores": None if self.scores is None else self.scores[:, -1].tolist(),
+                "inductive": None if self.inductive is None else self.inductive.tolist(),
+            },
+        }
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {"mean": estimate.mean, "ci95": estimate.ci95}
+
+
+def evaluate(
+    maml: MetaLearner,
+    loss_fn: LossFn,
+    tasks: Any,
+    num_tasks: int = 600,
+    *,
+    steps: int | None = None,
+    metric: LossFn | None = None,
+    inductive: bool = True,
+    settings: StepSettings | None = None,
+) -> Evaluation:
+    """Adapt to each of many tasks and measure the query set after every step.
+
+    The learner is not changed and no meta-gradient is computed.
+
+    Args:
+        maml: the learner.
+        loss_fn: `loss_fn(prediction, target) -> scalar`, what adaptation minimises.
+        tasks: a sampler with `task(index)`, of which tasks 0 to `num_tasks - 1` are taken,
+            wherever it stands; a list of tasks; or a stacked Task.
+        num_tasks: how many, for a sampler.
+        steps: inner steps, 0 or more; default: the learner's `inner_steps`.
+        metric: `metric(prediction, target) -> scalar`, such as `nn.accuracy`.
+        inductive: also score every query example on its own.
+        settings: how it runs.
+
+    Raises:
+        InputError, InputTypeError: bad arguments, before any work.
+
+    >>> import torch
+    >>> from metaframe.learners import MAML
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    >>> sampler = SinusoidTaskSampler(seed=0, split="test")
+    >>> found = evaluate(maml, torch.nn.functional.mse_loss, sampler, 20, steps=3)
+    >>> found.losses.shape, len(found.curve)
+    ((20, 4), 4)
+    """
+    return Evaluator(maml, loss_fn, metric, settings or StepSettings())(
+        tasks, num_tasks, steps=steps, inductive=inductive
+    )
+
+
+class Evaluator:
+    """`evaluate` with its programs kept from one call to the next."""
+
+    def __init__(
+        self, maml: MetaLearner, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
+    ) -> None:
+        self._maml = maml
+        self._loss_fn = loss_fn
+        self._metric = metric
+        self._settings = settings.for_learner(maml)
+        wrap: Any = compile if self._settings.compiled else lambda fn: fn
+        self._start = wrap(self._mapped(_start))
+        self._step = wrap(self._mapped(_step))
+        self._score = wrap(self._mapped(self._score_together))
+        self._score_alone = wrap(self._mapped(self._score_one_by_one))
+
+    def __call__(
+        self,
+        tasks: Any,
+        num_tasks: int = 600,
+        *,
+        steps: int | None = None,
+        inductive: bool = True,
+        whole_curve: bool = True,
+    ) -> Evaluation:
+        """As `evaluate`; without the whole curve, it has one point, after the last step."""
+        steps = self._maml.config.inner_steps if steps is None else steps
+        checks.steps(steps, "steps", at_least=0)
+        rows = [
+            self._batch(chunk, count, steps, inductive, whole_curve)
+            for chunk, count in _chunks(tasks, num_tasks)
+        ]
+        losses, scores, alone = (
+            None if column[0] is None else np.concatenate(column)
+            for column in zip(*rows, strict=True)
+        )
+        assert losses is not None, "every task has a loss"
+        return Evaluation(losses, scores, alone)
+
+    def _batch(
+        self, tasks: Task, count: int, steps: int, inductive: bool, whole_curve: bool
+    ) -> tuple[Values, Values | None, Values | None]:
+        maml = self._maml
+        shared = (maml.adaptation(self._loss_fn), maml.meta_arrays(), maml.constants())
+        batch = as_batch(tasks, shared[1], maml.backend)
+        at = self._start(None, batch, *shared)
+        points = []
+        for k in range(steps + 1):
+            if k:
+                at = self._step(at, batch, *shared)
+            if whole_curve or k == steps:
+                points.append(self._score(at, batch, *shared))
+        losses = _columns([p["loss"] for p in points], count)
+        scores = _columns([p["score"] for p in points], count) if self._metric else None
+        if not inductive:
+            return losses, scores, None
+        alone = _columns([self._score_alone(at, batch, *shared)], count)[:, 0]
+        return losses, scores, alone
+
+    def _mapped(self, of_task: Callable[..., Any]) -> Callable[..., Any]:
+        settings = self._settings
+
+        def run(at: Any, batch: Task, adaptation: Adaptation, meta: Params, constants: Meta) -> Any:
+            mapped = map_tasks(
+                lambda at, task: of_task(_View(adaptation, meta, constants, task), at),
+                task_map=settings.task_map,
+                chunk_size=settings.chunk_size,
+            )
+            return mapped(at, batch)
+
+        return run
+
+    def _score_together(self, view: _View, at: Adapted) -> dict[str, Array]:
+        task = view.task
+        output = view.predict(at, task.query_x)
+        found = {"loss": self._loss_fn(output, task.query_y)}
+        if self._metric is not None:
+            found["score"] = self._metric(output, task.query_y)
+        return found
+
+    def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
+        task = view.task
+
+        def alone(x: Array) -> Array:
+            together = tree.map(lambda s, q: ops.concat([s, q[None]]), task.support_x, x)
+            output = view.predict(at, together)
+            return tree.map(lambda y: y[-1], output)
+
+        # The weights are the same for all of them, so that vectorising pays even where it does
+        # not over tasks.
+        how: TaskMap = "loop" if self._settings.task_map == "loop" else "vmap"
+        output = map_tasks(alone, task_map=how)(task.query_x)
+        return (self._metric or self._loss_fn)(output, task.query_y)
+
+
+class _View(NamedTuple):
+    """One task as the learner sees it."""
+
+    adaptation: Adaptation
+    meta: Params
+    constants: Meta
+    task: Task
+
+    def predict(self, at: Adapted, x: Any) -> Any:
+        """All of `x` in one batch."""
+        return self.adaptation.predict(at, self.meta, self.constants, self.task, x)
+
+
+def _start(view: _View, at: None) -> Adapted:
+    del at
+    return view.adaptation.start(view.meta, view.constants, view.task)
+
+
+def _step(view: _View, at: Adapted) -> Adapted:
+    return view.adaptation.step(at, view.meta, view.constants, view.task)
+
+
+def _columns(values: Sequence[Array], count: int) -> Values:
+    table: Values = np.stack([ops.to_numpy(x)[:count] for x in values], axis=1).astype(np.float64)
+    return table
+
+
+def _chunks(tasks: Any, num_tasks: int) -> Iterator[tuple[Task, int]]:
+    """Stacked tasks in batches of one size, each with how many of its tasks count.
+
+    The last batch is filled up with tasks it has already, so that it needs no other program.
+    """
+    get, total = _source(tasks, num_tasks)
+    size = min(TASKS_AT_ONCE, total)
+    for start in range(0, total, size):
+        rows = [min(i, total - 1) for i in range(start, start + size)]
+        yield get(rows), min(size, total - start)
+
+
+def _source(tasks: Any, num_tasks: int) -> tuple[Callable[[list[int]], Task], int]:
+    if isinstance(tasks, Task):
+        total = checks.tasks(tasks, None)
+        return lambda rows: tree.map(lambda x: _rows(x, rows), tasks), total
+    if hasattr(tasks, "task"):
+        checks.steps(num_tasks, "num_tasks", at_least=1)
+        return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
+    if not isinstance(tasks, Sequence):
+        raise InputTypeError(
+            f"tasks must be a sampler with task(index), a list of tasks or a stacked Task, "
+            f"received {type(tasks).__qualname__}."
+        )
+    if not tasks:
+        raise InputError("there are no tasks to evaluate on: the list is empty.")
+    return lambda rows: stack_tasks([tasks[i] for i in rows]), len(tasks)
+
+
+def _rows(x: Any, rows: list[int]) -> Any:
+    return x[rows] if isinstance(x, np.ndarray) else backend_of(x).ops.stack([x[i] for i in rows])

@@ -1,0 +1,117 @@
+"""What a run measures, in files: JSON lines, CSV, and TensorBoard events where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from metaframe.errors import InputError
+from metaframe.tasks import MissingDependencyError
+from metaframe.training.callbacks import Callback, Run
+
+COLUMNS = ("step", "loss", "score", "grad_norm", "seconds", "eval_loss", "eval_score")
+
+
+class MetricsLog(Callback):
+    """Writes `metrics.jsonl` and `metrics.csv`, one record a step and one an evaluation.
+
+    A run that goes on from a checkpoint goes on in the same files; what they hold of later steps is
+    dropped, because those steps are taken again.
+
+    Args:
+        folder: made if it does not exist.
+        tensorboard: also write TensorBoard event files, into `folder`/tensorboard.
+
+    Raises:
+        MissingDependencyError: `tensorboard` without the package tensorboardX.
+    """
+
+    def __init__(self, folder: str | Path, *, tensorboard: bool = False) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._events = _event_writer(self.folder / "tensorboard") if tensorboard else None
+
+    def on_start(self, run: Run) -> None:
+        """Open the files, after dropping records of steps that come again."""
+        kept = [r for r in read_metrics(self.folder) if r["step"] <= run.trainer.step]
+        self._lines: IO[str] = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._csv: IO[str] = (self.folder / "metrics.csv").open("w", encoding="utf-8", newline="")
+        self._table = csv.DictWriter(self._csv, COLUMNS)
+        self._table.writeheader()
+        for record in kept:
+            self._write(record)
+        self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
+        self._started = time.perf_counter()
+
+    def on_step(self, run: Run) -> None:
+        """Record the step's loss, metric and gradient norm."""
+        report = run.report
+        assert report is not None, "on_step comes after a step"
+        record = {"step": run.trainer.step, "loss": report.loss, "grad_norm": report.grad_norm}
+        if report.task_scores is not None:
+            record["score"] = float(report.task_scores.mean())
+        self._record(record)
+
+    def on_evaluation(self, run: Run) -> None:
+        """Record the evaluation's loss and metric."""
+        found = run.evaluation
+        assert found is not None, "on_evaluation comes after an evaluation"
+        record = {"step": run.trainer.step, "eval_loss": found.loss.mean}
+        if found.scores is not None:
+            record["eval_score"] = found.transductive.mean
+        self._record(record)
+
+    def on_end(self, run: Run) -> None:
+        """Close the files."""
+        self._lines.close()
+        self._csv.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        record["seconds"] = round(self._before + time.perf_counter() - self._started, 3)
+        self._write(record)
+        self._lines.flush()
+        self._csv.flush()
+        if self._events is not None:
+            for name in set(record) - {"step", "seconds"}:
+                self._events.add_scalar(name, record[name], record["step"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+        self._table.writerow(record)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The records in `folder`/metrics.jsonl; none if there is no such file.
+
+    A last line that a killed process left unfinished is ignored.
+
+    Raises:
+        InputError: a line in the middle is damaged.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise InputError(f"{path}, line {i + 1} is no JSON: {error}.") from error
+    return records
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+    except ImportError:
+        raise MissingDependencyError(
+            "tensorboard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+        ) from None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,87 @@
+"""A progress bar of a run: loss, metric, tasks a second, time left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from metaframe.training.callbacks import Callback, Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SMOOTHING = 0.95
+"""Of the shown loss and metric: how much of the old value stays after a step."""
+LINES = 20
+"""How many lines a whole run prints where there is no terminal."""
+
+
+class ProgressBar(Callback):
+    """Shows how a run is getting on: a bar in a terminal, a line now and then elsewhere.
+
+    Args:
+        console: where to; default: a new one on standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        self._console = console or Console(stderr=True)
+
+    def on_start(self, run: Run) -> None:
+        """Show the bar."""
+        from rich import progress
+
+        self._loss: float | None = None
+        self._score: float | None = None
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[shown]}"),
+            progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "meta-training", total=run.num_iterations, shown="compiling"
+        )
+        self._bar.start()
+
+    def on_step(self, run: Run) -> None:
+        """Move on."""
+        report = run.report
+        assert report is not None, "on_step comes after a step"
+        self._loss = _smooth(self._loss, report.loss)
+        if report.task_scores is not None:
+            self._score = _smooth(self._score, float(report.task_scores.mean()))
+        shown = self._shown(run)
+        self._bar.update(self._task, advance=1, shown=shown)
+        every = max(1, run.num_iterations // LINES)
+        if not self._console.is_terminal and (run.iteration + 1) % every == 0:
+            self._console.print(f"step {run.trainer.step}: {shown}", highlight=False)
+
+    def on_evaluation(self, run: Run) -> None:
+        """Print what was found above the bar."""
+        found = run.evaluation
+        assert found is not None, "on_evaluation comes after an evaluation"
+        text = f"step {run.trainer.step}: validation loss {found.loss.mean:.4f}"
+        if found.scores is not None:
+            text += f", score {found.transductive.mean:.2%}"
+        self._bar.console.print(text, highlight=False)
+
+    def on_end(self, run: Run) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+    def _shown(self, run: Run) -> str:
+        parts = [f"loss {self._loss:.4f}"]
+        if self._score is not None:
+            parts.append(f"score {self._score:.1%}")
+        speed = self._bar.tasks[0].speed
+        if speed:
+            parts.append(f"{speed * run.tasks_per_step:.0f} tasks/s")
+        return ", ".join(parts)
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new

@@ -1,0 +1,256 @@
+"""One outer step: meta-gradient, then the outer optimizer.
+
+With an optimizer of pure functions, ours or optax's, both are one function and compile into one
+program, so that nothing is dispatched parameter by parameter. A framework's own optimizer changes
+variables in place and stays outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from metaframe import checks, optim, tree
+from metaframe.backend import Array, Backend, NativeOptimizer
+from metaframe.compile import compile
+from metaframe.errors import CheckpointError, InputError, InputTypeError
+from metaframe.inner import Mode
+from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.objective import Meta, as_batch
+from metaframe.learners.pure import MetaGradient
+from metaframe.meta import TASK_MAPS, TaskMap
+from metaframe.models.adapter import Params
+from metaframe.tasks import Task
+from metaframe.training._keras import keras_optimizer
+
+Schedule = Callable[[int], float]
+"""From the number of steps taken so far to the learning rate of the next one."""
+
+Gradient = Callable[[], MetaGradient]
+"""What the learner offers now; the training loop may change it, by a schedule or a flag."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How steps and evaluations run; none of it changes the numbers beyond rounding.
+
+    Attributes:
+        task_map: "vmap", all tasks at once; "scan" or "loop", one after the other. On a CPU,
+            convolutional models are faster one after the other.
+        chunk_size: with "vmap", how many tasks at once.
+        mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
+        compiled: compile whole steps; default: where the backend compiles quickly.
+    """
+
+    task_map: TaskMap = "vmap"
+    chunk_size: int | None = None
+    mode: Mode = "reverse"
+    compiled: bool | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice(self.task_map, "task_map", TASK_MAPS)
+        checks.chunk_size(self.chunk_size)
+        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+
+    def for_learner(self, maml: MetaLearner) -> StepSettings:
+        """With the default of `compiled` filled in."""
+        quick = maml.backend.compiles_quickly
+        return replace(self, compiled=quick if self.compiled is None else self.compiled)
+
+
+class StepReport(NamedTuple):
+    """What one outer step found, before the update."""
+
+    loss: float
+    """Mean query loss after adaptation."""
+    task_losses: np.ndarray[Any, Any]
+    task_scores: np.ndarray[Any, Any] | None
+    """The metric of each task, if there is one."""
+    grad_norm: float
+    """Euclidean norm of the whole meta-gradient."""
+
+
+class Outcome(NamedTuple):
+    """A step that was computed and is not yet in effect."""
+
+    report: StepReport
+    apply: Callable[[], None]
+
+
+class OuterStep(Protocol):
+    """Computes outer steps and holds the optimizer's state."""
+
+    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+        """The next step."""
+        ...
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
+        """The optimizer's state: arrays by name, and plain values."""
+        ...
+
+    def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
+        """Go on from what `state` returned."""
+        ...
+
+
+def outer_step(
+    maml: MetaLearner,
+    optimizer: Any,
+    loss_fn: LossFn,
+    metric: LossFn | None,
+    settings: StepSettings,
+) -> OuterStep:
+    """The step for `optimizer`, whatever kind it is.
+
+    Raises:
+        InputTypeError: it is none that the model's framework or metaframe knows.
+    """
+
+    def gradient() -> MetaGradient:
+        return maml.meta_gradient(
+            loss_fn,
+            task_map=settings.task_map,
+            chunk_size=settings.chunk_size,
+            mode=settings.mode,
+            metric=metric,
+        )
+
+    gradient()  # bad arguments are found here and not at the first step
+    compiled = bool(settings.for_learner(maml).compiled)
+    native = maml.backend.native_optimizer(optimizer) or keras_optimizer(
+        optimizer, maml.variables()
+    )
+    if native is not None:
+        return _NativeStep(maml, native, gradient, compiled)
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return _PureStep(maml, optimizer, gradient, compiled)
+    raise InputTypeError(
+        f"meta_optimizer is a {type(optimizer).__qualname__}, expected one of metaframe.optim, a "
+        f"pair with init and update, or an optimizer of {maml.backend.name!r} or Keras."
+    )
+
+
+def _report(aux: dict[str, Array], cost: Array, norm: Array, to_numpy: Any) -> StepReport:
+    scores = aux.get("scores")
+    return StepReport(
+        float(to_numpy(cost)),
+        to_numpy(aux["costs"]),
+        None if scores is None else to_numpy(scores),
+        float(to_numpy(norm)),
+    )
+
+
+class _PureStep:
+    """Gradient and update as one pure function."""
+
+    def __init__(
+        self, maml: MetaLearner, optimizer: Any, gradient: Gradient, compiled: bool
+    ) -> None:
+        self._maml = maml
+        self._gradient = gradient
+        self._state = optimizer.init(maml.meta_arrays())
+        ours = isinstance(optimizer, optim.Optimizer)
+
+        def step(
+            gradient: MetaGradient,
+            params: Params,
+            state: Any,
+            constants: Meta,
+            batch: Task,
+            rate: Array | None,
+        ) -> tuple[Params, Any, Array, dict[str, Array], Array]:
+            cost, grads, aux = gradient(params, constants, batch)
+            updates, state = optimizer.update(grads, state, params, *([rate] if ours else []))
+            after = optim.apply_updates(params, updates)
+            return after, state, cost, aux, optim.global_norm(grads)
+
+        self._run = compile(step) if compiled else step
+
+    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+        maml, backend = self._maml, self._maml.backend
+        params = maml.meta_arrays()
+        batch = as_batch(batch, params, backend)
+        array = None if rate is None else _like(rate, params, maml)
+        after, state, cost, aux, norm = self._run(
+            self._gradient(), params, self._state, maml.constants(), batch, array
+        )
+
+        def apply() -> None:
+            maml.assign(after)
+            self._state = state
+
+        return Outcome(_report(aux, cost, norm, backend.to_numpy), apply)
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
+        names, leaves = tree.key_chains(self._state), tree.leaves(self._state)
+        backend = self._maml.backend
+        return {n: on_host(x, backend) for n, x in zip(names, leaves, strict=True)}, {}
+
+    def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
+        del plain
+        names = tree.key_chains(self._state)
+        if set(names) != set(arrays):
+            raise CheckpointError(
+                "the checkpoint is of another optimizer: "
+                f"missing {sorted(set(names) - set(arrays))}, "
+                f"unexpected {sorted(set(arrays) - set(names))}."
+            )
+        backend = self._maml.backend
+        leaves = [
+            backend.asarray(arrays[name], backend.dtype_name(old))
+            for name, old in zip(names, tree.leaves(self._state), strict=True)
+        ]
+        self._state = tree.unflatten(tree.structure(self._state), leaves)
+
+
+class _NativeStep:
+    """The gradient as one pure function, then the framework's optimizer."""
+
+    def __init__(
+        self, maml: MetaLearner, optimizer: NativeOptimizer, gradient: Gradient, compiled: bool
+    ) -> None:
+        self._maml = maml
+        self._optimizer = optimizer
+        self._gradient = gradient
+
+        def step(
+            gradient: MetaGradient, params: Params, constants: Meta, batch: Task
+        ) -> tuple[Params, Array, dict[str, Array], Array]:
+            cost, grads, aux = gradient(params, constants, batch)
+            return grads, cost, aux, optim.global_norm(grads)
+
+        self._run = compile(step) if compiled else step
+
+    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+        if rate is not None:
+            raise InputError(
+                "schedule= is for optimizers of metaframe.optim made without a learning rate. "
+                "Schedule a framework's own optimizer by its own means, in a callback."
+            )
+        maml, backend = self._maml, self._maml.backend
+        params = maml.meta_arrays()
+        batch = as_batch(batch, params, backend)
+        grads, cost, aux, norm = self._run(self._gradient(), params, maml.constants(), batch)
+        report = _report(aux, cost, norm, backend.to_numpy)
+        return Outcome(report, lambda: self._optimizer.step(maml.variables(), grads))
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
+        return self._optimizer.state()
+
+    def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
+        self._optimizer.restore(arrays, plain)
+
+
+def on_host(x: Array, backend: Backend) -> np.ndarray[Any, Any]:
+    """`x` in NumPy; bfloat16, which that lacks, as float32, which holds it exactly."""
+    wide = backend.dtype_name(x) == "bfloat16"
+    return backend.to_numpy(backend.ops.astype(x, "float32") if wide else x)
+
+
+def _like(rate: float, params: Params, maml: MetaLearner) -> Array:
+    first = next(x for x in params.values() if maml.backend.is_floating(x))
+    return maml.backend.asarray(float(rate), maml.backend.dtype_name(first))

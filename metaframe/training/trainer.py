@@ -1,0 +1,294 @@
+"""MetaTrainer: meta-training of any learner, on any backend, with any kind of optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from metaframe import checks, tree
+from metaframe.errors import CheckpointError, InputError, NonFiniteError
+from metaframe.learners.learner import LossFn
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.objective import as_batch
+from metaframe.tasks import Task, TaskSampler, stack_tasks
+from metaframe.training.batches import batches, is_restorable
+from metaframe.training.callbacks import Callback, EachStep, History, Run
+from metaframe.training.evaluation import Evaluation, Evaluator
+from metaframe.training.interrupt import held_interrupt
+from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+class MetaTrainer:
+    """Drive meta-training over batches of tasks.
+
+    Args:
+        maml: the learner, `MAML` or a relative.
+        meta_optimizer: one of `metaframe.optim` (a step is then one compiled program wherever
+            compiling is quick), on JAX also an optax transformation, a `torch.optim` optimizer
+            over `maml.parameters()`, or a Keras optimizer.
+        loss_fn: `loss_fn(prediction, target) -> scalar`, pure.
+        task_sampler: where training tasks come from.
+        metric: `metric(prediction, target) -> scalar`, reported besides the loss.
+        schedule: from the number of steps taken to the learning rate of the next one; for an
+            optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
+        settings: how steps run.
+
+    Attributes:
+        step: how many outer steps were taken.
+
+    Raises:
+        InputTypeError: an unknown kind of optimizer, or what should be a function is none.
+
+    >>> import torch
+    >>> from metaframe import MAML, optim
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> trainer = MetaTrainer(
+    ...     MAML(model, inner_lr=0.01),
+    ...     optim.adam(1e-3),
+    ...     torch.nn.functional.mse_loss,
+    ...     SinusoidTaskSampler(seed=0),
+    ... )
+    >>> history = trainer.fit(3, meta_batch_size=4)
+    >>> len(history.meta_loss), trainer.step
+    (3, 3)
+    """
+
+    def __init__(
+        self,
+        maml: MetaLearner,
+        meta_optimizer: Any,
+        loss_fn: LossFn,
+        task_sampler: TaskSampler,
+        *,
+        metric: LossFn | None = None,
+        schedule: Schedule | None = None,
+        settings: StepSettings | None = None,
+    ) -> None:
+        checks.function(loss_fn, "loss_fn")
+        if metric is not None:
+            checks.function(metric, "metric")
+        self.maml = maml
+        self.meta_optimizer = meta_optimizer
+        self.loss_fn = loss_fn
+        self.metric = metric
+        self.schedule = schedule
+        self.task_sampler = task_sampler
+        self.step = 0
+        settings = settings or StepSettings()
+        self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
+        self._evaluator = Evaluator(maml, loss_fn, metric, settings)
+        self._position: Mapping[str, Any] | None = None
+
+    def meta_step(self, tasks: Task | Sequence[Task]) -> float:
+        """Run one meta-update over `tasks` and return the mean query loss before it.
+
+        Raises:
+            NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
+                was before the step.
+        """
+        return self._advance(tasks).loss
+
+    def fit(
+        self,
+        num_iterations: int,
+        meta_batch_size: int,
+        *,
+        eval_every: int | None = None,
+        eval_tasks: Any = None,
+        callback: Callable[[int, float], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+        prefetch: bool = True,
+    ) -> History:
+        """Meta-train for `num_iterations` outer steps.
+
+        Args:
+            num_iterations: meta-updates, 0 or more, on top of those taken before.
+            meta_batch_size: tasks in each of them.
+            eval_every: evaluate after every so many iterations.
+            eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
+            callback: called with `(iteration, meta_loss)` after each step.
+            callbacks: what else watches the run.
+            prefetch: sample batches ahead in a background thread; changes no result.
+
+        Returns:
+            The loss of every iteration and of every evaluation.
+
+        Raises:
+            InputError: `eval_every` without `eval_tasks`, or a number out of range.
+            NonFiniteError: as `meta_step`, naming the step.
+            KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
+        """
+        checks.steps(num_iterations, "num_iterations", at_least=0)
+        checks.steps(meta_batch_size, "meta_batch_size", at_least=1)
+        if eval_every is not None:
+            checks.steps(eval_every, "eval_every", at_least=1)
+            if eval_tasks is None:
+                raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
+        watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        run = Run(self, num_iterations, meta_batch_size)
+        with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
+            source = batches(self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch)
+            with self._standing(), source as ahead:
+                for batch in ahead:
+                    self._position = batch.position
+                    self._iterate(run, batch.tasks, watchers)
+                    if eval_every and (run.iteration + 1) % eval_every == 0:
+                        self._evaluate_within(run, eval_tasks, watchers)
+                    if run.history.stopped:
+                        break
+        interrupt.raise_if_held()
+        return run.history
+
+    def evaluate(self, tasks: Any) -> float:
+        """Adapt to each task and return the mean query loss after it; updates nothing.
+
+        Args:
+            tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
+        """
+        return self._evaluate(tasks).loss.mean
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
+        backend, meta = self.maml.backend, self.maml.meta_parameters()
+        optimizer, plain = self._outer.state()
+        arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}
+        arrays |= {f"optimizer/{name}": x for name, x in optimizer.items()}
+        random = backend.random_state().items()
+        arrays |= {f"rng.{backend.name}/{name}": x for name, x in random}
+        position = self._position
+        if position is None and is_restorable(self.task_sampler):
+            position = self.task_sampler.state()  # type: ignore[attr-defined]
+        return arrays, {
+            "step": self.step,
+            "dtypes": {name: backend.dtype_name(x) for name, x in meta.items()},
+            "optimizer": plain,
+            "sampler": None if position is None else dict(position),
+        }
+
+    def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned, on this or another backend.
+
+        Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
+        come from, and are left as they are on another.
+
+        Raises:
+            CheckpointError: another model, algorithm or optimizer.
+            InputError: a sampler with another seed or split.
+        """
+        restore_parameters(self.maml, arrays, plain["dtypes"])
+        self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
+        if plain["sampler"] is not None and is_restorable(self.task_sampler):
+            self.task_sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
+        backend = self.maml.backend
+        if random := _group(arrays, f"rng.{backend.name}/"):
+            backend.restore_random_state(random)
+        self.step = int(plain["step"])
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        """Batches are sampled ahead inside; outside the sampler itself says where training is."""
+        try:
+            yield
+        finally:
+            self._position = None
+
+    def _advance(self, tasks: Task | Sequence[Task]) -> StepReport:
+        batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+        rate = None if self.schedule is None else float(self.schedule(self.step))
+        outcome = self._outer(batch, rate)
+        self._check_finite(outcome.report, batch)
+        outcome.apply()
+        self.step += 1
+        return outcome.report
+
+    def _check_finite(self, report: StepReport, batch: Task) -> None:
+        losses = report.task_losses
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            raise NonFiniteError(
+                f"step {self.step}: the loss of task {bad[0]} of the batch is {losses[bad[0]]}. "
+                f"The learner is as it was after {self.step} steps. {_REMEDIES}"
+            )
+        if not math.isfinite(report.grad_norm):
+            raise NonFiniteError(
+                f"step {self.step}: the meta-gradient of {self._blame(batch)} is not finite, with "
+                f"finite losses. The learner is as it was after {self.step} steps. {_REMEDIES}"
+            )
+
+    def _blame(self, batch: Task) -> str:
+        """Which task's gradient it is; computed again, since a step only has the mean."""
+        backend = self.maml.backend
+        stacked = as_batch(batch, self.maml.meta_parameters(), backend)
+        for i in range(len(tree.leaves(stacked)[0])):
+            one = tree.map(lambda x, i=i: x[i : i + 1], stacked)
+            grads = self.maml.meta_value_and_grad(self.loss_fn, one, compiled=False).grads
+            if not all(np.isfinite(backend.to_numpy(g)).all() for g in grads.values()):
+                return f"task {i} of the batch"
+        return "the batch as a whole"
+
+    def _iterate(self, run: Run, tasks: Task, watchers: Sequence[Callback]) -> None:
+        run.iteration += 1
+        run.report = self._advance(tasks)
+        run.history.meta_loss.append(run.report.loss)
+        for watcher in watchers:
+            watcher.on_step(run)
+
+    def _evaluate_within(self, run: Run, tasks: Any, watchers: Sequence[Callback]) -> None:
+        run.evaluation = self._evaluate(tasks)
+        run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
+        if self.metric is not None:
+            run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
+        for watcher in watchers:
+            watcher.on_evaluation(run)
+
+    def _evaluate(self, tasks: Any) -> Evaluation:
+        return self._evaluator(tasks, inductive=False, whole_curve=False)
+
+
+_REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
+
+
+def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
+    """Assign the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
+
+    Raises:
+        CheckpointError: other names, shapes or dtypes than the learner's.
+    """
+    found, own, backend = _group(arrays, "params/"), maml.meta_parameters(), maml.backend
+    if set(found) != set(own):
+        raise CheckpointError(
+            "the checkpoint is of another model or algorithm: "
+            f"missing {sorted(set(own) - set(found))}, unexpected {sorted(set(found) - set(own))}."
+        )
+    for name, value in own.items():
+        there = (found[name].shape, dtypes.get(name))
+        here = (tuple(value.shape), backend.dtype_name(value))
+        if there != here:
+            raise CheckpointError(
+                f"parameter {name!r} is {there[1]} of shape {there[0]} in the checkpoint and "
+                f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
+                "was trained with."
+            )
+    maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
+
+
+def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
+    return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
+
+
+@contextmanager
+def _watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
+    for watcher in watchers:
+        watcher.on_start(run)
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.on_end(run)

@@ -1,0 +1,270 @@
+"""The metaframe command: what it does, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metaframe.cli import main
+from metaframe.cli.config import RunConfig, known_keys, read_toml
+from metaframe.cli.errors import UsageError
+from metaframe.cli.experiment import resolve
+from metaframe.cli.presets import PRESETS
+from metaframe.cli.tables import ALGORITHMS, DATASETS
+from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
+from metaframe.training.metrics import read_metrics
+
+QUICK = [
+    *("--iterations", "4", "--meta-batch-size", "2", "--eval-every", "2"),
+    *("--validation-tasks", "3", "--eval-tasks", "5", "--eval-steps", "2"),
+    *("--width", "8", "--checkpoint-every", "2"),
+]
+PLAIN = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb"}
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    capsys.readouterr()
+    assert main([*args, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_leaves_a_run_folder(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    result = as_json(
+        capsys, "train", *QUICK, "--backend", backend_name, "--dataset", "digits", "--out", str(out)
+    )
+    assert result["steps"] == 4
+    assert result["config"]["backend"] == backend_name
+    evaluation = result["evaluation"]
+    assert len(evaluation["curve"]) == 3
+    assert evaluation["inductive"]["mean"] == pytest.approx(evaluation["transductive"]["mean"])
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        *("config.toml", "metrics.jsonl", "metrics.csv", "result.json"),
+        *("learning_curve.png", "adaptation.png", "predictions.png"),
+        *(f"checkpoints/{name}.safetensors" for name in ("best", "step-00000002", "step-00000004")),
+    }
+    saved = json.loads((out / "result.json").read_text())
+    assert saved["evaluation"] == evaluation
+    assert resolve(read_toml(out / "config.toml")).as_dict() == result["config"]
+    assert read_checkpoint(latest_checkpoint(out / "checkpoints")).config == result["config"]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 2, 3, 4, 4]
+    again = as_json(capsys, "evaluate", str(out))
+    assert again["evaluation"] == evaluation
+
+
+def test_resume_ends_where_an_uninterrupted_run_does(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, "--backend", backend_name, "--no-plots", "--schedule", "constant"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    expected = as_json(capsys, "train", *flags, "--out", str(whole))
+    as_json(capsys, "train", *flags, "--iterations", "3", "--out", str(parted))
+    found = as_json(capsys, "resume", str(parted), "--iterations", "4")
+    assert found["steps"] == 4
+    assert found["config"] == expected["config"]
+    one, other = (read_checkpoint(latest_checkpoint(f / "checkpoints")) for f in (whole, parted))
+    for name, value in one.arrays.items():
+        if not name.startswith("rng."):
+            np.testing.assert_array_equal(other.arrays[name], value)
+    losses = [
+        [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (whole, parted)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_every_algorithm_trains(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--algorithm", algorithm, "--inner-steps", "2", "--backend", "torch", "--no-plots"]
+    result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
+    assert np.isfinite(result["evaluation"]["loss"]["mean"])
+
+
+WRONG = [
+    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, omniglot"),
+    (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, fomaml"),
+    (["train", "--backend", "jaxx"], "Did you mean 'jax'? There are jax, tensorflow, torch"),
+    (["train", "--iner-lr", "1"], "--inner-lr"),
+    (["train", "--inner-lr", "much"], "not a valid float"),
+    (["train", "--ways", "1"], "ways must be at least 2, received 1"),
+    (["train", "--schedule", "linear"], "'constant', 'cosine'"),
+    (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
+    (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+    (["train", "--dataset", "omniglot"], "needs its files: --data FOLDER"),
+    (["reproduce", "sinusoid-mmal"], "Did you mean 'sinusoid-maml'?"),
+    (["resume", "/nowhere"], "no run folder: it has no config.toml"),
+    (["evaluate", "/nowhere"], "no run folder"),
+    (["trian"], "No such command 'trian'"),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_mistakes_say_what_is_meant_and_what_exists(
+    args: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")] if args[0] == "train" else []
+    assert main([*args, *out]) == 2
+    captured = capsys.readouterr()
+    assert says in " ".join(captured.err.split())
+    assert captured.out == ""
+
+
+def test_a_run_is_not_overwritten_by_accident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, "--backend", "torch", "--no-plots", "-q", "--out", str(tmp_path / "run")]
+    assert main(["train", *flags]) == 0
+    assert main(["train", *flags]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["train", *flags, "--overwrite"]) == 0
+
+
+def test_settings_come_from_flags_then_file_then_preset_then_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("inner_lr = 0.2\nshots = 3\nclip_norm = 1\n")
+    config = resolve({"inner_lr": 0.3, "backend": "torch"}, file, {"shots": 4, "queries": 7})
+    assert (config.inner_lr, config.shots, config.queries) == (0.3, 3, 7)
+    assert config.width == DATASETS["sinusoid"].defaults["width"] == 40
+    assert config.outer_lr == RunConfig().outer_lr
+    assert config.clip_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("iner_lr = 1", "'iner_lr', which is no setting. Did you mean 'inner_lr'?"),
+        ("[inner]\nlr = 1", "'inner', which is no setting"),
+        ("inner_lr = 'much'", "inner_lr must be a number, received 'much'"),
+        ("ways = 2.5", "ways must be a whole number, received 2.5"),
+        ("ways = true", "ways must be a whole number, received True"),
+        ("mode = 'revers'", "Did you mean 'reverse'?"),
+        ("parts = [1]", "parts must be a list of texts"),
+        ("inner_lr = ", "is no TOML file"),
+        ("inner_lr = nan", "inner_lr must be at least 0, received nan"),
+    ],
+)
+def test_configuration_files_are_checked(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        resolve({"backend": "torch"}, file)
+    assert says in str(caught.value)
+
+
+def test_resolved_settings_survive_a_file(tmp_path: Path) -> None:
+    config = resolve({"backend": "torch", "data": 'a "b" \\ c\n', "held_out": ["x, y", "z"]})
+    file = tmp_path / "c.toml"
+    file.write_text(config.to_toml())
+    assert resolve(read_toml(file)) == config
+
+
+def test_every_setting_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for key in known_keys():
+        assert f"--{key.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_settings_that_exist(name: str) -> None:
+    preset = PRESETS[name]
+    config = resolve({"backend": "torch"}, None, preset.settings)
+    assert preset.source
+    assert (preset.expected < 1) == (
+        not DATASETS[config.dataset].regression or name.endswith("maml")
+    )
+
+
+def test_reproduce_compares_with_the_expected_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK[:2], "--eval-tasks", "5", "--backend", "torch", "--no-plots"]
+    assert main(["reproduce", "sinusoid-maml", *flags, "--out", str(tmp_path / "run")]) == 1
+    out = capsys.readouterr().out
+    assert "expected at most 0.900" in out
+    assert "NOT REACHED" in out
+
+
+def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(as_json(capsys, "list")["data sets"]) == set(DATASETS)
+    assert {b["name"] for b in as_json(capsys, "backends")} >= {"jax", "tensorflow", "torch"}
+    assert as_json(capsys, "bench", "--backend", "torch", "--steps", "2")["step_ms"] > 0
+
+
+def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "metaframe.cli", "train", *QUICK, "--backend", "torch"]
+    done = subprocess.run(
+        [*command, "--no-plots", "--out", str(tmp_path / "run")],
+        env=PLAIN,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("mean squared error before adaptation: ")
+    assert "step 4: loss" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *args: str) -> None:
+        import pty
+
+        self._screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "metaframe.cli", *args],
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.shown = ""
+
+    def expect(self, text: str) -> None:
+        """Read until `text` is shown."""
+        while text not in self.shown:
+            try:
+                self.shown += os.read(self._screen, 4096).decode(errors="replace")
+            except OSError:  # the command has ended
+                raise AssertionError(f"{text!r} never came:\n{self.shown}") from None
+
+    def wait(self) -> int:
+        """Read to the end; the exit code."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self._screen, 4096):
+                self.shown += data.decode(errors="replace")
+        os.close(self._screen)
+        return self.process.wait()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
+    terminal = Terminal("train", *flags, "--backend", "torch", "--out", out)
+    terminal.expect("tasks/s")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.expect("saved; continue with: metaframe resume")
+    assert terminal.wait() == 130
+    assert "interrupted" in terminal.shown
+    step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
+    assert step > 0
+    assert main(["resume", out, "--iterations", str(step + 2), "--no-plots", "-q"]) == 0
+    assert read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step == step + 2

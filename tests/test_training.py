@@ -1,0 +1,375 @@
+"""MetaTrainer and evaluate: against NumPy, against each other, and what the reference documents."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import zoo
+from metaframe import MAML, MetaSGD, nn, ops, optim
+from metaframe.backend import Backend
+from metaframe.errors import InputError, InputTypeError, NonFiniteError
+from metaframe.learners import (
+    CAVIA,
+    ImplicitMAML,
+    MAMLPlusPlus,
+    MetaCurvature,
+    ProtoMAML,
+    Reptile,
+)
+from metaframe.learners.meta_learner import MetaLearner
+from metaframe.tasks import SinusoidTaskSampler, Task, stack_tasks
+from metaframe.training import (
+    Callback,
+    EarlyStopping,
+    Evaluation,
+    History,
+    MetaTrainer,
+    Run,
+    StepSettings,
+    evaluate,
+)
+
+RATE = 0.1
+OUTER = 0.5
+
+
+def learner(backend: Backend, steps: int = 2, **settings: Any) -> MAML:
+    return MAML(zoo.pair(zoo.weights(), backend.name), RATE, steps, **settings)
+
+
+def trainer(maml: MAML, optimizer: Any = None, **settings: Any) -> MetaTrainer:
+    sampler = settings.pop("sampler", None) or Fixed()
+    return MetaTrainer(maml, optimizer or optim.sgd(OUTER), nn.mse, sampler, **settings)
+
+
+class Fixed:
+    """The same tasks again and again."""
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        return zoo.tasks(meta_batch_size)
+
+
+def numbers(maml: MAML, backend: Backend) -> dict[str, np.ndarray[Any, Any]]:
+    return {n: backend.to_numpy(x).copy() for n, x in maml.meta_parameters().items()}
+
+
+def rates() -> dict[str, float]:
+    return dict.fromkeys(zoo.NAMES, RATE)
+
+
+@pytest.fixture(params=(False, True), ids=("eager", "compiled"))
+def settings(request: pytest.FixtureRequest) -> StepSettings:
+    return StepSettings(compiled=request.param)
+
+
+def test_a_step_is_gradient_descent_on_the_meta_cost(
+    backend: Backend, settings: StepSettings
+) -> None:
+    maml = learner(backend)
+    loss = trainer(maml, settings=settings).meta_step(zoo.tasks())
+    v = zoo.weights()
+    assert loss == pytest.approx(zoo.meta_cost(v, rates(), 2, zoo.tasks()), rel=1e-12)
+    slopes = zoo.differences(lambda at: zoo.meta_cost(at, rates(), 2, zoo.tasks()), v)
+    found = zoo.PAIRS[backend.name].canonical(maml.meta_parameters(), backend)
+    scale = np.sqrt(sum((g**2).sum() for g in slopes.values()))
+    for name, value in v.items():
+        assert np.abs(found[name] - (value - OUTER * slopes[name])).max() <= OUTER * scale * 1e-10
+
+
+def test_evaluation_follows_the_adaptation(backend: Backend) -> None:
+    tasks = zoo.tasks(5)
+    found = evaluate(learner(backend), nn.mse, tasks, steps=3)
+    expected = [
+        [
+            zoo.loss(zoo.adapted(zoo.weights(), t, rates(), k), t.query_x, t.query_y)
+            for k in range(4)
+        ]
+        for t in tasks
+    ]
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-12)
+    # No example looks at another in this model.
+    assert found.inductive is not None
+    np.testing.assert_allclose(found.inductive, found.losses[:, -1], rtol=1e-12)
+    assert found.loss.mean == pytest.approx(np.mean(expected, axis=0)[-1], rel=1e-12)
+
+
+def test_evaluation_with_an_inner_optimizer_that_has_state(backend: Backend) -> None:
+    """Every point of the curve is where a whole inner loop of as many steps ends."""
+    maml = learner(backend, update=optim.momentum())
+    curve = evaluate(maml, nn.mse, zoo.tasks(), steps=3, inductive=False).losses.mean(axis=0)
+    for k in range(4):
+        cost, _, _ = maml.meta_value_and_grad(nn.mse, zoo.tasks(), steps=k)
+        assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
+
+
+FAMILY: dict[str, Callable[[Any], MetaLearner]] = {
+    "reptile": lambda m: Reptile(m, RATE, 2),
+    "maml++": lambda m: MAMLPlusPlus(m, RATE, 2),
+    "curvature": lambda m: MetaCurvature(m, RATE, 2),
+    "cavia": lambda m: CAVIA(m, "head", inner_lr=RATE, inner_steps=2),
+    "implicit": lambda m: ImplicitMAML(m, RATE, 2, proximal=1.0),
+    "proto-maml": lambda m: ProtoMAML(m, 2, RATE, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) -> None:
+    maml, loss_fn, tasks = FAMILY[name](zoo.pair(zoo.weights(), backend.name)), nn.mse, zoo.tasks()
+    if name == "proto-maml":
+        loss_fn, labels = nn.cross_entropy, np.array([0, 1, 1, 0, 1, 0])
+        tasks = [Task(t.support_x, labels, t.query_x, labels[:5]) for t in tasks]
+    curve = evaluate(maml, loss_fn, tasks, steps=2, inductive=False).losses.mean(axis=0)
+    for k in range(3):
+        cost, _, _ = maml.meta_value_and_grad(loss_fn, tasks, steps=k, compiled=False)
+        assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
+    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, Fixed(), metric=loss_fn)
+    loss = runner.meta_step(tasks)
+    assert loss == pytest.approx(curve[2], rel=1e-12)
+    assert runner.meta_step(tasks) != loss
+
+
+@pytest.mark.parametrize("count", [1, 49, 50, 51, 120])
+def test_batches_of_an_evaluation_do_not_show(backend: Backend, count: int) -> None:
+    sampler = SinusoidTaskSampler(seed=3, split="test")
+    model = nn.mlp([1, 4, 1], activation=ops.tanh)
+    maml = MAML((model, model.init(0)), 0.01)
+    found = evaluate(maml, nn.mse, sampler, count, inductive=False)
+    assert found.losses.shape == (count, 2)
+    alone = evaluate(maml, nn.mse, [sampler.task(count - 1)], inductive=False)
+    np.testing.assert_allclose(found.losses[-1], alone.losses[0], rtol=1e-12)
+
+
+def test_inductive_and_transductive_differ_by_what_a_prediction_sees(backend: Backend) -> None:
+    """A model that subtracts the mean of its batch, which can be worked out by hand."""
+
+    def centred(params: Any, x: Any) -> Any:
+        return params["w"] * (x - ops.mean(x))
+
+    maml = MAML((centred, {"w": ops.asarray(2.0)}), 0.1)
+    support, query = np.array([0.0, 3.0]), np.array([6.0, 9.0, 12.0])
+    task = Task(support, np.zeros(2), query, np.zeros(3))
+    found = evaluate(maml, nn.mse, [task], steps=0)
+    assert found.losses[0, 0] == pytest.approx(np.mean((2 * (query - query.mean())) ** 2))
+    together = [q - np.mean([*support, q]) for q in query]
+    assert found.inductive is not None
+    assert found.inductive[0] == pytest.approx(np.mean((2 * np.array(together)) ** 2))
+
+
+def test_metric_is_reported_next_to_the_loss(backend: Backend) -> None:
+    def worst(prediction: Any, target: Any) -> Any:
+        return ops.max(ops.abs(prediction - target))
+
+    runner = trainer(learner(backend), metric=worst)
+    history = runner.fit(2, 3, eval_every=1, eval_tasks=zoo.tasks())
+    assert [i for i, _ in history.eval_score] == [0, 1]
+    last = evaluate(runner.maml, nn.mse, zoo.tasks(), metric=worst)
+    assert history.eval_score[-1][1] == pytest.approx(last.transductive.mean, rel=1e-12)
+    assert history.eval_loss[-1][1] == pytest.approx(last.loss.mean, rel=1e-12)
+    assert last.transductive.mean > last.loss.mean
+
+
+def test_parameters_of_the_reference() -> None:
+    documented = {
+        MetaTrainer: ["maml", "meta_optimizer", "loss_fn", "task_sampler"],
+        MetaTrainer.meta_step: ["self", "tasks"],
+        MetaTrainer.fit: [
+            *("self", "num_iterations", "meta_batch_size"),
+            *("eval_every", "eval_tasks", "callback"),
+        ],
+        MetaTrainer.evaluate: ["self", "tasks"],
+    }
+    for function, names in documented.items():
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[: len(names)] == names
+    fit = inspect.signature(MetaTrainer.fit).parameters
+    for name in ("eval_every", "eval_tasks", "callback"):
+        assert fit[name].default is None
+        assert fit[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert History().meta_loss == []
+    assert History().eval_loss == []
+
+
+def test_fit_records_and_calls_back(backend: Backend) -> None:
+    seen: list[tuple[int, float]] = []
+    runner = trainer(learner(backend))
+    history = runner.fit(
+        5, 3, eval_every=2, eval_tasks=zoo.tasks(), callback=lambda i, loss: seen.append((i, loss))
+    )
+    assert seen == list(enumerate(history.meta_loss))
+    assert [i for i, _ in history.eval_loss] == [1, 3]
+    assert history.meta_loss == sorted(history.meta_loss, reverse=True)
+    assert runner.evaluate(zoo.tasks()) < history.eval_loss[-1][1]
+    assert runner.step == 5
+    assert runner.fit(0, 3).meta_loss == []
+
+
+BAD: list[tuple[str, Callable[[MetaTrainer], Any], type[Exception], str]] = [
+    ("eval", lambda t: t.fit(3, 2, eval_every=1), InputError, "eval_every=1 needs eval_tasks"),
+    ("never", lambda t: t.fit(3, 2, eval_every=0, eval_tasks=[]), InputError, "at least 1"),
+    ("negative", lambda t: t.fit(-1, 2), InputError, "num_iterations must be at least 0"),
+    ("empty", lambda t: t.fit(1, 0), InputError, "meta_batch_size must be at least 1"),
+    ("no-tasks", lambda t: t.evaluate([]), InputError, "the list is empty"),
+    ("what", lambda t: t.evaluate(3), InputTypeError, "tasks must be a sampler"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "says"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_calls_are_refused_before_any_step(
+    backend: Backend, call: Callable[[MetaTrainer], Any], error: type[Exception], says: str
+) -> None:
+    runner = trainer(learner(backend))
+    with pytest.raises(error, match=says):
+        call(runner)
+    assert runner.step == 0
+
+
+def test_bad_arguments_are_refused(backend: Backend) -> None:
+    with pytest.raises(InputTypeError, match="meta_optimizer is a str"):
+        trainer(learner(backend), "adam")
+    with pytest.raises(InputTypeError, match="loss_fn must be a function"):
+        MetaTrainer(learner(backend), optim.sgd(1.0), None, Fixed())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="given twice"):
+        trainer(learner(backend), schedule=lambda step: 0.1).meta_step(zoo.tasks())
+    with pytest.raises(InputError, match="no learning rate"):
+        trainer(learner(backend), optim.sgd()).meta_step(zoo.tasks())
+
+
+def test_schedule_gives_each_step_its_rate(backend: Backend) -> None:
+    scheduled, fixed = learner(backend), learner(backend)
+    runner = trainer(scheduled, optim.sgd(), schedule=lambda s: (0.5, 0.25)[s])
+    runner.fit(2, 3)
+    for rate in (0.5, 0.25):
+        trainer(fixed, optim.sgd(rate)).meta_step(zoo.tasks())
+    for name, value in numbers(fixed, backend).items():
+        np.testing.assert_allclose(numbers(scheduled, backend)[name], value, rtol=1e-13)
+
+
+class Stop(Callback):
+    def on_step(self, run: Run) -> None:
+        if run.iteration == 3:
+            run.stop("enough")
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_prefetching_changes_nothing(backend: Backend, prefetch: bool) -> None:
+    """Neither the tasks, nor where the sampler stands after a run that was stopped."""
+    sampler = SinusoidTaskSampler(seed=0)
+    model = nn.mlp([1, 4, 1], activation=ops.tanh)
+    runner = trainer(MAML((model, model.init(0)), 0.01), sampler=sampler)
+    history = runner.fit(20, 5, callbacks=[Stop()], prefetch=prefetch)
+    assert history.stopped == "enough"
+    assert len(history.meta_loss) == 4
+    assert sampler.position == 20
+    again = SinusoidTaskSampler(seed=0)
+    other = trainer(MAML((model, model.init(0)), 0.01), sampler=again)
+    expected = [other.meta_step(again.sample(5)) for _ in range(4)]
+    assert history.meta_loss == expected
+
+
+def test_an_error_of_the_sampler_reaches_the_caller(backend: Backend) -> None:
+    class Broken(SinusoidTaskSampler):
+        def draw(self, rng: Any) -> Task:
+            if self.position >= 10:
+                raise OSError("disk full")
+            return super().draw(rng)
+
+    model = nn.mlp([1, 4, 1])
+    runner = trainer(MAML((model, model.init(0)), 0.01), sampler=Broken(seed=0))
+    with pytest.raises(OSError, match="disk full"):
+        runner.fit(5, 5)
+    assert runner.step == 2
+
+
+def test_batches_in_one_piece_are_the_tasks_in_a_row(backend: Backend) -> None:
+    one, other = SinusoidTaskSampler(seed=5), SinusoidTaskSampler(seed=5)
+    for _ in range(2):
+        batch, tasks = one.sample_batch(3), stack_tasks(other.sample(3))
+        assert backend.owns(batch.support_x)
+        for field in ("support_x", "support_y", "query_x", "query_y"):
+            np.testing.assert_array_equal(
+                backend.to_numpy(getattr(batch, field)), backend.to_numpy(getattr(tasks, field))
+            )
+    assert one.position == other.position == 6
+
+
+def test_a_loss_that_is_not_finite_names_step_and_task(backend: Backend) -> None:
+    good, bad = zoo.tasks(3), zoo.tasks(3)
+    bad[1] = Task(bad[1].support_x, bad[1].support_y, bad[1].query_x, bad[1].query_y * np.nan)
+    maml = learner(backend)
+    runner = trainer(maml)
+    runner.meta_step(good)
+    before = numbers(maml, backend)
+    with pytest.raises(NonFiniteError, match="step 1: the loss of task 1 of the batch is nan"):
+        runner.meta_step(bad)
+    assert runner.step == 1
+    for name, value in numbers(maml, backend).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_gradient_that_is_not_finite_names_step_and_task(backend: Backend) -> None:
+    def root(prediction: Any, target: Any) -> Any:
+        # Its slope at zero is infinite, and times the slope of the square there, 0, it is NaN.
+        return ops.sqrt(ops.sum(ops.square(prediction - target)))
+
+    def scaled(params: Any, x: Any) -> Any:
+        return params["w"] * x
+
+    maml = MAML((scaled, {"w": ops.asarray(0.0)}), 0.1)
+    runner = MetaTrainer(maml, optim.sgd(0.1), root, Fixed())
+    tasks = [Task(np.ones(2), np.ones(2), np.ones(2), np.ones(2)) for _ in range(3)]
+    tasks[2] = Task(np.zeros(2), np.ones(2), np.ones(2), np.zeros(2))
+    with pytest.raises(NonFiniteError, match="step 0: the meta-gradient of task 2 of the batch"):
+        runner.meta_step(tasks)
+
+
+def test_early_stopping_waits_and_then_stops(backend: Backend) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
+
+    class Scripted(MetaTrainer):
+        def _evaluate(self, tasks: Any) -> Evaluation:
+            return Evaluation(np.array([[next(losses)]]))
+
+    runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, Fixed())
+    history = runner.fit(
+        10, 2, eval_every=1, eval_tasks=zoo.tasks(), callbacks=[EarlyStopping(patience=2)]
+    )
+    assert [loss for _, loss in history.eval_loss] == [3.0, 2.0, 2.5, 2.4]
+    assert history.stopped == "no improvement in 2 evaluations"
+
+
+def test_learned_rates_are_trained(backend: Backend) -> None:
+    maml = MetaSGD(zoo.pair(zoo.weights(), backend.name), RATE)
+    before = numbers(maml, backend)
+    trainer(maml, optim.adam(0.01)).fit(3, 3)
+    after = numbers(maml, backend)
+    assert all((after[name] != before[name]).all() for name in before if name.startswith("learned"))
+
+
+@zoo.every_library()
+def test_every_library_trains(library: zoo.Library) -> None:
+    """With an optimizer of pure functions, every framework's model takes the same step."""
+    from metaframe.backend import load_backend
+
+    module = zoo.built(library)
+    backend = load_backend(library.backend)
+    maml = MAML(module, RATE, 1)
+    loss_fn = nn.mse
+    runner = MetaTrainer(maml, optim.sgd(OUTER), loss_fn, Fixed())
+    runner.fit(2, 3)
+    v = zoo.weights()
+    for _ in range(2):
+        v = {
+            n: v[n] - OUTER * g
+            for n, g in zoo.differences(
+                lambda at: zoo.meta_cost(at, rates(), 1, zoo.tasks()), v
+            ).items()
+        }
+    found = library.canonical(maml.meta_parameters(), backend)
+    for name, value in v.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-9)

@@ -1,0 +1,340 @@
+"""Checkpoints: exact resume, damage refused, the same on every backend, nothing executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis.extra import numpy as np_st
+
+from frameworks import BACKENDS, require
+from metaframe import MAML, MetaSGD, nn, ops, optim
+from metaframe.backend import Backend, use_backend
+from metaframe.errors import CheckpointError, InputError
+from metaframe.tasks import SinusoidTaskSampler
+from metaframe.training import (
+    Callback,
+    Checkpoint,
+    Checkpoints,
+    MetaTrainer,
+    Run,
+    latest_checkpoint,
+    load_checkpoint,
+    load_parameters,
+    read_checkpoint,
+    save_checkpoint,
+)
+from metaframe.training.checkpoint import checkpoint_files, decode, encode
+
+SMALL = Checkpoint(
+    {"params/w": np.arange(6.0).reshape(2, 3), "optimizer/count": np.array(3.0)},
+    {"step": 3, "dtypes": {"w": "float64"}, "optimizer": {}, "sampler": {"position": 12}},
+    {"note": 'a "quoted" word and "sha256":"0000'},
+    "torch",
+)
+
+
+def trainer(seed: int = 0, sampler_seed: int = 0, wrapper: Any = MAML) -> MetaTrainer:
+    model = nn.mlp([1, 6, 1], activation=ops.tanh)
+    maml = wrapper((model, model.init(seed)), 0.01)
+    return MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=sampler_seed))
+
+
+def same(one: MetaTrainer, other: MetaTrainer) -> None:
+    (arrays, plain), (arrays2, plain2) = one.state(), other.state()
+    assert plain == plain2
+    assert set(arrays) == set(arrays2)
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(value, arrays2[name], err_msg=name)
+
+
+@pytest.mark.parametrize("wrapper", [MAML, MetaSGD])
+def test_resume_is_exact(backend: Backend, tmp_path: Path, wrapper: Any) -> None:
+    del backend
+    whole, first = trainer(wrapper=wrapper), trainer(wrapper=wrapper)
+    whole.fit(7, 3)
+    first.fit(4, 3)
+    save_checkpoint(tmp_path / "c", first, {"ways": 5})
+    second = trainer(seed=9, wrapper=wrapper)
+    found = load_checkpoint(tmp_path / "c", second)
+    assert (found.step, found.config) == (4, {"ways": 5})
+    history = second.fit(3, 3)
+    assert len(history.meta_loss) == 3
+    same(whole, second)
+
+
+def test_a_checkpoint_in_the_middle_of_a_run_knows_its_tasks(
+    backend: Backend, tmp_path: Path
+) -> None:
+    """Batches are sampled ahead; what counts is which of them were trained on."""
+    del backend
+    whole, first = trainer(), trainer()
+    whole.fit(12, 3)
+    first.fit(10, 3, callbacks=[Checkpoints(tmp_path, every=4, keep=5)])
+    assert [int(f.stem[5:]) for f in checkpoint_files(tmp_path)] == [4, 8, 10]
+    second = trainer()
+    load_checkpoint(checkpoint_files(tmp_path)[1], second)
+    second.fit(4, 3)
+    same(whole, second)
+
+
+@pytest.mark.parametrize("reader", BACKENDS)
+@pytest.mark.parametrize("writer", BACKENDS)
+def test_written_on_one_backend_read_on_another(writer: str, reader: str, tmp_path: Path) -> None:
+    require(writer)
+    require(reader)
+    with use_backend(writer, dtype="float64"):
+        one = trainer(wrapper=MetaSGD)
+        one.fit(2, 3)
+        save_checkpoint(tmp_path / "c", one)
+        one.fit(2, 3)
+    with use_backend(reader, dtype="float64"):
+        other = trainer(seed=5, wrapper=MetaSGD)
+        assert load_checkpoint(tmp_path / "c", other).backend == writer
+        written = read_checkpoint(tmp_path / "c").arrays
+        arrays, _ = other.state()
+        for name, value in written.items():
+            if not name.startswith("rng."):
+                np.testing.assert_array_equal(arrays[name], value)
+        other.fit(2, 3)
+    (arrays, _), (arrays2, _) = one.state(), other.state()
+    for name in written:
+        if not name.startswith("rng."):
+            np.testing.assert_allclose(arrays[name], arrays2[name], rtol=0, atol=1e-12)
+
+
+def test_parameters_alone(backend: Backend, tmp_path: Path) -> None:
+    one, other = trainer(), trainer(seed=3)
+    one.fit(1, 3)
+    save_checkpoint(tmp_path / "c", one)
+    load_parameters(tmp_path / "c", other.maml)
+    assert other.step == 0
+    for name, value in one.maml.meta_parameters().items():
+        np.testing.assert_array_equal(
+            backend.to_numpy(other.maml.meta_parameters()[name]), backend.to_numpy(value)
+        )
+
+
+def test_torch_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    require("torch")
+    import torch
+
+    def with_dropout() -> MetaTrainer:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(1, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1)
+        )
+        maml = MAML(model, 0.01)
+        return MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0))
+
+    whole = with_dropout()
+    whole.fit(3, 2)
+    save_checkpoint(tmp_path / "c", whole)
+    whole.fit(3, 2)
+    second = with_dropout()
+    load_checkpoint(tmp_path / "c", second)
+    second.fit(3, 2)
+    same(whole, second)
+
+
+def test_every_truncation_is_refused() -> None:
+    data = encode(SMALL)
+    for length in range(len(data)):
+        with pytest.raises(CheckpointError):
+            decode(data[:length])
+
+
+def test_every_bit_flip_is_refused() -> None:
+    """In the length, in the header with its metadata, and in the numbers."""
+    data = encode(SMALL)
+    for i in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[i // 8] ^= 1 << (i % 8)
+        with pytest.raises(CheckpointError):
+            decode(bytes(damaged))
+
+
+def test_whole_files_are_read() -> None:
+    found = decode(encode(SMALL))
+    assert found.config == SMALL.config
+    assert found.plain == SMALL.plain
+    assert found.backend == "torch"
+    assert found.arrays["optimizer/count"].shape == ()
+    np.testing.assert_array_equal(found.arrays["params/w"], SMALL.arrays["params/w"])
+
+
+DTYPES = ("float16", "float32", "float64", "int8", "int32", "int64", "uint8", "uint32", "bool")
+
+
+@hypothesis.given(
+    x=st.sampled_from(DTYPES).flatmap(
+        lambda dtype: np_st.arrays(dtype, np_st.array_shapes(min_dims=0, max_dims=4, min_side=0))
+    ),
+    layout=st.sampled_from(("as it is", "transposed", "reversed", "strided", "fortran")),
+)
+@hypothesis.settings(max_examples=100)
+def test_every_layout_keeps_its_values(x: np.ndarray[Any, Any], layout: str) -> None:
+    odd = {
+        "as it is": lambda: x,
+        "transposed": lambda: x.T,
+        "reversed": lambda: np.flip(x),
+        "strided": lambda: x[..., ::2] if x.ndim else x,
+        "fortran": lambda: np.asfortranarray(x) if x.ndim else x,
+    }[layout]()
+    found = decode(encode(Checkpoint({"x": odd}, {"step": 0}))).arrays["x"]
+    assert found.dtype == odd.dtype
+    assert found.shape == odd.shape
+    assert found.tobytes() == odd.tobytes()
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "c").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(CheckpointError, match="no checkpoint of metaframe"):
+        read_checkpoint(tmp_path / "c")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_does_not_fit_is_refused(backend: Backend, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    save_checkpoint(path, trainer())
+    with pytest.raises(CheckpointError, match=r"another model or algorithm: missing \['learned/"):
+        load_checkpoint(path, trainer(wrapper=MetaSGD))
+    with pytest.raises(InputError, match="seed=0, this sampler has seed=1"):
+        load_checkpoint(path, trainer(sampler_seed=1))
+    other = trainer()
+    plain_gradient = MetaTrainer(other.maml, optim.sgd(0.1), nn.mse, other.task_sampler)
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        load_checkpoint(path, plain_gradient)
+    with (
+        use_backend(backend.name, dtype="float32"),
+        pytest.raises(CheckpointError, match="in the checkpoint and float32"),
+    ):
+        load_checkpoint(path, trainer())
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_checkpoint(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        latest_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="plain JSON values"):
+        save_checkpoint(path, trainer(), {"model": object()})
+
+
+def test_another_format_is_refused() -> None:
+    data = encode(SMALL)
+    other = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')
+    assert other != data
+    from metaframe.training.checkpoint import _digest, _digest_at
+
+    at = _digest_at(other)
+    assert at is not None
+    with pytest.raises(CheckpointError, match="has format 9"):
+        decode(other[:at] + _digest(other, at) + other[at + 64 :])
+
+
+def test_last_and_best_are_kept(backend: Backend, tmp_path: Path) -> None:
+    del backend
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(5)
+    saver = Checkpoints(tmp_path, every=1, keep=2)
+    runner = trainer()
+    history = runner.fit(5, 3, eval_every=1, eval_tasks=tasks, callbacks=[saver])
+    assert [int(f.stem[5:]) for f in checkpoint_files(tmp_path)] == [4, 5]
+    assert latest_checkpoint(tmp_path) == checkpoint_files(tmp_path)[-1]
+    best = min(loss for _, loss in history.eval_loss)
+    load_parameters(tmp_path / "best.safetensors", runner.maml)
+    assert runner.evaluate(tasks) == best
+
+
+class Interrupted(Callback):
+    def on_step(self, run: Run) -> None:
+        if run.trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_after_the_step_and_saves(backend: Backend, tmp_path: Path) -> None:
+    del backend
+    before = signal.getsignal(signal.SIGINT)
+    runner, whole = trainer(), trainer()
+    with pytest.raises(KeyboardInterrupt):
+        runner.fit(10, 3, callbacks=[Interrupted(), Checkpoints(tmp_path, every=100)])
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = trainer()
+    assert load_checkpoint(latest_checkpoint(tmp_path), resumed).step == 3
+    resumed.fit(7, 3)
+    whole.fit(10, 3)
+    same(whole, resumed)
+
+
+PROGRAM = """
+import sys
+import torch
+import metaframe
+from metaframe import MAML, nn, ops, optim
+from metaframe.tasks import SinusoidTaskSampler
+from metaframe.training import Checkpoints, MetaTrainer, load_checkpoint
+from metaframe.training.checkpoint import checkpoint_files
+
+folder, steps = sys.argv[1], int(sys.argv[2])
+metaframe.set_backend("torch")
+torch.manual_seed(0)  # its state is saved too, and differs from process to process
+model = nn.mlp([1, 32, 1], activation=ops.tanh)
+maml = MAML((model, model.init(0)), 0.01)
+trainer = MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0))
+saver = Checkpoints(folder, every=1, keep=2)
+if files := checkpoint_files(folder):
+    load_checkpoint(files[-1], trainer)
+print("ready", flush=True)
+trainer.fit(steps - trainer.step, 2, callbacks=[saver])
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
+    """Kill -9 at 50 random moments, most of them in a save: every file is readable.
+
+    A run that was killed again and again ends with the bits of one that was not.
+    """
+    require("torch")
+    rng = random.Random(0)
+
+    def start(folder: Path, steps: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, str(folder), str(steps)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    kills = 0
+    steps = 0
+    while kills < 50:
+        steps += 400  # more than there is time for, so that it is always killed at work
+        with start(tmp_path / "killed", steps) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.02, 0.6))
+            process.kill()
+        kills += 1
+        for file in checkpoint_files(tmp_path / "killed"):
+            read_checkpoint(file)
+    reached = read_checkpoint(latest_checkpoint(tmp_path / "killed")).step
+    for folder in ("killed", "whole"):
+        with start(tmp_path / folder, reached + 5) as process:
+            process.wait()
+    killed, whole = (
+        read_checkpoint(latest_checkpoint(tmp_path / folder)) for folder in ("killed", "whole")
+    )
+    assert killed.step == whole.step == reached + 5
+    assert killed.plain == whole.plain
+    for name, value in whole.arrays.items():
+        np.testing.assert_array_equal(killed.arrays[name], value, err_msg=name)

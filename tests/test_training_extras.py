@@ -1,0 +1,170 @@
+"""Schedules, mixed precision, metric files, the progress bar, and what importing costs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaframe
+import zoo
+from metaframe import MAML, nn, ops, optim
+from metaframe.backend import Backend, use_backend
+from metaframe.errors import InputError
+from metaframe.models.precision import mixed_precision
+from metaframe.tasks import SinusoidTaskSampler
+from metaframe.training import MetaTrainer, evaluate
+from metaframe.training.metrics import MetricsLog, read_metrics
+from metaframe.training.progress import ProgressBar
+from metaframe.training.schedules import constant, cosine, warmup
+
+
+def trainer(**settings: Any) -> MetaTrainer:
+    model = nn.mlp([1, 6, 1], activation=ops.tanh)
+    maml = MAML((model, model.init(0)), 0.01)
+    return MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0), **settings)
+
+
+def test_schedules_are_their_formulas() -> None:
+    half = cosine(0.5, 10, end=0.1)
+    for step in range(15):
+        expected = 0.1 + 0.4 * (1 + math.cos(math.pi * min(step, 10) / 10)) / 2
+        assert half(step) == pytest.approx(expected, rel=1e-15)
+    rising = warmup(constant(2.0), 4)
+    assert [rising(i) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert warmup(constant(2.0), 0)(0) == 2.0
+    with pytest.raises(InputError, match="not negative"):
+        constant(-1.0)
+    with pytest.raises(InputError, match="steps must be at least 1"):
+        cosine(0.1, 0)
+
+
+def test_mixed_precision_rounds_the_model_and_nothing_else(backend: Backend) -> None:
+    """The model computes on rounded numbers; parameters, gradients and updates stay float32."""
+    seen: set[str] = set()
+
+    def model(params: Any, x: Any) -> Any:
+        seen.update(backend.dtype_name(v) for v in (params["w"], x))
+        return params["w"] * x
+
+    with use_backend(backend.name, dtype="float32"):
+        # 1/3 and the inputs are no numbers of bfloat16, which has 8 bits of mantissa.
+        maml = MAML(mixed_precision((model, {"w": ops.asarray(1 / 3)})), 0.1)
+        task = {"x": np.array([1.001, 2.0], np.float32), "y": np.array([1.0, 0.0], np.float32)}
+        tasks = [metaframe.tasks.Task(task["x"], task["y"], task["x"], task["y"])]
+        cost, grads, _ = maml.meta_value_and_grad(nn.mse, tasks, steps=0)
+    assert seen == {"bfloat16"}
+    assert backend.dtype_name(cost) == backend.dtype_name(grads["w"]) == "float32"
+    w, x = 0.333984375, np.array([1.0, 2.0])  # rounded to bfloat16
+    prediction = np.array([0.333984375, 0.66796875])
+    assert float(backend.to_numpy(cost)) == pytest.approx(
+        np.mean((prediction - task["y"]) ** 2), rel=1e-6
+    )
+    assert np.allclose(prediction, w * x)
+
+
+def test_mixed_precision_trains_to_nearly_the_same(backend: Backend) -> None:
+    with use_backend(backend.name, dtype="float32"):
+        losses = []
+        for narrow in (False, True):
+            model: Any = zoo.pair(zoo.weights(), backend.name)
+            maml = MAML(mixed_precision(model) if narrow else model, 0.1, 2)
+            runner = MetaTrainer(maml, optim.sgd(0.1), nn.mse, _Fixed())
+            losses.append(runner.fit(3, 3).meta_loss)
+    assert losses[1] != losses[0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+
+
+class _Fixed:
+    def sample(self, meta_batch_size: int) -> list[Any]:
+        return zoo.tasks(meta_batch_size)
+
+
+def test_metrics_are_the_history(backend: Backend, tmp_path: Path) -> None:
+    del backend
+    runner = trainer(metric=lambda p, y: ops.max(ops.abs(p - y)))
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    history = runner.fit(4, 2, eval_every=2, eval_tasks=tasks, callbacks=[MetricsLog(tmp_path)])
+    records = read_metrics(tmp_path)
+    assert [r["loss"] for r in records if "loss" in r] == history.meta_loss
+    assert [r["eval_loss"] for r in records if "eval_loss" in r] == [
+        x for _, x in history.eval_loss
+    ]
+    assert [r["eval_score"] for r in records if "eval_score" in r] == [
+        x for _, x in history.eval_score
+    ]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["loss"]) for r in rows if r["loss"]] == history.meta_loss
+    # A run that goes on after step 2 takes steps 3 and 4 again.
+    again = trainer()
+    again.step = 2
+    again.fit(1, 2, callbacks=[MetricsLog(tmp_path)])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 2, 3]
+
+
+def test_an_unfinished_last_line_is_ignored(tmp_path: Path) -> None:
+    whole = json.dumps({"step": 1, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text(f"garbage\n{whole}\n")
+    with pytest.raises(InputError, match="line 1 is no JSON"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    with use_backend("torch"):
+        trainer().fit(2, 2, callbacks=[MetricsLog(tmp_path, tensorboard=True)])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"grad_norm" in events.read_bytes()
+
+
+def test_progress_prints_lines_where_there_is_no_terminal() -> None:
+    from rich.console import Console
+
+    text = io.StringIO()
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch"):
+        bar = ProgressBar(Console(file=text, width=120))
+        trainer(metric=nn.mse).fit(3, 2, eval_every=3, eval_tasks=tasks, callbacks=[bar])
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("step 1: loss ")
+    assert "score" in lines[0]
+    assert "step 3: validation loss" in lines[-1]
+
+
+def test_permuted_labels_leave_nothing_to_know_before_adaptation(
+    backend: Backend,
+) -> None:
+    """Chance at step 0: nothing about a task's labels leaks into the model or the evaluation."""
+    with use_backend(backend.name, dtype="float32"):
+        model = nn.mlp([64, 16, 5])
+        flat = nn.Model(model.init, lambda params, x: model.apply(params, ops.reshape(x, (-1, 64))))
+        maml = MAML((flat, flat.init(0)), 0.5)
+        sampler = metaframe.tasks.digits_sampler(ways=5, queries=5, split="test")
+        found = evaluate(maml, nn.cross_entropy, sampler, 200, steps=5, metric=nn.accuracy)
+    before, after = found.curve[0], found.transductive
+    assert abs(before.mean - 0.2) < 2 * before.ci95
+    assert after.mean - after.ci95 > 0.25
+
+
+EXPORTS: list[Callable[[], Any]] = [
+    lambda: metaframe.MetaTrainer,
+    lambda: metaframe.History,
+    lambda: metaframe.evaluate,
+]
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_exports_are_those_of_training(export: Callable[[], Any]) -> None:
+    assert export().__module__.startswith("metaframe.training")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        metaframe.nothing  # noqa: B018
