@@ -83,7 +83,8 @@ def w2(tasks: int = 8, channels: int = 64, ways: int = 5, queries: int = 25) -> 
     query_y = np.tile(np.arange(queries) % ways, (tasks, 1))
     support_x, query_x = (rng.normal(size=(tasks, n, 28, 28, 1)) for n in (ways, queries))
     data = (support_x, support_y, query_x, query_y)
-    return Workload("W2", nn.conv4(ways, channels), nn.cross_entropy, data, 0.05)
+    # With a larger step the loss on these images is chaotic: two exact programs disagree.
+    return Workload("W2", nn.conv4(ways, channels), nn.cross_entropy, data, 0.01)
 
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {"W1": w1, "W2": w2}
