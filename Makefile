@@ -39,7 +39,8 @@ help:
 	@echo "make clean       remove environments, builds and caches"
 
 demo: $(demo_venv)/.installed
-	$(demo_python) examples/digits.py --backend $(BACKEND) --out runs/demo-$(BACKEND)
+	$(demo_venv)/bin/metaframe train --dataset digits --backend $(BACKEND) \
+	  --out runs/demo-$(BACKEND) --overwrite
 
 $(demo_venv)/.installed: $(inputs)
 	$(if $(framework),,$(error BACKEND=$(BACKEND) is unknown. Expected jax, torch or tensorflow))

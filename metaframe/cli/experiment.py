@@ -76,7 +76,9 @@ class Experiment:
         task_map = c.task_map
         if task_map == "auto":
             task_map = "scan" if self.dataset.convolutional and self._on_cpu() else "vmap"
-        return StepSettings(task_map, c.chunk_size, c.mode, c.compiled)
+        # A run is long enough for any compiler, except for convolutions on one that is slow.
+        compiled = c.compiled if self.dataset.convolutional else c.compiled is not False
+        return StepSettings(task_map, c.chunk_size, c.mode, compiled)
 
     @functools.cached_property
     def trainer(self) -> MetaTrainer:

@@ -129,7 +129,14 @@ DATASETS = {
         "handwritten digits in four rotations, from scikit-learn",
         _digits,
         _digits_model,
-        defaults={"queries": 10, "width": 128, "inner_lr": 0.1, "inner_steps": 3},
+        defaults={
+            "queries": 10,
+            "width": 128,
+            "inner_lr": 0.1,
+            "inner_steps": 3,
+            "iterations": 300,
+            "eval_every": 0,  # forty classes are too few to give some away
+        },
     ),
     "omniglot": Dataset(
         "handwritten characters of many alphabets; needs --data",
