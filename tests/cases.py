@@ -115,7 +115,8 @@ def check_value(case: Case, backend: Backend, dtype: str) -> None:
 
 
 def check_derivatives(case: Case, backend: Backend) -> None:
-    both, count = derivatives(case, backend), len(case.floating)
+    at_start = tuple(map(backend.asarray, case.floating))
+    both, count = quickest(backend, derivatives(case, backend), at_start), len(case.floating)
 
     def at(t: float) -> Any:
         moved = [x + t * weights(x, 2) for x in case.floating]
@@ -128,6 +129,11 @@ def check_derivatives(case: Case, backend: Backend) -> None:
         close(product, slope(lambda t, k=k: at(t)[k]), 1e-9)
 
 
+def quickest(backend: Backend, fn: Callable[[Any], Any], xs: Any) -> Callable[[Any], Any]:
+    """`fn`, compiled where one program is made sooner than one for every operation."""
+    return backend.compile(fn, xs) if backend.compiles_quickly else fn
+
+
 def tasks(case: Case, count: int = 3) -> tuple[Values, ...]:
     """The floating inputs of several tasks, stacked."""
     return tuple(np.stack([x * (1 + 0.1 * i) for i in range(count)]) for x in case.floating)
@@ -135,9 +141,11 @@ def tasks(case: Case, count: int = 3) -> tuple[Values, ...]:
 
 def check_vmap(case: Case, backend: Backend) -> None:
     both, stacked = derivatives(case, backend), tasks(case)
-    found = [backend.to_numpy(g) for g in backend.vmap(both)(tuple(map(backend.asarray, stacked)))]
+    xs = tuple(map(backend.asarray, stacked))
+    found = [backend.to_numpy(g) for g in quickest(backend, backend.vmap(both), xs)(xs)]
+    one = quickest(backend, both, tuple(x[0] for x in xs))
     for i in range(len(stacked[0])):
-        alone = both(tuple(backend.asarray(x[i]) for x in stacked))
+        alone = one(tuple(x[i] for x in xs))
         for row, expected in zip(found, alone, strict=True):
             close(row[i], backend.to_numpy(expected), 1e-12)
 

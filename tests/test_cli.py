@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frameworks import hardly_depends_on_the_backend
 from metaframe.cli import main
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
@@ -31,18 +32,25 @@ QUICK = [
 PLAIN = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 
+def execution(backend_name: str) -> list[str]:
+    """Flags for a few steps: torch takes longer to compile than to run them."""
+    return ["--backend", backend_name, *(["--no-compiled"] if backend_name == "torch" else [])]
+
+
 def as_json(capsys: pytest.CaptureFixture[str], *args: str) -> Any:
     capsys.readouterr()
     assert main([*args, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
+@hardly_depends_on_the_backend
 def test_train_leaves_a_run_folder(
     backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     result = as_json(
-        capsys, "train", *QUICK, "--backend", backend_name, "--dataset", "digits", "--out", str(out)
+        *(capsys, "train", *QUICK, *execution(backend_name)),
+        *("--dataset", "digits", "--out", str(out)),
     )
     assert result["steps"] == 4
     assert result["config"]["backend"] == backend_name
@@ -65,10 +73,11 @@ def test_train_leaves_a_run_folder(
     assert again["evaluation"] == evaluation
 
 
+@hardly_depends_on_the_backend
 def test_resume_ends_where_an_uninterrupted_run_does(
     backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*QUICK, "--backend", backend_name, "--no-plots", "--schedule", "constant"]
+    flags = [*QUICK, *execution(backend_name), "--no-plots", "--schedule", "constant"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     expected = as_json(capsys, "train", *flags, "--out", str(whole))
     as_json(capsys, "train", *flags, "--iterations", "3", "--out", str(parted))
@@ -89,7 +98,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(
 def test_every_algorithm_trains(
     algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, "--inner-steps", "2", "--backend", "torch", "--no-plots"]
+    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution("torch"), "--no-plots"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
@@ -126,7 +135,7 @@ def test_mistakes_say_what_is_meant_and_what_exists(
 def test_a_run_is_not_overwritten_by_accident(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*QUICK, "--backend", "torch", "--no-plots", "-q", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, *execution("torch"), "--no-plots", "-q", "--out", str(tmp_path / "run")]
     assert main(["train", *flags]) == 0
     assert main(["train", *flags]) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -192,7 +201,7 @@ def test_presets_are_settings_that_exist(name: str) -> None:
 def test_reproduce_compares_with_the_expected_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*QUICK[:2], "--eval-tasks", "5", "--backend", "torch", "--no-plots"]
+    flags = [*QUICK[:2], "--eval-tasks", "5", *execution("torch"), "--no-plots"]
     assert main(["reproduce", "sinusoid-maml", *flags, "--out", str(tmp_path / "run")]) == 1
     out = capsys.readouterr().out
     assert "expected at most 0.900" in out
@@ -206,7 +215,7 @@ def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "metaframe.cli", "train", *QUICK, "--backend", "torch"]
+    command = [sys.executable, "-m", "metaframe.cli", "train", *QUICK, *execution("torch")]
     done = subprocess.run(
         [*command, "--no-plots", "--out", str(tmp_path / "run")],
         env=PLAIN,
@@ -258,7 +267,7 @@ class Terminal:
 def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
-    terminal = Terminal("train", *flags, "--backend", "torch", "--out", out)
+    terminal = Terminal("train", *flags, *execution("torch"), "--out", out)
     terminal.expect("tasks/s")
     terminal.process.send_signal(signal.SIGINT)
     terminal.expect("saved; continue with: metaframe resume")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
+from frameworks import hardly_depends_on_the_backend
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
@@ -98,6 +99,7 @@ def test_evaluation_follows_the_adaptation(backend: Backend) -> None:
     assert found.loss.mean == pytest.approx(np.mean(expected, axis=0)[-1], rel=1e-12)
 
 
+@hardly_depends_on_the_backend
 def test_evaluation_with_an_inner_optimizer_that_has_state(backend: Backend) -> None:
     """Every point of the curve is where a whole inner loop of as many steps ends."""
     maml = learner(backend, update=optim.momentum())
@@ -134,6 +136,7 @@ def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) 
     assert runner.meta_step(tasks) != loss
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("count", [1, 49, 50, 51, 120])
 def test_batches_of_an_evaluation_do_not_show(backend: Backend, count: int) -> None:
     sampler = SinusoidTaskSampler(seed=3, split="test")
@@ -161,6 +164,7 @@ def test_inductive_and_transductive_differ_by_what_a_prediction_sees(backend: Ba
     assert found.inductive[0] == pytest.approx(np.mean((2 * np.array(together)) ** 2))
 
 
+@hardly_depends_on_the_backend
 def test_metric_is_reported_next_to_the_loss(backend: Backend) -> None:
     def worst(prediction: Any, target: Any) -> Any:
         return ops.max(ops.abs(prediction - target))
@@ -240,6 +244,7 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
         trainer(learner(backend), optim.sgd()).meta_step(zoo.tasks())
 
 
+@hardly_depends_on_the_backend
 def test_schedule_gives_each_step_its_rate(backend: Backend) -> None:
     scheduled, fixed = learner(backend), learner(backend)
     runner = trainer(scheduled, optim.sgd(), schedule=lambda s: (0.5, 0.25)[s])
@@ -256,6 +261,7 @@ class Stop(Callback):
             run.stop("enough")
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_prefetching_changes_nothing(backend: Backend, prefetch: bool) -> None:
     """Neither the tasks, nor where the sampler stands after a run that was stopped."""
@@ -328,6 +334,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_task(backend: Backend) -> 
         runner.meta_step(tasks)
 
 
+@hardly_depends_on_the_backend
 def test_early_stopping_waits_and_then_stops(backend: Backend) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as np_st
 
-from frameworks import BACKENDS, require
+from frameworks import BACKENDS, hardly_depends_on_the_backend, require
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import CheckpointError, InputError
@@ -59,6 +59,7 @@ def same(one: MetaTrainer, other: MetaTrainer) -> None:
         np.testing.assert_array_equal(value, arrays2[name], err_msg=name)
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("wrapper", [MAML, MetaSGD])
 def test_resume_is_exact(backend: Backend, tmp_path: Path, wrapper: Any) -> None:
     del backend
