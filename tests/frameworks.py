@@ -1,20 +1,7 @@
-"""Which frameworks the tests run on, and what a missing one means."""
+"""Which frameworks the tests run on."""
 
-from __future__ import annotations
-
-import importlib.util
-import os
-
-import pytest
+from metaframe.testing.plugin import require as require
+from metaframe.testing.plugin import required_backends
 
 BACKENDS = ("torch", "jax", "tensorflow")
-REQUIRED = frozenset(filter(None, os.environ.get("METAFRAME_REQUIRED_BACKENDS", "").split(",")))
-
-
-def require(name: str) -> None:
-    """Skip where the framework is missing; fail where it was promised."""
-    if importlib.util.find_spec(name) is not None:
-        return
-    if name in REQUIRED:
-        pytest.fail(f"{name} is not installed, and METAFRAME_REQUIRED_BACKENDS names it")
-    pytest.skip(f"{name} is not installed")
+REQUIRED = required_backends()

@@ -1,0 +1,1 @@
+"""Tests of meta-learning code: the backend matrix for pytest, assertions, the gradient doctor."""
