@@ -1,0 +1,89 @@
+"""Finite differences: the derivative of a cost without differentiating it.
+
+The fourth-order stencil (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12 h has an error of order h^4 from
+the function and of order eps / h from rounding. It is taken at several h; where neighbouring ones
+agree best is the answer, and how well they agree is how far to trust it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from metaframe.testing.subject import Gradient, Subject, Values
+
+SIZES = (1e-2, 2e-3, 4e-4, 8e-5)
+"""Steps h along a direction of norm 1."""
+TRUSTED = 1e-4
+"""A slope is used if its error is below this part of it."""
+
+
+class Slope(NamedTuple):
+    """The derivative along a line."""
+
+    value: float
+    error: float
+
+
+class Component(NamedTuple):
+    """One leaf of a gradient along a random direction, by differences and as claimed."""
+
+    name: str
+    slope: Slope
+    claimed: float
+    scale: float
+    """The norm of the gradient, to which differences are compared."""
+
+    def agrees(self, rtol: float) -> bool:
+        """Is the claim within `rtol` of the gradient's norm, and the differences' own error?"""
+        allowed = rtol * max(self.scale, abs(self.slope.value)) + 10 * self.slope.error
+        return bool(abs(self.slope.value - self.claimed) <= allowed)
+
+    @property
+    def known(self) -> bool:
+        """Is the cost smooth and repeatable enough for differences to say anything?"""
+        return self.slope.error <= TRUSTED * max(self.scale, abs(self.slope.value))
+
+
+def slope(fn: Callable[[float], float]) -> Slope:
+    """The derivative of `fn` at 0.
+
+    >>> import math
+    >>> abs(slope(lambda t: math.exp(2 * t)).value - 2.0) < 1e-11
+    True
+    """
+    estimates = []
+    for h in SIZES:
+        near, far = fn(h) - fn(-h), fn(2 * h) - fn(-2 * h)
+        estimates.append((8 * near - far) / (12 * h))
+    errors = np.abs(np.diff(estimates))
+    best = int(np.argmin(errors)) if np.all(np.isfinite(errors)) else 0
+    return Slope(float(estimates[best + 1]), float(errors[best]))
+
+
+def components(subject: Subject, gradient: Gradient, directions: int = 1) -> list[Component]:
+    """Every leaf of the gradient along random directions of norm 1."""
+    start = subject.numbers(subject.variables)
+    scale = float(np.sqrt(sum(np.sum(g**2) for g in gradient.arrays)))
+    rng = np.random.default_rng(0)
+    found = []
+    for i, (name, claimed) in enumerate(zip(subject.names, gradient.arrays, strict=True)):
+        for _ in range(directions if start[i].size else 0):
+            direction = rng.normal(size=start[i].shape)
+            direction /= np.linalg.norm(direction)
+            line = _line(subject, start, i, direction)
+            along = float(np.sum(claimed * direction))
+            found.append(Component(name, slope(line), along, scale))
+    return found
+
+
+def _line(
+    subject: Subject, start: list[Values], leaf: int, direction: Values
+) -> Callable[[float], float]:
+    def along(t: float) -> float:
+        moved = [x + t * direction if i == leaf else x for i, x in enumerate(start)]
+        return subject.cost_at(moved)
+
+    return along
