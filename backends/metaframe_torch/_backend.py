@@ -18,6 +18,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree
+from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
@@ -65,7 +66,7 @@ class TorchBackend(Backend):
 
     def from_dlpack(self, x: Any) -> Array | None:
         try:
-            return torch.from_dlpack(x)
+            return from_dlpack(x)
         except (BufferError, RuntimeError, TypeError, ValueError):
             return None  # a device or a dtype that torch does not take
 

@@ -173,3 +173,12 @@ def double(structure: tree.Tree, backend: Backend) -> tree.Tree:
         return backend.asarray(leaf, "float64" if backend.is_floating(leaf) else None)
 
     return tree.map(convert, structure)
+
+
+def distance(one: Gradient, other: Gradient) -> float:
+    """How far two results are apart, relative: the larger of the gradients' and the costs'."""
+    pairs = list(zip(one.arrays, other.arrays, strict=True))
+    apart = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
+    norm = np.sqrt(max(sum(np.sum(g**2) for g in pair) for pair in (one.arrays, other.arrays)))
+    cost = abs(one.cost - other.cost) / max(abs(one.cost), abs(other.cost), 1e-300)
+    return float(max(apart / max(norm, 1e-300), cost))
