@@ -115,9 +115,10 @@ def _on(name: str, fn: Callable[..., Any], args: Sequence[tree.Tree], dtype: str
     backend = load_backend(name)
 
     def place(leaf: Any) -> Any:
-        if owner(leaf) is not None:
+        if (found := owner(leaf)) is not None:
             raise InputTypeError(
-                f"assert_backends_agree takes NumPy arrays, received one of {owner(leaf)}."
+                f"assert_backends_agree takes NumPy arrays, received one of {found.name}. It makes "
+                "the arrays of each backend itself."
             )
         if not isinstance(leaf, np.ndarray):
             return leaf
@@ -179,7 +180,7 @@ def _changes(signatures: Sequence[tuple[Any, ...]]) -> Iterable[str]:
         if spec != first_spec:
             yield f"  program {i}: the arguments have another structure: {spec}, not {first_spec}"
             continue
-        chains = tree.key_chains(tree.unflatten(spec, kinds))
+        chains = tree.key_chains(tree.unflatten(spec, range(len(kinds))))
         for chain, kind, before in zip(chains, kinds, first, strict=True):
             if kind != before:
                 # The first part says whether it was an argument or a keyword argument.
