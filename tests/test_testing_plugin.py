@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,12 +10,9 @@ import pytest
 
 from frameworks import BACKENDS, require
 from metaframe.testing import plugin
+from nested_pytest import PLUGIN, ROOT, outcomes, run_pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "tests" / "sample_project"
-PLUGIN = "metaframe.testing.plugin"
-
-SHORT = ("-rA", "--show-capture=no", "--tb=short")
 
 WITHOUT_TENSORFLOW = "import sys; sys.modules['tensorflow'] = None\n"
 MATRIX = """
@@ -32,27 +25,6 @@ def test_matrix(backend_name):
 def test_gap(backend_name):
     assert backend_name != "jax"
 """
-
-
-def run_pytest(directory: Path, *args: str, **environment: str) -> tuple[int, str]:
-    """Exit code and output of pytest with the plugin, whether or not it is installed."""
-    source = os.pathsep.join(map(str, (ROOT, ROOT / "backends")))
-    cleared = {k: v for k, v in os.environ.items() if k != "METAFRAME_REQUIRED_BACKENDS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", *SHORT, *args],
-        cwd=directory,
-        env={**cleared, "PYTHONPATH": source, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def outcomes(output: str) -> dict[str, str]:
-    """Outcome by name and id of a test."""
-    found = re.findall(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) \S+::(\S+)", output, re.MULTILINE)
-    return {test: outcome for outcome, test in found}
 
 
 def test_the_entry_point_is_the_module() -> None:
