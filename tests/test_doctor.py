@@ -435,6 +435,8 @@ def test_bad_input(torch_arr: Call) -> None:
         check(torch_arr, 3)  # type: ignore[arg-type]
     with pytest.raises(InputTypeError, match="adaptation must be an Adaptation"):
         check(torch_arr, adaptation={"steps": 2})
+    with pytest.raises(InputError, match="Did you mean 'vmap'"):
+        check(torch_arr, executions=("vmp",))
     with pytest.raises(InputError, match="1 gradients for 2 variables"):
         check(torch_arr, step=lambda v, batch: (1.0, [v["w"]]))
 

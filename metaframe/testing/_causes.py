@@ -80,6 +80,8 @@ def _disconnected(subject: Subject, found: Gradient, wrong: Sequence[Component])
 
 def _ratio(wrong: Sequence[Component]) -> float | None:
     """What the right gradient is multiplied by, if it is."""
+    if any(c.slope.value == 0.0 for c in wrong):
+        return None
     ratios = np.array([c.claimed / c.slope.value for c in wrong])
     return float(ratios[0]) if np.ptp(ratios) <= 1e-5 * abs(ratios[0]) else None
 

@@ -7,13 +7,15 @@ agree best is the answer, and how well they agree is how far to trust it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from metaframe.testing.subject import Gradient, Subject, Values
 
+CostAt = Callable[[Sequence[Values]], float]
+"""The cost at values of the variables."""
 SIZES = (1e-2, 2e-3, 4e-4, 8e-5)
 """Steps h along a direction of norm 1."""
 TRUSTED = 1e-4
@@ -70,27 +72,32 @@ def slope(fn: Callable[[float], float]) -> Slope:
     return Slope(value, max(error, jumps[-1]) if kink else error)
 
 
-def components(subject: Subject, gradient: Gradient, directions: int = 1) -> list[Component]:
-    """Every leaf of the gradient along random directions of norm 1."""
+def components(
+    subject: Subject, gradient: Gradient, cost_at: CostAt | None = None
+) -> list[Component]:
+    """Every leaf of the gradient along a random direction of norm 1.
+
+    `cost_at` takes the place of the subject's own.
+    """
     start = subject.numbers(subject.variables)
     scale = float(np.sqrt(sum(np.sum(g**2) for g in gradient.arrays)))
     rng = np.random.default_rng(0)
     found = []
     for i, (name, claimed) in enumerate(zip(subject.names, gradient.arrays, strict=True)):
-        for _ in range(directions if start[i].size else 0):
-            drawn = rng.normal(size=start[i].shape)
-            direction = np.asarray(drawn / np.linalg.norm(drawn))
-            line = _line(subject, start, i, direction)
-            along = float(np.sum(claimed * direction))
-            found.append(Component(name, slope(line), along, scale))
+        if start[i].size == 0:
+            continue
+        drawn = rng.normal(size=start[i].shape)
+        direction = np.asarray(drawn / np.linalg.norm(drawn))
+        line = _line(cost_at or subject.cost_at, start, i, direction)
+        found.append(Component(name, slope(line), float(np.sum(claimed * direction)), scale))
     return found
 
 
 def _line(
-    subject: Subject, start: list[Values], leaf: int, direction: Values
+    cost_at: CostAt, start: list[Values], leaf: int, direction: Values
 ) -> Callable[[float], float]:
     def along(t: float) -> float:
         moved = [x + t * direction if i == leaf else x for i, x in enumerate(start)]
-        return subject.cost_at(moved)
+        return cost_at(moved)
 
     return along

@@ -7,13 +7,13 @@ first-order gradient, nothing, a multiple of the right one, tells the cause.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import tree
+from metaframe import checks, tree
 from metaframe.backend import backend_of, load_backend, use_backend
 from metaframe.convert import convert
 from metaframe.inner import Cost, Order
@@ -22,7 +22,15 @@ from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import Component, components
 from metaframe.testing.report import Finding, Report
-from metaframe.testing.subject import ONE_STEP, Adaptation, Gradient, Step, Subject, distance
+from metaframe.testing.subject import (
+    ONE_STEP,
+    Adaptation,
+    Gradient,
+    Step,
+    Subject,
+    Values,
+    distance,
+)
 from metaframe.testing.watch import Watch
 
 Execution = Literal["vmap", "scan", "compiled"]
@@ -76,6 +84,8 @@ def check_meta_gradient(
     >>> report.kinds()
     ('lost second-order term',)
     """
+    for name in executions:
+        checks.choice(name, "executions", EXECUTIONS)
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
         subject = Subject(cost, variables, batch, adaptation, step)
@@ -86,7 +96,7 @@ def check_meta_gradient(
                 examination.backends(backends)
             else:
                 examination.compared_with_ours()
-                examination.task_by_task()
+                examination.task_by_task(step)
     return examination.report()
 
 
@@ -122,9 +132,7 @@ class _Examination:
             return False
         if not self._repeatable(again, changed=bool(changed)):
             return False
-        with self._fixed():
-            found = components(subject, self._first)
-        self._judge(found)
+        self._judge(components(subject, self._first, self._cost_at))
         if self._seeded:
             self._unknown.append("other ways to run it: they draw other random numbers")
         return not self._seeded
@@ -147,23 +155,10 @@ class _Examination:
             self._unknown.append("finite differences: no two calls return the same cost")
         return self._seeded
 
-    @contextmanager
-    def _fixed(self) -> Iterator[None]:
-        """Every evaluation of the cost sees the same random numbers, if it sees any."""
-        if not self._seeded:
-            yield
-            return
-        subject, plain = self._subject, self._subject.cost_at
-
-        def replayed(values: Sequence[Any]) -> float:
-            with self._streams.replayed():
-                return plain(values)
-
-        subject.cost_at = replayed  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del subject.cost_at
+    def _cost_at(self, values: Sequence[Values]) -> float:
+        """The cost, with the same random numbers every time if it draws any."""
+        with self._streams.replayed() if self._seeded else nullcontext():
+            return self._subject.cost_at(values)
 
     def _judge(self, found: list[Component]) -> None:
         for c in found:
@@ -242,13 +237,12 @@ class _Examination:
         else:
             self._findings.append(_another(self._first, ours, gap))
 
-    def task_by_task(self) -> None:
+    def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
         subject = self._subject
-        assert subject.step is not None
         leaves, spec = tree.flatten(subject.batch)
         alone = [
-            subject.of_step(subject.step, tree.unflatten(spec, [x[i : i + 1] for x in leaves]))
+            subject.of_step(step, tree.unflatten(spec, [x[i : i + 1] for x in leaves]))
             for i in range(subject.tasks)
         ]
         mean = Gradient(
