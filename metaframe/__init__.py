@@ -17,6 +17,7 @@ from metaframe.backend import unset_backend as unset_backend
 from metaframe.backend import use_backend as use_backend
 from metaframe.compile import compile as compile
 from metaframe.container import Container as Container
+from metaframe.convert import convert as convert
 from metaframe.errors import MetaframeError as MetaframeError
 from metaframe.inner import inner_loop as inner_loop
 from metaframe.learners import ANIL as ANIL

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -91,6 +92,22 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def devices(self) -> tuple[str, ...]:
         """The names `device=` accepts here."""
+
+    def to_dlpack(self, x: Array) -> Any:
+        """`x` as a constant with `__dlpack__`, through which others take its memory."""
+        return self.stop_gradient(x)
+
+    def from_dlpack(self, x: Any) -> Array | None:
+        """The memory of `x`, of another backend's `to_dlpack`; None if it cannot be shared.
+
+        The dtype may come out narrower; the caller looks.
+        """
+        del x
+        return None
+
+    def double_precision(self) -> AbstractContextManager[object]:
+        """A block of code in which float64 is float64, if that has to be switched on."""
+        return nullcontext()
 
     # -- transforms ----------------------------------------------------------------------
 

@@ -74,6 +74,11 @@ class Compiled(Generic[P, R]):
         """How many programs have been traced and compiled."""
         return len(self._programs)
 
+    @property
+    def signatures(self) -> tuple[Any, ...]:
+        """What each program was made for: the structure of the arguments, then every leaf."""
+        return tuple(self._programs)
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the program for arguments like these, compiling it first if there is none."""
         leaves, spec = tree.flatten((args, kwargs))

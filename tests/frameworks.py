@@ -1,14 +1,12 @@
-"""Which frameworks the tests run on, and what a missing one means."""
-
-from __future__ import annotations
-
-import importlib.util
-import os
+"""Which frameworks the tests run on."""
 
 import pytest
 
+from metaframe.testing.plugin import require as require
+from metaframe.testing.plugin import required_backends
+
 BACKENDS = ("torch", "jax", "tensorflow")
-REQUIRED = frozenset(filter(None, os.environ.get("METAFRAME_REQUIRED_BACKENDS", "").split(",")))
+REQUIRED = required_backends()
 
 hardly_depends_on_the_backend = pytest.mark.parametrize(
     "backend_name",
@@ -16,12 +14,3 @@ hardly_depends_on_the_backend = pytest.mark.parametrize(
     indirect=True,
 )
 """All backends, by default the one that compiles nothing: for neutral code that takes a while."""
-
-
-def require(name: str) -> None:
-    """Skip where the framework is missing; fail where it was promised."""
-    if importlib.util.find_spec(name) is not None:
-        return
-    if name in REQUIRED:
-        pytest.fail(f"{name} is not installed, and METAFRAME_REQUIRED_BACKENDS names it")
-    pytest.skip(f"{name} is not installed")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import get_args
+
 import pytest
 
 import metaframe
-from documents import blocks, run
-from frameworks import require
+from documents import ROOT, blocks, run
+from frameworks import BACKENDS, require
+from metaframe.testing.report import Kind
+from nested_pytest import run_pytest
 
 LOOPS = dict(
     zip(("torch", "jax", "tensorflow", "any"), blocks("docs/training_loop.md"), strict=True)
@@ -47,3 +53,26 @@ def test_porting() -> None:
         assert all(p.grad.abs().max() > 0 for p in model.parameters())  # type: ignore[attr-defined]
     run(idioms[-1], "docs/porting.md", names)
     assert round(float(names["cost"]), 4) == 1.4007  # type: ignore[arg-type]
+
+
+def test_testing(tmp_path: Path) -> None:
+    """The doctor finds what the document says; the tests in it are run by pytest."""
+    for name in BACKENDS:
+        require(name)
+    *code, matrix, conversion = blocks("docs/testing.md")
+    names: dict[str, object] = {}
+    for block in [*code, conversion]:
+        run(block, "docs/testing.md", names)
+    (said,) = blocks("docs/testing.md", "text")
+    printed = str(names["report"]).splitlines()
+    for line, expected in zip(printed, said.splitlines(), strict=False):
+        assert line.startswith(expected.removesuffix("..."))
+    (tmp_path / "test_matrix.py").write_text(matrix)
+    exit_code, output = run_pytest(tmp_path, "--metaframe-backends=torch,jax")
+    assert exit_code == 0, output
+    assert "3 passed, 1 xfailed" in output
+    kinds = set(get_args(Kind)) - {"cannot be vectorised"}
+    table = set(
+        re.findall(r"^\| ([a-z -]+) \|", (ROOT / "docs/testing.md").read_text(), re.MULTILINE)
+    )
+    assert table - {"finding", "---"} == kinds

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -57,6 +59,20 @@ class JaxBackend(Backend):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
+
+    def from_dlpack(self, x: Any) -> Array | None:
+        try:
+            return jnp.from_dlpack(x)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            return None  # strides, a device or a dtype that XLA does not take
+
+    def double_precision(self) -> AbstractContextManager[object]:
+        # Older releases have it among the experimental functions only.
+        switch: Any = getattr(jax, "enable_x64", None)
+        if switch is None:
+            switch = importlib.import_module("jax.experimental").enable_x64
+        scope: AbstractContextManager[object] = switch(True)
+        return scope
 
     def dtype_name(self, x: Array) -> str:
         return str(x.dtype)

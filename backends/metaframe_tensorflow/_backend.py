@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,6 +15,9 @@ from metaframe_tensorflow._compile import compile_graph
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
+
+ALIGNMENT = 64
+"""Bytes: what Eigen may assume of a tensor's memory, at the most."""
 
 
 class TensorFlowBackend(Backend):
@@ -44,6 +48,18 @@ class TensorFlowBackend(Backend):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x.numpy())
+
+    def to_dlpack(self, x: Array) -> Any:
+        return tf.convert_to_tensor(x)
+
+    def from_dlpack(self, x: Any) -> Array | None:
+        try:
+            capsule = x.__dlpack__()
+            # TensorFlow takes unaligned memory, and aborts the process at the first use of it.
+            aligned = _address(capsule) % ALIGNMENT == 0
+            return tf.experimental.dlpack.from_dlpack(capsule) if aligned else None
+        except (BufferError, RuntimeError, TypeError, ValueError, tf.errors.OpError):
+            return None  # strides, a device or a dtype that TensorFlow does not take
 
     def dtype_name(self, x: Array) -> str:
         return str(x.dtype.name)
@@ -163,6 +179,18 @@ class TensorFlowBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
+
+
+def _address(capsule: Any) -> int:
+    """Where the memory begins that a DLPack capsule describes.
+
+    A DLTensor begins with the pointer; its byte offset comes last, at byte 40.
+    """
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    tensor = pointer_of(capsule, b"dltensor")
+    data, offset = (ctypes.c_uint64.from_address(tensor + at).value for at in (0, 40))
+    return int(data + offset)
 
 
 def _dense(grad: Any, x: Array) -> Array:

@@ -8,6 +8,7 @@ gradient to a graph and compiles that).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree
+from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
@@ -42,8 +44,8 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
-        if isinstance(x, np.ndarray) and not x.flags.writeable:
-            x = x.copy()  # torch would share the memory and warn that it could be written to
+        if isinstance(x, np.ndarray):
+            x = _readable(x)
         try:
             return torch.as_tensor(
                 x, dtype=None if dtype is None else getattr(torch, dtype), device=device
@@ -55,8 +57,18 @@ class TorchBackend(Backend):
             raise BackendError(f"torch has no device {device!r} here. Known: {known}.") from error
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        result: np.ndarray[Any, Any] = x.detach().cpu().numpy()
-        return result
+        x = x.detach().cpu().resolve_conj().resolve_neg()
+        if x.dtype == torch.bfloat16:
+            # Not a type of NumPy's own; the package that adds it comes with JAX and TensorFlow.
+            bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+            return np.asarray(x.contiguous().view(torch.int16).numpy().view(bfloat16))
+        return np.asarray(x.numpy())
+
+    def from_dlpack(self, x: Any) -> Array | None:
+        try:
+            return from_dlpack(x)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            return None  # a device or a dtype that torch does not take
 
     def dtype_name(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")
@@ -172,6 +184,15 @@ class TorchBackend(Backend):
         if torch._C._functorch.peek_interpreter_stack() is not None and callable(loss):
             return super().loss_gradient(loss, xs, first_order=first_order)
         return tape_gradient(loss, xs, first_order=first_order)
+
+
+def _readable(x: np.ndarray[Any, Any]) -> Any:
+    """`x` as something torch takes."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(x).view(np.int16)).view(torch.bfloat16)
+    # A read-only array is copied: torch would share the memory, and warn that it is not to be
+    # written to. A negative stride is nothing torch has.
+    return x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy()
 
 
 class _Rule(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,3 +246,24 @@ def bench(steps: int, as_json: bool, quiet: bool, **flags: Any) -> None:
     found = time_steps(resolve(given(flags)), steps)
     line = f"{found['backend']}: {found['step_ms']:.2f} ms a step, {found['first_s']:.1f} s first"
     output.result(found, [line])
+
+
+@cli.command()
+@click.argument("target", metavar="MODULE:FUNCTION")
+@click.option("--backend", help="Select a backend first; default: the function's arrays decide.")
+@click.option("--compare", default="", help="Backends to compare with, such as jax,tensorflow.")
+@_modes
+def doctor(target: str, backend: str | None, compare: str, as_json: bool, quiet: bool) -> None:
+    """Examine a meta-gradient: is it right, and if not, what is wrong with it?
+
+    The function takes no arguments and returns those of metaframe.testing.check_meta_gradient as a
+    dict: cost, variables, batch, and if you like adaptation and step. The exit code is 1 if
+    anything is wrong or could not be told.
+    """
+    from metaframe.cli.doctor import examine
+
+    output = Output(as_json=as_json, quiet=quiet)
+    report = examine(target, backend, [name for name in compare.split(",") if name])
+    output.result({"ok": report.ok, **dataclasses.asdict(report)}, report.lines())
+    if not report.ok:
+        sys.exit(FAILED)

@@ -1,0 +1,351 @@
+"""The gradient doctor: is this meta-gradient right, and if not, what is wrong with it?
+
+The judge is finite differences of the cost itself. What a wrong gradient equals instead, the
+first-order gradient, nothing, a multiple of the right one, tells the cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+
+from metaframe import checks, tree
+from metaframe.backend import backend_of, load_backend, use_backend
+from metaframe.convert import convert
+from metaframe.inner import Cost, Order
+from metaframe.testing._causes import causes, redrawn
+from metaframe.testing._locate import not_finite
+from metaframe.testing._random import Streams
+from metaframe.testing.differences import Component, components
+from metaframe.testing.report import Finding, Report
+from metaframe.testing.subject import (
+    ONE_STEP,
+    Adaptation,
+    Gradient,
+    Step,
+    Subject,
+    Values,
+    distance,
+)
+from metaframe.testing.watch import Watch
+
+Execution = Literal["vmap", "scan", "compiled"]
+EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
+AGREE = 1e-9
+"""Relative: how far two ways of computing one gradient in float64 may differ."""
+
+
+def check_meta_gradient(
+    cost: Cost,
+    variables: tree.Tree,
+    batch: tree.Tree,
+    adaptation: Adaptation = ONE_STEP,
+    *,
+    step: Step | None = None,
+    backends: Sequence[str] = (),
+    executions: Sequence[Execution] = EXECUTIONS,
+) -> Report:
+    """Examine a meta-gradient: metaframe's of your cost, or that of your own `step`.
+
+    In float64: finite differences of every variable; two calls against each other; a loop over
+    tasks against vmap, scan and the compiled function; backend against backend; arrays changed in
+    place; values that are not finite; for a step of your own, also metaframe's answer.
+
+    Args:
+        cost: `cost(batch, v) -> scalar` for one task.
+        variables: where the gradient is taken.
+        batch: all tasks; every leaf has a leading task axis.
+        adaptation: what happens before the cost is taken, default one step at rate 0.01.
+        step: your own `(variables, batch) -> (cost, gradients)`, which is then what is examined.
+        backends: further backends to run on, for a `cost` written in `metaframe.ops`.
+        executions: which ways of running to compare with the loop, default all.
+
+    Returns:
+        a `Report`: `.ok`, `.findings`, and a text from `str`.
+
+    Raises:
+        InputError, InputTypeError: bad arguments. What your function raises is passed on.
+
+    >>> import torch
+    >>> def detaching(v, grads, lr, stop_gradients):
+    ...     return {name: v[name] - lr * grads[name].detach() for name in v}
+    >>> def cost(task, v):
+    ...     return (v["w"] - task) ** 4
+    >>> v, tasks = {"w": torch.tensor(0.5)}, torch.tensor([1.0, 2.0])
+    >>> check_meta_gradient(cost, v, tasks, executions=("vmap",)).ok
+    True
+    >>> report = check_meta_gradient(
+    ...     cost, v, tasks, Adaptation(update=detaching), executions=("vmap",)
+    ... )
+    >>> report.kinds()
+    ('lost second-order term',)
+    """
+    for name in executions:
+        checks.choice(name, "executions", EXECUTIONS)
+    backend = backend_of(*tree.leaves((variables, batch)))
+    with backend.double_precision():
+        subject = Subject(cost, variables, batch, adaptation, step)
+        examination = _Examination(subject)
+        if examination.gradient():
+            if step is None:
+                examination.executions(executions)
+                examination.backends(backends)
+            else:
+                examination.compared_with_ours()
+                examination.task_by_task(step)
+    return examination.report()
+
+
+class _Examination:
+    """The checks, and what they found so far."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._streams = Streams(subject.backend)
+        self._seeded = False
+        self._findings: list[Finding] = []
+        self._passed: list[str] = []
+        self._unknown: list[str] = []
+
+    def report(self) -> Report:
+        findings = sorted(self._findings, key=lambda finding: not finding.wrong)
+        return Report(tuple(findings), tuple(self._passed), tuple(self._unknown))
+
+    def gradient(self) -> bool:
+        """The gradient itself; is it worth looking any further?"""
+        subject = self._subject
+        roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
+        roots |= {"update": subject.adaptation.update, "step": subject.step}
+        watch = Watch({"variables": subject.variables, "batch": subject.batch, **roots})
+        self._first = subject.gradient()
+        again = subject.gradient()
+        changed = watch.changed()
+        if changed:
+            self._findings.append(_in_place(changed))
+        bad = not_finite(subject, self._first)
+        if bad is not None:
+            self._findings.append(bad)
+            return False
+        if not self._repeatable(again, changed=bool(changed)):
+            return False
+        self._judge(components(subject, self._first, self._cost_at))
+        if self._seeded:
+            self._unknown.append("other ways to run it: they draw other random numbers")
+        return not self._seeded
+
+    def _repeatable(self, again: Gradient, *, changed: bool) -> bool:
+        """Do two calls give one result, if need be with every random stream set back?"""
+        if _near(self._first, again):
+            self._passed.append("two calls give the same cost and gradient")
+            return True
+        if changed:
+            self._unknown.append("finite differences: what is changed in place changes the cost")
+            return False
+        with self._streams.replayed():
+            self._first = self._subject.gradient()
+        with self._streams.replayed():
+            again = self._subject.gradient()
+        self._findings.append(_random())
+        self._seeded = _near(self._first, again)
+        if not self._seeded:
+            self._unknown.append("finite differences: no two calls return the same cost")
+        return self._seeded
+
+    def _cost_at(self, values: Sequence[Values]) -> float:
+        """The cost, with the same random numbers every time if it draws any."""
+        with self._streams.replayed() if self._seeded else nullcontext():
+            return self._subject.cost_at(values)
+
+    def _judge(self, found: list[Component]) -> None:
+        for c in found:
+            if not c.known:
+                self._unknown.append(
+                    f"finite differences in {c.name!r}: the cost is not smooth at this point"
+                )
+        known = [c for c in found if c.known]
+        unused = [c for c in known if c.claimed == 0.0 and abs(c.slope.value) <= 10 * c.slope.error]
+        if unused:
+            self._findings.append(_unused(unused, self._subject.tasks))
+        wrong = [c for c in known if not c.agrees(1e-7)]
+        if wrong:
+            self._findings += self._causes(wrong)
+        elif known:
+            worst = max(abs(c.slope.value - c.claimed) / max(c.scale, 1e-300) for c in known)
+            self._passed.append(
+                f"finite differences in {len(known)} variables, largest difference {worst:.1e} "
+                "of the gradient"
+            )
+
+    def _causes(self, wrong: list[Component]) -> list[Finding]:
+        if self._seeded:
+            return [redrawn(wrong)]
+        first_order = self._ours(order=1) if self._subject.adaptation.steps else None
+        return causes(self._subject, self._first, wrong, first_order)
+
+    def _ours(self, order: Order) -> Gradient | None:
+        """Metaframe's gradient of the cost, if it is a function that can be transformed."""
+        try:
+            return self._subject.reference(order=order)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+            kind = {1: "first-order", 2: "second-order"}[order]
+            self._unknown.append(f"metaframe's {kind} gradient of this cost: {_summary(error)}")
+            return None
+
+    def executions(self, names: Sequence[Execution]) -> None:
+        """The loop against the other ways to run the same gradient."""
+        ways: dict[Execution, Callable[[], Gradient]] = {
+            "vmap": lambda: self._subject.reference("vmap"),
+            "scan": lambda: self._subject.reference("scan"),
+            "compiled": lambda: self._subject.reference("loop", compiled=True),
+        }
+        for name in names:
+            try:
+                other = ways[name]()
+            except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
+                self._findings.append(_failed(name, error))
+                continue
+            self._compare(
+                f"{name} and a loop over tasks", other, _EXECUTIONS, "executions disagree"
+            )
+
+    def backends(self, names: Sequence[str]) -> None:
+        """The same on other backends."""
+        given = self._subject
+        for name in names:
+            backend = load_backend(name)
+            with backend.double_precision(), use_backend(name, dtype="float64"):
+                v, batch = convert((given.variables, given.batch), to=name)
+                lr = convert(given.adaptation.lr, to=name)
+                adaptation = dataclasses.replace(given.adaptation, lr=lr)
+                other = Subject(given.cost, v, batch, adaptation).gradient()
+            pair = f"{given.backend.name} and {name}"
+            self._compare(pair, other, _BACKENDS, "backends disagree")
+
+    def compared_with_ours(self) -> None:
+        """A user's step against metaframe's meta-gradient of what it is said to compute."""
+        if any(f.wrong for f in self._findings) or (ours := self._ours(order=2)) is None:
+            return
+        gap = distance(self._first, ours)
+        if gap <= AGREE:
+            self._passed.append(f"metaframe's own gradient differs by {gap:.1e}")
+        elif gap < 1e-5:
+            self._findings.append(_rounded(gap))
+        else:
+            self._findings.append(_another(self._first, ours, gap))
+
+    def task_by_task(self, step: Step) -> None:
+        """A user's step on all tasks at once against the mean of its results on each alone."""
+        subject = self._subject
+        leaves, spec = tree.flatten(subject.batch)
+        alone = [
+            subject.of_step(step, tree.unflatten(spec, [x[i : i + 1] for x in leaves]))
+            for i in range(subject.tasks)
+        ]
+        mean = Gradient(
+            float(np.mean([g.cost for g in alone])),
+            tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
+        )
+        self._compare("all tasks at once and one by one", mean, _MIXED, "executions disagree")
+
+    def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
+        gap = distance(self._first, other)
+        if gap <= AGREE:
+            self._passed.append(f"{pair} differ by {gap:.1e}")
+            return
+        names = [
+            name
+            for name, a, b in zip(
+                self._subject.names, self._first.arrays, other.arrays, strict=True
+            )
+            if not np.allclose(a, b, rtol=AGREE, atol=AGREE * float(np.max(np.abs(a), initial=0)))
+        ]
+        where = ", ".join(map(repr, names)) or "the cost"
+        self._findings.append(Finding(kind, where, f"{pair} differ by {gap:.1e}", advice))
+
+
+_EXECUTIONS = (
+    "Make the function pure: no counters, lists or caches that a call changes, no branch on "
+    "values, no random numbers that are not arguments."
+)
+_BACKENDS = "Use functions of metaframe.ops and metaframe.nn only, and no dtype written out."
+_MIXED = (
+    "Find what mixes tasks: batch statistics or a reduction over the task axis, a sum where a mean "
+    "is meant, state carried from task to task. Or take the gradient of each task inside the map, "
+    "vmap(grad), instead of the gradient of a mean over the map."
+)
+
+
+def _near(one: Gradient, other: Gradient) -> bool:
+    # Threads may add in another order.
+    return distance(one, other) <= 1e-12
+
+
+def _in_place(names: Sequence[str]) -> Finding:
+    return Finding(
+        "in-place change",
+        ", ".join(names),
+        "calling the function changed its values",
+        "Return the new value instead of writing it: under vmap, compilation and recomputation a "
+        "write happens once, not at all, or more than once. Freeze running statistics, or use "
+        "those of the batch.",
+    )
+
+
+def _random() -> Finding:
+    return Finding(
+        "randomness",
+        "",
+        "two calls with the same arguments differ",
+        "Make random numbers an argument: draw masks or keys outside and pass them in the batch.",
+        wrong=False,
+    )
+
+
+def _unused(found: Sequence[Component], tasks: int) -> Finding:
+    return Finding(
+        "unused variable",
+        ", ".join(sorted({repr(c.name) for c in found})),
+        f"no gradient in any of {tasks} tasks, and moving it does not change the cost",
+        "Take it out of the variables, or use it.",
+        wrong=False,
+    )
+
+
+def _failed(name: str, error: Exception) -> Finding:
+    return Finding(
+        "cannot be vectorised",
+        name,
+        _summary(error),
+        'Choose with ops.where instead of `if`, or run tasks one by one: task_map="loop" and '
+        "without compile.",
+        wrong=False,
+    )
+
+
+def _summary(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _rounded(gap: float) -> Finding:
+    return Finding(
+        "lost precision",
+        "step",
+        f"in float64 it differs from metaframe's by {gap:.1e}, the size of a rounding to float32",
+        "Find the number that goes through float32: a constant such as tf.cast(0.01, tf.float64), "
+        "an array without a dtype, a cast. Write tf.constant(0.01, tf.float64).",
+    )
+
+
+def _another(found: Gradient, ours: Gradient, gap: float) -> Finding:
+    return Finding(
+        "another cost",
+        "step",
+        f"its gradient is that of its cost {found.cost:.9g}, which is not the cost {ours.cost:.9g} "
+        f"after the adaptation as described; the gradients differ by {gap:.1e}",
+        "Compare learning rate, number of steps, data and reduction of both.",
+    )

@@ -1,0 +1,184 @@
+"""What is checked: a meta-cost and the gradient that is claimed for it, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaframe import checks, optim, tree
+from metaframe.backend import Array, Backend, backend_of, is_neutral
+from metaframe.errors import InputError, InputTypeError
+from metaframe.inner import Cost, Mode, Order, inner_loop
+from metaframe.meta import TaskMap, map_tasks, meta_value_and_grad
+from metaframe.objectives import BatchFn
+
+Values = np.ndarray[Any, Any]
+Step = Callable[[tree.Tree, tree.Tree], Any]
+"""`(variables, batch) -> (cost, gradients, ...)`, such as `meta_value_and_grad` returns."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How the variables adapt to a task before the cost is taken.
+
+    Args:
+        steps: inner steps, 0 or more.
+        lr: the inner learning rate; `None` if `update` brings its own.
+        update: as for `metaframe.inner_loop`.
+        outer_cost: `cost(batch, v)` at the adapted variables; default: the inner cost.
+        inner_batch_fn: applied to a task before the inner cost, such as taking the support set.
+        outer_batch_fn: the same for the outer cost.
+        mode: "reverse", "remat" or "mixed".
+    """
+
+    steps: int = 1
+    lr: optim.Rate = 0.01
+    update: Any = optim.gradient_descent_update
+    outer_cost: Cost | None = None
+    inner_batch_fn: BatchFn | None = None
+    outer_batch_fn: BatchFn | None = None
+    mode: Mode = "reverse"
+
+    def adapted(
+        self, cost: Cost, v: tree.Tree, task: tree.Tree, *, steps: int, order: Order = 2
+    ) -> tree.Tree:
+        """The variables after `steps` inner steps on one task."""
+        inner = self.inner_batch_fn(task) if self.inner_batch_fn else task
+        how: dict[str, Any] = {"lr": self.lr, "update": self.update, "mode": self.mode}
+        return inner_loop(cost, v, inner, steps=steps, order=order, **how)
+
+    def task_cost(
+        self, cost: Cost, backend: Backend, order: Order = 2
+    ) -> Callable[[tree.Tree, tree.Tree], Array]:
+        """`(v, task) -> cost after adaptation`."""
+        outer = checks.scalar_cost(self.outer_cost or cost, "outer_cost", backend)
+
+        def call(v: tree.Tree, task: tree.Tree) -> Array:
+            adapted = self.adapted(cost, v, task, steps=self.steps, order=order)
+            return outer(self.outer_batch_fn(task) if self.outer_batch_fn else task, adapted)
+
+        return call
+
+
+ONE_STEP = Adaptation()
+
+
+class Gradient(NamedTuple):
+    """A cost and its gradient, as numbers."""
+
+    cost: float
+    leaves: tuple[Values | None, ...]
+    """One a variable, None where a step under test returned None."""
+
+    @property
+    def arrays(self) -> tuple[Values, ...]:
+        """The leaves, with 0 for None."""
+        return tuple(np.zeros(()) if leaf is None else leaf for leaf in self.leaves)
+
+
+class Subject:
+    """A meta-cost, its variables and batch in float64, and ways to get its gradient.
+
+    Args:
+        cost: `cost(batch, v) -> scalar` for one task.
+        variables: where the gradient is taken.
+        batch: all tasks; every leaf has a leading task axis.
+        adaptation: what happens before the cost is taken.
+        step: whose gradient is in question; default: metaframe's own.
+    """
+
+    def __init__(
+        self,
+        cost: Cost,
+        variables: tree.Tree,
+        batch: tree.Tree,
+        adaptation: Adaptation = ONE_STEP,
+        step: Step | None = None,
+    ) -> None:
+        checks.function(cost, "cost")
+        if step is not None:
+            checks.function(step, "step")
+        if not isinstance(adaptation, Adaptation):
+            raise InputTypeError(
+                f"adaptation must be an Adaptation, received {type(adaptation).__name__}. Write "
+                "Adaptation(steps=2, lr=0.1)."
+            )
+        self.cost, self.adaptation, self.step = cost, adaptation, step
+        self.backend = backend_of(*tree.leaves(variables), *tree.leaves(batch))
+        self.variables = double(variables, self.backend)
+        self.batch = double(batch, self.backend)
+        self.tasks = checks.tasks(self.batch, None)
+        self.names = tree.key_chains(self.variables)
+        checks.variables(self.variables, (True,) * len(self.names), self.backend, "variables")
+        self.task_cost = adaptation.task_cost(cost, self.backend)
+
+    def numbers(self, structure: tree.Tree) -> list[Values]:
+        """The leaves of a structure of arrays, in NumPy."""
+        return [np.array(self.backend.to_numpy(leaf)) for leaf in tree.leaves(structure)]
+
+    def cost_at(self, values: Sequence[Values]) -> float:
+        """The meta-cost with `values` in the place of the variables."""
+        arrays = [self.backend.asarray(x, "float64") for x in values]
+        v = tree.unflatten(tree.structure(self.variables), arrays)
+        if self.step is not None:
+            return self._number(self.step(v, self.batch)[0])
+        of_task = map_tasks(lambda task: self.task_cost(v, task), task_map="loop")
+        return float(np.mean(self.backend.to_numpy(of_task(self.batch))))
+
+    def gradient(self) -> Gradient:
+        """The cost and the gradient in question."""
+        if self.step is None:
+            return self.reference()
+        return self.of_step(self.step, self.batch)
+
+    def of_step(self, step: Step, batch: tree.Tree) -> Gradient:
+        """What a step returns, its gradients brought into the order of the variables."""
+        cost, grads, *_ = step(self.variables, batch)
+        leaves, _ = tree.flatten(grads, is_leaf=lambda node: node is None)
+        if len(leaves) != len(self.names):
+            raise InputError(
+                f"step returned {len(leaves)} gradients for {len(self.names)} variables "
+                f"{list(self.names)}. Return (cost, gradients in the structure of the variables)."
+            )
+        return Gradient(
+            self._number(cost),
+            tuple(None if g is None else np.array(self.backend.to_numpy(g)) for g in leaves),
+        )
+
+    def reference(
+        self, task_map: TaskMap = "loop", *, order: Order = 2, compiled: bool = False
+    ) -> Gradient:
+        """Metaframe's own meta-gradient, run in one of its ways."""
+        from metaframe.compile import compile as compile_whole
+
+        task_cost = self.adaptation.task_cost(self.cost, self.backend, order)
+        step: Step = meta_value_and_grad(task_cost, task_map=task_map)
+        return self.of_step(compile_whole(step) if compiled else step, self.batch)
+
+    def _number(self, cost: Any) -> float:
+        return float(self.backend.to_numpy(cost)) if self.backend.owns(cost) else float(cost)
+
+
+def double(structure: tree.Tree, backend: Backend) -> tree.Tree:
+    """`structure` as constant arrays of the backend, floating ones in float64."""
+
+    def convert(leaf: Any) -> Any:
+        if is_neutral(leaf):
+            values = np.asarray(leaf)
+            return backend.asarray(values, "float64" if values.dtype.kind == "f" else None)
+        leaf = backend.stop_gradient(leaf)
+        return backend.asarray(leaf, "float64" if backend.is_floating(leaf) else None)
+
+    return tree.map(convert, structure)
+
+
+def distance(one: Gradient, other: Gradient) -> float:
+    """How far two results are apart, relative: the larger of the gradients' and the costs'."""
+    pairs = list(zip(one.arrays, other.arrays, strict=True))
+    apart = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
+    norm = np.sqrt(max(sum(np.sum(g**2) for g in pair) for pair in (one.arrays, other.arrays)))
+    cost = abs(one.cost - other.cost) / max(abs(one.cost), abs(other.cost), 1e-300)
+    return float(max(apart / max(norm, 1e-300), cost))
