@@ -1,5 +1,7 @@
 """Which frameworks the tests run on."""
 
+import functools
+
 import pytest
 
 from metaframe.testing.plugin import require as require
@@ -8,9 +10,14 @@ from metaframe.testing.plugin import required_backends
 BACKENDS = ("torch", "jax", "tensorflow")
 REQUIRED = required_backends()
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+compiles_on_torch = pytest.mark.parametrize(
+    "backend_name", ["jax", "tensorflow", slow("torch")], indirect=True
+)
+"""All backends, by default those that compile quickly."""
+
 hardly_depends_on_the_backend = pytest.mark.parametrize(
-    "backend_name",
-    ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jax", "tensorflow"))],
-    indirect=True,
+    "backend_name", ["torch", slow("jax"), slow("tensorflow")], indirect=True
 )
 """All backends, by default the one that compiles nothing: for neutral code that takes a while."""

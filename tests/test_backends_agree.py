@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from closed_form import assert_close
-from frameworks import require
+from frameworks import compiles_on_torch, require, slow
 from meta_problems import OPTIMIZERS, MetaProblem, classification, meta_step, quick, regression
 from metaframe import compile as compile_whole
 from metaframe import tree, use_backend
@@ -22,8 +22,6 @@ Call = Callable[..., Any]
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
 PROBLEMS: dict[str, Callable[[], MetaProblem]] = {"mlp": regression, "conv4": classification}
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -96,6 +94,7 @@ def test_compiled(backend: Any, arr: Call, to_np: Call, problem: str, batched: A
     )
 
 
+@compiles_on_torch
 @pytest.mark.parametrize("problem", ["mlp", slow("conv4")])
 def test_compiled_vectorised(backend: Any, arr: Call, to_np: Call, problem: str) -> None:
     made = PROBLEMS[problem]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections import namedtuple
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from closed_form import RATE, SIZE, Problem, assert_close, mask, support_cost, unpacked
-from frameworks import require
+from frameworks import require, slow
 from meta_problems import classification, quick
 from metaframe import (
     apply_updates,
@@ -28,8 +27,6 @@ from metaframe import (
 Call = Callable[..., Any]
 
 MODES = ["reverse", "remat", "mixed"]
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(params=MODES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 import pytest
 
 from closed_form import RATE, Problem, assert_close, query_cost, support_cost, unpacked
-from frameworks import require
+from frameworks import require, slow
 from metaframe import MetaResult, inner_loop, maml_step, meta_value_and_grad, ops, use_backend
 
 Call = Callable[..., Any]
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 VARIABLES = {"bias": np.array(0.5), "w": np.array([1.0, -2.0])}
 TASKS = {"x": np.arange(10.0).reshape(5, 2) / 5, "y": np.linspace(-1, 1, 5)}

@@ -22,7 +22,7 @@ from cases import (
     slope,
     weights,
 )
-from frameworks import require
+from frameworks import compiles_on_torch, require
 from metaframe import nn, ops, tree
 from metaframe.backend import Backend, load_backend, use_backend
 from metaframe.errors import BackendError, InputError, InputTypeError
@@ -215,6 +215,7 @@ LARGEST: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 }
 
 
+@compiles_on_torch
 @pytest.mark.parametrize("name", LARGEST)
 def test_fused_code_loses_no_winner(backend: Backend, name: str) -> None:
     """Compared with a maximum that was computed elsewhere, an element may differ in the last bit.

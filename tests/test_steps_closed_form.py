@@ -19,17 +19,13 @@ from closed_form import (
     support_cost,
     unpacked,
 )
-from frameworks import BACKENDS
+from frameworks import BACKENDS, slow
 from metaframe import compile as compile_whole
 from metaframe import fomaml_step, maml_step, reptile_step
 
 Call = Callable[..., Any]
 
 LAYOUTS = [True, False, "vmap", "scan"]
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 GRID = [

@@ -33,6 +33,7 @@ def test_the_entry_point_is_the_module() -> None:
     assert project["entry-points"]["pytest11"] == {PLUGIN: PLUGIN}
 
 
+@pytest.mark.slow
 def test_a_sample_project() -> None:
     """Another project's tests, over the backend matrix."""
     for name in BACKENDS:

@@ -5,7 +5,6 @@ Every test here fails if metaframe ever takes the path that its docstring descri
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, get_args
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from closed_form import assert_close
-from frameworks import require
+from frameworks import require, slow
 from meta_problems import meta_step, quick, regression
 from metaframe import (
     fomaml_step,
@@ -31,8 +30,6 @@ from metaframe import (
 from metaframe.inner import Mode
 
 Call = Callable[..., Any]
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 # -- fused normalisation in torch ------------------------------------------------------------
