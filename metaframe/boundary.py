@@ -16,7 +16,7 @@ import numpy as np
 from metaframe.errors import InputTypeError
 
 if TYPE_CHECKING:
-    from metaframe.models.adapter import ModelAdapter
+    from metaframe.models.adapter import ModelAdapter, NamedParameters
     from metaframe.optable import NNTable, OpsTable
 
 Array = Any
@@ -228,7 +228,7 @@ class Backend(abc.ABC):
         del model
         return None
 
-    def live(self, values: dict[str, Array]) -> ModelAdapter | None:
+    def live(self, values: dict[str, Array]) -> NamedParameters | None:
         """`values` as parameters that the framework's own optimizers can update, if it has such."""
         del values
         return None

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.models import Forward, LearnedValues, ModelAdapter
+from metaframe.models import Forward, ModelAdapter, NamedParameters
 
 Params = dict[str, Array]
 
@@ -98,7 +98,7 @@ class _Substitution:
         return node
 
 
-class VariablesAdapter(LearnedValues):
+class VariablesAdapter(NamedParameters):
     """Learned values as variables, for Keras optimizers to update."""
 
     def __init__(self, values: Params, backend: Backend) -> None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
-from metaframe.models import Forward, LearnedValues, ModelAdapter
+from metaframe.models import Forward, ModelAdapter, NamedParameters
 
 DROPOUTS = frozenset(
     {
@@ -196,7 +196,7 @@ def _as_it_is() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-class LearnedAdapter(LearnedValues):
+class LearnedAdapter(NamedParameters):
     """Learned values as an `nn.ParameterDict`, whose names cannot hold a dot."""
 
     def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:

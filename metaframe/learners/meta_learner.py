@@ -19,7 +19,7 @@ from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.wrapper import Wrapper
 from metaframe.meta import MetaResult, TaskMap
-from metaframe.models import ModelAdapter
+from metaframe.models import ModelAdapter, NamedParameters
 from metaframe.models.values import live
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MetaLearner(Wrapper):
         self.module = adapter.model
         self._adapter = adapter
         self._method = method
-        self._learned: ModelAdapter | None = None
+        self._learned: NamedParameters | None = None
         self._schedule: Params = {}
         self._programs: dict[Hashable, Callable[..., MetaResult]] = {}
 

@@ -14,16 +14,16 @@ come from anywhere and `params` is any structure of arrays, such as
 
 from metaframe.models.adapter import Forward as Forward
 from metaframe.models.adapter import ModelAdapter as ModelAdapter
+from metaframe.models.adapter import NamedParameters as NamedParameters
 from metaframe.models.find import FunctionalModel as FunctionalModel
 from metaframe.models.find import adapter_of as adapter_of
 from metaframe.models.find import functional as functional
-from metaframe.models.values import LearnedValues as LearnedValues
 
 __all__ = [
     "Forward",
     "FunctionalModel",
-    "LearnedValues",
     "ModelAdapter",
+    "NamedParameters",
     "adapter_of",
     "functional",
 ]

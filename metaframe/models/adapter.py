@@ -43,37 +43,20 @@ class Forward:
         checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
 
 
-class ModelAdapter(abc.ABC):
-    """A model of any framework."""
+class NamedParameters(abc.ABC):
+    """Parameters by name, wherever a framework keeps them: a model's, or learned values alone."""
 
     model: Any
-    """The user's model, with the current parameters."""
+    """What holds them, with the current values: the user's model."""
     backend: Backend
-    output_first: bool = False
-    """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
 
     @abc.abstractmethod
     def params(self) -> Params:
         """The parameters, live where the framework's are, in the model's own order."""
 
     @abc.abstractmethod
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
-        """The model's output with these values in place of its own, and the state it leaves."""
-
-    @abc.abstractmethod
     def write(self, params: Params) -> None:
         """Make `params`, which are complete and of the right shapes, the model's parameters."""
-
-    def state(self) -> Params:
-        """Arrays that are no parameters: running statistics, random keys. Default: none."""
-        return {}
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters to differentiate. Default: every floating one."""
@@ -82,14 +65,6 @@ class ModelAdapter(abc.ABC):
     def variables(self) -> dict[str, Any]:
         """What the framework's own optimizers update. Default: the parameters."""
         return dict(self.params())
-
-    def adaptable(self) -> tuple[str, ...]:
-        """Names of the parameters an inner loop may adapt. Default: those that are trained."""
-        return self.trainable()
-
-    def signature(self) -> Hashable:
-        """What, besides arrays, decides what `call` computes, such as a training flag."""
-        return None
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set parameters by name; those not named keep their values.
@@ -107,3 +82,33 @@ class ModelAdapter(abc.ABC):
                     f"{tuple(value.shape)}."
                 )
         self.write({**params, **values})
+
+
+class ModelAdapter(NamedParameters):
+    """A model of any framework."""
+
+    output_first: bool = False
+    """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
+
+    @abc.abstractmethod
+    def call(
+        self,
+        params: Params,
+        state: Params,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Params]:
+        """The model's output with these values in place of its own, and the state it leaves."""
+
+    def state(self) -> Params:
+        """Arrays that are no parameters: running statistics, random keys. Default: none."""
+        return {}
+
+    def adaptable(self) -> tuple[str, ...]:
+        """Names of the parameters an inner loop may adapt. Default: those that are trained."""
+        return self.trainable()
+
+    def signature(self) -> Hashable:
+        """What, besides arrays, decides what `call` computes, such as a training flag."""
+        return None

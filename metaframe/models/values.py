@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 from metaframe.backend import Backend
-from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.adapter import NamedParameters, Params
 
 
-class LearnedValues(ModelAdapter):
-    """Named values without a forward pass: the base of every framework's own kind."""
-
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> NoReturn:
-        """Not possible."""
-        raise NotImplementedError("learned values are not a model")
-
-
-class ValuesAdapter(LearnedValues):
+class ValuesAdapter(NamedParameters):
     """Named arrays, for frameworks without parameter objects."""
 
     def __init__(self, values: Params, backend: Backend) -> None:
@@ -39,6 +22,6 @@ class ValuesAdapter(LearnedValues):
         self.model = dict(params)
 
 
-def live(values: Params, backend: Backend) -> ModelAdapter:
+def live(values: Params, backend: Backend) -> NamedParameters:
     """`values` as parameters: the framework's own kind, if it has one."""
     return backend.live(values) or ValuesAdapter(values, backend)
