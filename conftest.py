@@ -27,6 +27,10 @@ if "CUDA_VISIBLE_DEVICES" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
+# Most of JAX's time here goes into compiling single operations, the same ones in every worker.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -93,6 +93,10 @@ class Backend(abc.ABC):
     def devices(self) -> tuple[str, ...]:
         """The names `device=` accepts here."""
 
+    @abc.abstractmethod
+    def on_cpu(self, x: Array) -> bool:
+        """Does work on `x` run on a CPU? For a traced array: unless it is told otherwise."""
+
     def to_dlpack(self, x: Array) -> Any:
         """`x` as a constant with `__dlpack__`, through which others take its memory."""
         return self.stop_gradient(x)

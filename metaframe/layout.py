@@ -9,7 +9,7 @@ from typing import Any, Literal
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.meta import TaskMap, arrays_of
+from metaframe.meta import Strategy, arrays_of
 
 Batched = bool | Literal["vmap", "scan"]
 ReturnInner = bool | Literal["first", "all"]
@@ -26,7 +26,7 @@ class Layout:
     variables: tree.Tree
     num_tasks: int
     tiled: bool
-    task_map: TaskMap
+    task_map: Strategy
     stop_gradients: bool
 
     @staticmethod

@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
 
-TaskMap = Literal["vmap", "scan", "loop"]
-TASK_MAPS = ("vmap", "scan", "loop")
+Strategy = Literal["vmap", "scan", "loop"]
+TaskMap = Literal["auto"] | Strategy
+TASK_MAPS = ("auto", "vmap", "scan", "loop")
 
 TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
 """The arrays of one task, or of several -> (arrays to add up, arrays to stack)."""
@@ -34,7 +35,7 @@ class MetaResult(NamedTuple):
 def meta_value_and_grad(
     task_cost: Callable[..., Any],
     *,
-    task_map: TaskMap = "vmap",
+    task_map: TaskMap = "auto",
     chunk_size: int | None = None,
     has_aux: bool = False,
     outer_v: Any = None,
@@ -47,7 +48,7 @@ def meta_value_and_grad(
         task_cost: `task_cost(v, task) -> scalar`, or `(scalar, aux)` with `has_aux`; usually an
             `inner_loop` followed by a cost on the query set. It sees a task without a task axis.
         task_map: "vmap" for all tasks at once; "scan" one after the other in compiled form, in the
-            memory of one task; "loop" the same in Python.
+            memory of one task; "loop" the same in Python; "auto" see `strategy`.
         chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all.
         has_aux: `task_cost` returns something besides, a structure of arrays.
         outer_v: which variables to differentiate, as for `maml_step`; all by default.
@@ -83,6 +84,7 @@ def meta_value_and_grad(
         leaves, spec = tree.flatten(v)
         wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
         cost_of = _Checked(task_cost, has_aux, backend)
+        how = strategy(task_map, leaves)
 
         def objective(xs: Arrays, task: Arrays) -> tuple[Array, Arrays]:
             fresh = iter(xs)
@@ -98,7 +100,7 @@ def meta_value_and_grad(
             return grads, (costs, *aux)
 
         grads, (costs, *aux) = accumulate(
-            backend, of_task, of_chunk, first_tasks(batch, count), wanted, task_map, chunk_size
+            backend, of_task, of_chunk, first_tasks(batch, count), wanted, how, chunk_size
         )
         if check_finite:
             checks.finite(costs, backend)
@@ -111,13 +113,13 @@ def meta_value_and_grad(
 
 
 def map_tasks(
-    fn: Callable[..., Any], *, task_map: TaskMap = "vmap", chunk_size: int | None = None
+    fn: Callable[..., Any], *, task_map: Strategy = "vmap", chunk_size: int | None = None
 ) -> Callable[..., Any]:
     """Turn a function of one task into one of many, such as an evaluation.
 
     Args:
         fn: a function of structures of arrays, without a task axis, that returns one.
-        task_map, chunk_size: as for `meta_value_and_grad`.
+        task_map, chunk_size: as for `meta_value_and_grad`, without "auto".
 
     Returns:
         `fn` for arguments with a leading task axis on every leaf; the results are stacked alike.
@@ -128,7 +130,7 @@ def map_tasks(
     {'mean': tensor([2., 6.])}
     """
     checks.function(fn, "fn")
-    checks.choice(task_map, "task_map", TASK_MAPS)
+    checks.choice(task_map, "task_map", TASK_MAPS[1:])
     checks.chunk_size(chunk_size)
 
     def call(*tasks: tree.Tree) -> tree.Tree:
@@ -178,6 +180,18 @@ class _Checked:
         return tree.unflatten(self._aux_spec, leaves)
 
 
+def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
+    """What "auto" means: "scan" for convolutions on a CPU, "vmap" for everything else.
+
+    Weights that differ from task to task turn a vectorised convolution into a grouped one, which
+    CPUs are slow at. A variable of four axes or more is taken for the kernel of a convolution.
+    """
+    if task_map != "auto":
+        return task_map
+    convolutional = any(len(x.shape) >= 4 for x in variables)
+    return "scan" if convolutional and backend_of(*variables).on_cpu(variables[0]) else "vmap"
+
+
 def arrays_of(v: tree.Tree, batch: tree.Tree) -> tuple[tree.Tree, tree.Tree, Backend]:
     """Both structures with every leaf an array of one backend, and that backend."""
     v_leaves, v_spec = tree.flatten(v)
@@ -201,7 +215,7 @@ def accumulate(
     of_chunk: TaskFn,
     tasks: Arrays,
     like: Arrays,
-    task_map: TaskMap,
+    task_map: Strategy,
     chunk_size: int | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Every task's contribution: (means over tasks, stacked over tasks).
@@ -211,7 +225,7 @@ def accumulate(
         of_chunk: the same for several tasks at once -> (sums over them, stacked).
         tasks: every task's arrays, with a leading task axis.
         like: the shapes and dtypes of what is averaged.
-        task_map, chunk_size: as for `meta_value_and_grad`.
+        task_map, chunk_size: as for `map_tasks`.
     """
     count = tasks[0].shape[0]
     if task_map == "vmap":

@@ -163,7 +163,7 @@ def test_compiled(backend: Backend) -> None:
 def test_jax_convolves_alike_on_an_accelerator(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     require("jax")
     backend = load_backend("jax")
-    monkeypatch.setattr("metaframe_jax._nn._platform", lambda x: "gpu")
+    monkeypatch.setattr("metaframe_jax._nn.on_cpu", lambda x: False)
     check_value(case, backend, "float64")
     with use_backend("jax", dtype="float64"):
         check_derivatives(case, backend)

@@ -14,6 +14,7 @@ import numpy as np
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
+from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
 from metaframe_jax._ops import JaxOps
@@ -85,6 +86,9 @@ class JaxBackend(Backend):
 
     def devices(self) -> tuple[str, ...]:
         return tuple(str(device) for device in jax.devices())
+
+    def on_cpu(self, x: Array) -> bool:
+        return on_cpu(x)
 
     def stop_gradient(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)

@@ -6,9 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, Device, lax
+from jax import Array, lax
 
 from metaframe.optable import NNTable, Pads
+from metaframe_jax._devices import on_cpu
 
 
 class JaxNN(NNTable):
@@ -30,7 +31,7 @@ class JaxNN(NNTable):
         # XLA's CPU convolutions are 10-14 times slower than a matrix product inside vmap and
         # scan. The choice is made while tracing: a branch on the platform inside the program
         # would make the backward pass keep the intermediates of both forms.
-        if _platform(x) == "cpu":
+        if on_cpu(x):
             return _conv2d_by_patches(x, kernel, stride, pads)
         return lax.conv_general_dilated(
             x, kernel, stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -49,16 +50,6 @@ def _first_largest(x: Array, y: Array) -> Array:
     equal element is lost: second derivatives of a jitted network were wrong by half.
     """
     return jnp.where((x >= y) | jnp.isnan(x), x, y)
-
-
-def _platform(x: Array) -> str:
-    """Where work on `x` runs; for a tracer, where it runs unless told otherwise."""
-    if not isinstance(x, jax.core.Tracer):
-        return str(next(iter(x.devices())).platform)
-    device: Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else str(device.platform)
 
 
 def _conv2d_by_patches(x: Array, kernel: Array, stride: tuple[int, int], pads: Pads) -> Array:

@@ -76,6 +76,10 @@ class TensorFlowBackend(Backend):
             for device in tf.config.list_logical_devices()
         )
 
+    def on_cpu(self, x: Array) -> bool:
+        # A tensor inside a tf.function has no device yet; it goes to an accelerator if there is one.
+        return "CPU" in x.device if x.device else not tf.config.list_logical_devices("GPU")
+
     def stop_gradient(self, x: Array) -> Array:
         return tf.stop_gradient(x)
 

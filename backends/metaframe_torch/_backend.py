@@ -88,6 +88,9 @@ class TorchBackend(Backend):
             found.append("mps")
         return ("cpu", *found)
 
+    def on_cpu(self, x: Array) -> bool:
+        return bool(x.device.type == "cpu")
+
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
 

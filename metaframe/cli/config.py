@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
+from metaframe.meta import TaskMap
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
-TaskMap = Literal["auto", "vmap", "scan", "loop"]
 Protocol = Literal["random", "runs"]
 Mode = Literal["reverse", "remat", "mixed"]
 

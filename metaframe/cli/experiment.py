@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metaframe import nn, optim
-from metaframe.backend import backend_of, known_backends, load_backend, use_backend
+from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError
@@ -73,12 +73,9 @@ class Experiment:
     def settings(self) -> StepSettings:
         """How steps run."""
         c = self.config
-        task_map = c.task_map
-        if task_map == "auto":
-            task_map = "scan" if self.dataset.convolutional and self._on_cpu() else "vmap"
         # A run is long enough for any compiler, except for convolutions on one that is slow.
         compiled = c.compiled if self.dataset.convolutional else c.compiled is not False
-        return StepSettings(task_map, c.chunk_size, c.mode, compiled)
+        return StepSettings(c.task_map, c.chunk_size, c.mode, compiled)
 
     @functools.cached_property
     def trainer(self) -> MetaTrainer:
@@ -113,10 +110,6 @@ class Experiment:
             metric=self.metric,
             settings=self.settings,
         )
-
-    def _on_cpu(self) -> bool:
-        value = next(iter(self.learner.meta_parameters().values()))
-        return "cpu" in str(backend_of(value).ops.zeros_like(value).device).lower()
 
 
 @contextmanager

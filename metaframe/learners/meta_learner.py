@@ -114,7 +114,7 @@ class MetaLearner(Wrapper):
         tasks: Task | Sequence[Task],
         *,
         steps: int | None = None,
-        task_map: TaskMap = "vmap",
+        task_map: TaskMap = "auto",
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         compiled: bool | None = None,
@@ -126,7 +126,8 @@ class MetaLearner(Wrapper):
                 time: a new one is compiled anew.
             tasks: a list of tasks of one shape, or a stacked one. NumPy arrays are converted.
             steps: inner steps, 0 or more; default: `inner_steps`.
-            task_map: "vmap", all tasks at once; "scan" or "loop", one after the other.
+            task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",
+                one after the other for convolutions on a CPU, at once for everything else.
             chunk_size: with "vmap", how many tasks at once.
             mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
             compiled: compile the whole; default: where the backend compiles quickly.
@@ -152,7 +153,7 @@ class MetaLearner(Wrapper):
         loss_fn: LossFn,
         *,
         steps: int | None = None,
-        task_map: TaskMap = "vmap",
+        task_map: TaskMap = "auto",
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         metric: LossFn | None = None,

@@ -61,7 +61,7 @@ class MetaGradient:
         except MetaframeError:
             raise
         except Exception as error:
-            if self.task_map == "vmap":
+            if self.task_map in ("auto", "vmap"):
                 error.add_note(NOT_VECTORISED)
             raise
 

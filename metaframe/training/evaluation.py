@@ -25,7 +25,7 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import Adaptation, Adapted
-from metaframe.meta import TaskMap, map_tasks
+from metaframe.meta import Strategy, map_tasks, strategy
 from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
 from metaframe.training.step import StepSettings
@@ -146,6 +146,7 @@ class Evaluator:
         self._loss_fn = loss_fn
         self._metric = metric
         self._settings = settings.for_learner(maml)
+        self._task_map = strategy(settings.task_map, tuple(maml.meta_parameters().values()))
         wrap: Any = compile if self._settings.compiled else lambda fn: fn
         self._start = wrap(self._mapped(_start))
         self._step = wrap(self._mapped(_step))
@@ -196,13 +197,11 @@ class Evaluator:
         return losses, scores, alone
 
     def _mapped(self, of_task: Callable[..., Any]) -> Callable[..., Any]:
-        settings = self._settings
-
         def run(at: Any, batch: Task, adaptation: Adaptation, meta: Params, constants: Meta) -> Any:
             mapped = map_tasks(
                 lambda at, task: of_task(_View(adaptation, meta, constants, task), at),
-                task_map=settings.task_map,
-                chunk_size=settings.chunk_size,
+                task_map=self._task_map,
+                chunk_size=self._settings.chunk_size,
             )
             return mapped(at, batch)
 
@@ -226,7 +225,7 @@ class Evaluator:
 
         # The weights are the same for all of them, so that vectorising pays even where it does
         # not over tasks.
-        how: TaskMap = "loop" if self._settings.task_map == "loop" else "vmap"
+        how: Strategy = "loop" if self._task_map == "loop" else "vmap"
         output = map_tasks(alone, task_map=how)(task.query_x)
         return (self._metric or self._loss_fn)(output, task.query_y)
 

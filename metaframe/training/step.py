@@ -39,14 +39,14 @@ class StepSettings:
     """How steps and evaluations run; none of it changes the numbers beyond rounding.
 
     Attributes:
-        task_map: "vmap", all tasks at once; "scan" or "loop", one after the other. On a CPU,
-            convolutional models are faster one after the other.
+        task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",
+            one after the other for convolutions on a CPU, at once for everything else.
         chunk_size: with "vmap", how many tasks at once.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
     """
 
-    task_map: TaskMap = "vmap"
+    task_map: TaskMap = "auto"
     chunk_size: int | None = None
     mode: Mode = "reverse"
     compiled: bool | None = None

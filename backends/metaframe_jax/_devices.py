@@ -1,0 +1,20 @@
+"""Where JAX runs things."""
+
+from __future__ import annotations
+
+import jax
+from jax import Array, Device
+
+
+def on_cpu(x: Array) -> bool:
+    """Does work on `x` run on a CPU; for a tracer, unless it is told otherwise?"""
+    return _platform(x) == "cpu"
+
+
+def _platform(x: Array) -> str:
+    if not isinstance(x, jax.core.Tracer):
+        return str(next(iter(x.devices())).platform)
+    device: Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else str(device.platform)
