@@ -7,6 +7,7 @@ nested structure; core code never asks which backend it has.
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,6 +63,8 @@ class Backend(abc.ABC):
     """What a wrapper around this framework's models has to derive from, if anything."""
     compiles_quickly: bool = True
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
+    """What a compiled program depends on. Every call of one asks it of every array."""
 
     # -- arrays --------------------------------------------------------------------------
 
@@ -203,10 +206,6 @@ class Backend(abc.ABC):
         for _ in range(times):
             carry = fn(carry)
         return carry
-
-    def signature(self, x: Array) -> Hashable:
-        """What a compiled program depends on: shape, dtype and device."""
-        return x.shape, x.dtype, x.device
 
     def register_node(
         self,

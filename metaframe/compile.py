@@ -103,6 +103,7 @@ class _Program:
         inputs = tree.Packed((args, kwargs), _is_array)
         self._places = inputs.places
         self._neutral = any(map(is_neutral, inputs.arrays))
+        self._selection = current_selection()
         self._outputs: tree.Packed | None = None
         backend = backend_of(*inputs.arrays)
 
@@ -120,8 +121,9 @@ class _Program:
 
     def __call__(self, leaves: Arrays) -> Any:
         arrays = tuple(leaves[i] for i in self._places)
-        backend = backend_of(*arrays)
-        results = self._run(convert_neutral(arrays, backend) if self._neutral else arrays)
+        if self._neutral or self._selection is not current_selection():
+            arrays = convert_neutral(arrays, backend_of(*arrays))
+        results = self._run(arrays)
         assert self._outputs is not None, "the first run traces the function"
         return self._outputs.unpack(results)
 

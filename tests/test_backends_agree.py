@@ -62,7 +62,7 @@ def test_mlp(backend: Any, arr: Call, to_np: Call, steps: int, optimizer: str, d
     check(found, reference("mlp", steps, optimizer), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", slow("float32")])
 @pytest.mark.parametrize("steps", [1, slow(2), slow(5)])
 def test_conv4(backend: Any, arr: Call, to_np: Call, steps: int, dtype: str) -> None:
     problem = classification()

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from frameworks import BACKENDS, require
+from frameworks import BACKENDS, compiles_on_torch, require
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -24,6 +24,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@compiles_on_torch
 def test_digits(backend_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = example("digits").main(["--backend", backend_name, "--quick"])
     before, after = found.curve[0], found.curve[-1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 import metaframe
 from documents import ROOT, blocks, run
+from frameworks import compiles_on_torch
 
 README = "README.md"
 
@@ -25,7 +25,7 @@ def test_loop_is_short() -> None:
     assert len([line for line in loop.splitlines() if line.strip()]) < 25
 
 
-@pytest.mark.usefixtures("backend_name")
+@compiles_on_torch
 def test_loop_learns(backend_name: str) -> None:
     (loop,) = blocks(README)
     loop = loop.replace('set_backend("jax")', f'set_backend("{backend_name}")')

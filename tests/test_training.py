@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
-from frameworks import hardly_depends_on_the_backend
+from frameworks import BACKENDS, hardly_depends_on_the_backend, slow
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
@@ -63,16 +63,17 @@ def rates() -> dict[str, float]:
     return dict.fromkeys(zoo.NAMES, RATE)
 
 
-@pytest.fixture(params=(False, True), ids=("eager", "compiled"))
-def settings(request: pytest.FixtureRequest) -> StepSettings:
-    return StepSettings(compiled=request.param)
-
-
-def test_a_step_is_gradient_descent_on_the_meta_cost(
-    backend: Backend, settings: StepSettings
-) -> None:
+@pytest.mark.parametrize(
+    ("backend_name", "compiled"),
+    [
+        *((name, False) for name in BACKENDS),
+        *(slow(name, True) if name == "torch" else (name, True) for name in BACKENDS),
+    ],
+    indirect=["backend_name"],
+)
+def test_a_step_is_gradient_descent_on_the_meta_cost(backend: Backend, compiled: bool) -> None:
     maml = learner(backend)
-    loss = trainer(maml, settings=settings).meta_step(zoo.tasks())
+    loss = trainer(maml, settings=StepSettings(compiled=compiled)).meta_step(zoo.tasks())
     v = zoo.weights()
     assert loss == pytest.approx(zoo.meta_cost(v, rates(), 2, zoo.tasks()), rel=1e-12)
     slopes = zoo.differences(lambda at: zoo.meta_cost(at, rates(), 2, zoo.tasks()), v)

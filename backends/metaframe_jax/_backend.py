@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Iterable
+import operator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +33,7 @@ class JaxBackend(Backend):
     """The backend boundary on JAX."""
 
     name = "jax"
+    signature = operator.attrgetter("aval", "sharding")
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -164,9 +166,6 @@ class JaxBackend(Backend):
         # than that of a compiled stage and finds the trace again.
         jitted.trace(examples)
         return jitted
-
-    def signature(self, x: Array) -> Hashable:
-        return x.aval, x.sharding
 
     def needed_a_value(self, error: Exception) -> bool:
         return isinstance(

@@ -77,7 +77,7 @@ class TensorFlowBackend(Backend):
         )
 
     def on_cpu(self, x: Array) -> bool:
-        # A tensor inside a tf.function has no device yet; it goes to an accelerator if there is one.
+        # In a tf.function a tensor has no device yet; it goes to an accelerator if there is one.
         return "CPU" in x.device if x.device else not tf.config.list_logical_devices("GPU")
 
     def stop_gradient(self, x: Array) -> Array:

@@ -34,8 +34,4 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
         # small tensors become one expression that grows exponentially with their number.
         compiled: Any = inductor_compile(graph, plain)
 
-    def call(xs: Arrays) -> Arrays:
-        with torch.no_grad():
-            return tuple(compiled(*(x if x.is_contiguous() else x.contiguous() for x in xs)))
-
-    return call
+    return lambda xs: tuple(compiled(*(x if x.is_contiguous() else x.contiguous() for x in xs)))
