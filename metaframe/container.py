@@ -362,8 +362,8 @@ def _show_leaf(leaf: Any) -> str:
 
 def _flatten(node: Container) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
     keys = tuple(sorted(node))
-    get = super(Container, node).__getitem__
-    return [get(key) for key in keys], keys, keys
+    get = dict.__getitem__
+    return [get(node, key) for key in keys], keys, keys
 
 
 def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
