@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from frameworks import hardly_depends_on_the_backend
+from metaframe import nn, ops
 from metaframe.cli import main
+from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import resolve
+from metaframe.cli.experiment import resolve, selected
 from metaframe.cli.presets import PRESETS
-from metaframe.cli.tables import ALGORITHMS, DATASETS
+from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
 
@@ -99,13 +101,31 @@ def test_every_algorithm_trains(
     algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution("torch"), "--no-plots"]
+    if ALGORITHMS[algorithm].classifies:
+        flags += ["--dataset", "digits"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
 
+def test_context_of_a_convolutional_model() -> None:
+    """Its model has the context that the algorithm adapts, and starts at the plain network."""
+    config = resolve({"dataset": "omniglot", "algorithm": "cavia", "backend": "torch", "width": 4})
+    with selected(config):
+        model = DATASETS["omniglot"].model(config)
+        params = model.init(0)
+        learner = ALGORITHMS["cavia"].build((model, params), config)
+        x = ops.asarray(np.random.default_rng(0).random((6, 28, 28, 1), np.float32))
+        plain = nn.conv4(5, channels=4, pooling="stride").apply(params, x)
+        np.testing.assert_array_equal(ops.to_numpy(model.apply(params, x)), ops.to_numpy(plain))
+        shifted = model.apply({**params, "context": params["context"] + 1}, x)
+    assert learner.config.names == ("context",)
+    assert "film/w" in learner.meta_parameters()
+    assert np.abs(ops.to_numpy(shifted - plain)).max() > 1e-3
+
+
 WRONG = [
-    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, omniglot"),
-    (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, fomaml"),
+    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, mini"),
+    (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
     (["train", "--backend", "jaxx"], "Did you mean 'jax'? There are jax, tensorflow, torch"),
     (["train", "--iner-lr", "1"], "--inner-lr"),
     (["train", "--inner-lr", "much"], "not a valid float"),
@@ -113,6 +133,8 @@ WRONG = [
     (["train", "--schedule", "linear"], "'constant', 'cosine'"),
     (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+    (["train", "--algorithm", "protonet"], "is for classification, received dataset=sinusoid"),
+    (["train", "--proximal", "1"], "proximal is a setting of imaml, received algorithm=maml"),
     (["train", "--dataset", "omniglot"], "needs its files: --data FOLDER"),
     (["reproduce", "sinusoid-mmal"], "Did you mean 'sinusoid-maml'?"),
     (["resume", "/nowhere"], "no run folder: it has no config.toml"),

@@ -12,7 +12,7 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend import available_backends
-from metaframe.cli import presets, runs, tables
+from metaframe.cli import algorithms, presets, runs, tables
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.flags import GROUPS, given, setting_flags
@@ -224,7 +224,7 @@ def list_(as_json: bool, quiet: bool) -> None:
     output = Output(as_json=as_json, quiet=quiet)
     groups = {
         "data sets": {name: entry.about for name, entry in tables.DATASETS.items()},
-        "algorithms": {name: entry.about for name, entry in tables.ALGORITHMS.items()},
+        "algorithms": {name: entry.about for name, entry in algorithms.ALGORITHMS.items()},
         "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
     }
     if as_json:
