@@ -16,11 +16,11 @@ import pytest
 
 from frameworks import hardly_depends_on_the_backend
 from metaframe import nn, ops
-from metaframe.cli import main
+from metaframe.cli import main, plots
 from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import resolve, selected
+from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
@@ -73,6 +73,50 @@ def test_train_leaves_a_run_folder(
     assert [r["step"] for r in records] == [1, 2, 2, 3, 4, 4]
     again = as_json(capsys, "evaluate", str(out))
     assert again["evaluation"] == evaluation
+
+
+def test_plots_of_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves before and after adaptation in a picture, and the picture again from the folder."""
+    out = tmp_path / "run"
+    as_json(capsys, "train", *QUICK, *execution("torch"), "--out", str(out))
+    names = ["learning_curve.png", "adaptation.png", "predictions.png"]
+    for name in names:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    (out / "predictions.png").unlink()
+    assert as_json(capsys, "plot", str(out)) == [str(out / name) for name in names]
+    with selected(config := resolve(read_toml(out / "config.toml"))):
+        figure = plots.predictions(Experiment(config))
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        labels = [line.get_label() for line in axes.lines]
+        assert labels == ["before adaptation", "after 2 steps", "query", "support"]
+        before, after = (line.get_ydata() for line in axes.lines[:2])
+        assert np.abs(np.subtract(before, after)).max() > 0
+
+
+def test_a_picture_of_a_task_with_predictions() -> None:
+    """Support and query images are those of the first test task; colours say what is right."""
+    flags = {"dataset": "digits", "backend": "torch", "queries": 3, "eval_steps": 0}
+    with selected(config := resolve(flags)):
+        experiment = Experiment(config)
+        task = experiment.sampler("test").task(0)
+        figure = plots.predictions(experiment)
+        said = ops.to_numpy(experiment.learner(task.query_x)).argmax(1)
+    support, query = figure.subfigs
+    shown = [axes for axes in support.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["0", "1", "2", "3", "4"]
+    for axes in shown:
+        (row,) = np.flatnonzero(ops.to_numpy(task.support_y) == int(axes.get_title()))
+        image = ops.to_numpy(task.support_x)[row, ..., 0]
+        np.testing.assert_array_equal(axes.images[0].get_array(), image)
+    shown = [axes for axes in query.axes if axes.images]
+    assert len(shown) == 15
+    pictures = {ops.to_numpy(x)[..., 0].tobytes(): i for i, x in enumerate(task.query_x)}
+    for axes in shown:
+        row = pictures[np.asarray(axes.images[0].get_array()).tobytes()]
+        right = said[row] == int(task.query_y[row])
+        assert axes.get_title() == str(said[row])
+        assert axes.title.get_color() == plots.COLOURS["right" if right else "wrong"]
 
 
 @hardly_depends_on_the_backend
@@ -233,7 +277,23 @@ def test_reproduce_compares_with_the_expected_number(
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(as_json(capsys, "list")["data sets"]) == set(DATASETS)
     assert {b["name"] for b in as_json(capsys, "backends")} >= {"jax", "tensorflow", "torch"}
-    assert as_json(capsys, "bench", "--backend", "jax", "--steps", "2")["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        (["--width", "20"], 20 + 20 + 20 * 20 + 20 + 20 + 1),
+        (["--workload", "W2", "--width", "4", "--tasks", "2"], 9 * 4 * 13 + 4 * 2 * 4 + 4 * 5 + 5),
+    ],
+    ids=["W1", "W2"],
+)
+def test_timings(flags: list[str], parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "bench", *flags, *execution("torch"), "--steps", "2")
+    assert found["step_ms"] > 0
+    assert found["parameters"] == parameters
+    assert found["task_map"] == ("scan" if "W2" in flags else "vmap")
+    assert main(["bench", *flags, *execution("torch"), "--steps", "1"]) == 0
+    assert "ms a step" in capsys.readouterr().out
 
 
 def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from frameworks import require
 from metaframe import MAML, Learner, functional_forward, named_buffers, named_params, nn
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError
+from metaframe.tasks import Task
 
 V = zoo.weights()
 
@@ -212,3 +213,24 @@ def test_support_statistics_make_queries_independent(
     predicted = backend.to_numpy(_adapted(moved, task, backend)(query))
     cost = float(np.mean((predicted - task.query_y) ** 2))
     np.testing.assert_allclose(backend.to_numpy(result.cost), cost, rtol=1e-12)
+
+
+def test_statistics_of_several_layers_are_not_mixed_up() -> None:
+    """Keras takes values by position, and a compiled step has its structures sorted by name."""
+    keras = pytest.importorskip("keras")
+    settings = {"dtype": "float64"}
+    last, first = (keras.layers.BatchNormalization(name=n, **settings) for n in ("z", "a"))
+    model = keras.Sequential([keras.layers.Input((3,), **settings), last, first])
+    for layer, seed in ((last, 0), (first, 1)):
+        rng = np.random.default_rng(seed)
+        layer.moving_mean.assign(rng.normal(size=3))
+        layer.moving_variance.assign(rng.uniform(0.5, 2.0, 3))
+    task = zoo.tasks(1)[0]
+    tasks = [Task(task.support_x, task.support_x, task.query_x, task.query_x)]
+    maml, expected = MAML(model, 0.0, norm="frozen"), task.query_x
+    for layer in (last, first):
+        mean, var = (np.array(v) for v in (layer.moving_mean, layer.moving_variance))
+        expected = (expected - mean) / np.sqrt(var + layer.epsilon)
+    found = maml.meta_value_and_grad(nn.mse, tasks, compiled=True)
+    cost = float(np.mean((expected - task.query_x) ** 2))
+    np.testing.assert_allclose(np.array(found.cost), cost, rtol=1e-12)

@@ -9,7 +9,17 @@ import pytest
 
 import zoo
 from frameworks import hardly_depends_on_the_backend
-from metaframe import MAML, ImplicitMAML, MAMLPlusPlus, ProtoNet, named_buffers, nn, ops, optim
+from metaframe import (
+    MAML,
+    ImplicitMAML,
+    MAMLPlusPlus,
+    ProtoNet,
+    named_buffers,
+    nn,
+    ops,
+    optim,
+    tree,
+)
 from metaframe.backend import Backend, load_backend
 from metaframe.container import Container
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
@@ -235,6 +245,23 @@ def test_modules_of_the_frameworks(name: str) -> None:
     for key, value in snapshot(model, backend).items():
         assert np.array_equal(value, before[key])
     assert set(named_buffers(model)) == set(before)
+
+
+def test_backward_reaches_the_tables() -> None:
+    """On torch they are parameters of the wrapper, saved with it."""
+    import torch
+
+    maml = MAMLPlusPlus(MODELS["torch"][1](), LR, STEPS, norm="per-step", learn_norms=True)
+    maml.collect_statistics(nn.mse, zoo.tasks(), decay=0.0)
+    task = tree.map(torch.from_numpy, zoo.tasks(1)[0])
+    learner = maml.clone().adapt_on(nn.mse, task.support_x, task.support_y)
+    nn.mse(learner(task.query_x), task.query_y).backward()
+    expected = maml.meta_value_and_grad(nn.mse, [task], task_map="loop").grads
+    for name, parameter in maml.meta_parameters().items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-13)
+    registered = {id(p) for p in maml.parameters()}
+    assert all(id(p) in registered for p in maml.meta_parameters().values())
+    assert maml.state_dict()["norms.1/weight"].shape == (ROWS, 4)
 
 
 @hardly_depends_on_the_backend

@@ -16,6 +16,7 @@ import pytest
 from metaframe.cli import main
 from metaframe.errors import InputError
 from metaframe.tasks import FewShotSampler, load_mini_imagenet, load_tiered_imagenet
+from metaframe.training import latest_checkpoint, read_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -290,14 +291,18 @@ def test_bad_arguments(mini: Path) -> None:
         load_mini_imagenet(mini, size=1000)
 
 
-def test_the_command_trains_on_it(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
+def command_flags(mini: Path) -> list[str]:
+    return [
         *("--dataset", "mini-imagenet", "--data", str(mini), "--backend", "torch"),
         *("--ways", "2", "--queries", "2", "--width", "2", "--inner-steps", "1"),
         *("--meta-batch-size", "1", "--iterations", "1", "--eval-every", "1"),
         *("--validation-tasks", "2", "--eval-tasks", "2", "--eval-steps", "1"),
         *("--no-compiled", "--out", str(mini / "run"), "--json"),
     ]
+
+
+def test_the_command_trains_on_it(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = command_flags(mini)
     assert main(["train", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["metric"] == "accuracy"
@@ -305,3 +310,20 @@ def test_the_command_trains_on_it(mini: Path, capsys: pytest.CaptureFixture[str]
     without = [flag for flag in flags if flag not in ("--data", str(mini))]
     assert main(["train", *without, "--overwrite"]) == 2
     assert "needs its files: --data FOLDER" in capsys.readouterr().err
+
+
+def test_the_command_records_the_normalisation_policy(
+    mini: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with statistics of training alone, a query's prediction is its own."""
+    flags = [*command_flags(mini), "--algorithm", "maml++", "--norm", "per-step", "--learn-norms"]
+    assert main(["train", *flags, "--no-plots"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["config"]["norm"], found["config"]["learn_norms"]) == ("per-step", True)
+    assert 'norm = "per-step"' in (mini / "run" / "config.toml").read_text()
+    saved = read_checkpoint(latest_checkpoint(mini / "run" / "checkpoints"))
+    assert saved.config["norm"] == "per-step"
+    assert saved.arrays["statistics/block1/mean"].shape == (2, 2)
+    assert saved.arrays["params/block1/scale"].shape == (2, 2)
+    evaluation = found["evaluation"]
+    assert evaluation["inductive"]["mean"] == evaluation["transductive"]["mean"]

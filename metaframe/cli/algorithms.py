@@ -45,11 +45,11 @@ class Algorithm:
 ALGORITHMS = {
     "maml": Algorithm(
         "exact second-order meta-gradients (arXiv 1703.03400)",
-        lambda model, c: MAML(model, c.inner_lr, c.inner_steps),
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, norm=c.norm),
     ),
     "fomaml": Algorithm(
         "inner gradients taken for constants (arXiv 1703.03400, 5.2)",
-        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True),
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True, norm=c.norm),
     ),
     "maml++": Algorithm(
         "learned rates for every step, multi-step loss, annealed order (arXiv 1810.09502)",
@@ -57,50 +57,58 @@ ALGORITHMS = {
             model,
             c.inner_lr,
             c.inner_steps,
+            norm=c.norm,
+            learn_norms=c.learn_norms,
             multi_step_epochs=c.multi_step_epochs,
             second_order_from=c.second_order_from,
         ),
-        ("multi_step_epochs", "second_order_from", "steps_per_epoch"),
+        ("multi_step_epochs", "learn_norms", "second_order_from", "steps_per_epoch"),
         {"inner_steps": 5, "multi_step_epochs": 10},
     ),
     "reptile": Algorithm(
         "moves towards the adapted parameters (arXiv 1803.02999)",
-        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps),
+        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps, norm=c.norm),
     ),
     "anil": Algorithm(
         "adapts the head only (arXiv 1909.09157)",
-        lambda model, c: ANIL(model, "head", inner_lr=c.inner_lr, inner_steps=c.inner_steps),
+        lambda model, c: ANIL(
+            model, "head", inner_lr=c.inner_lr, inner_steps=c.inner_steps, norm=c.norm
+        ),
     ),
     "cavia": Algorithm(
         "adapts context parameters only (arXiv 1810.03642)",
-        lambda model, c: CAVIA(model, "context", inner_lr=c.inner_lr, inner_steps=c.inner_steps),
+        lambda model, c: CAVIA(
+            model, "context", inner_lr=c.inner_lr, inner_steps=c.inner_steps, norm=c.norm
+        ),
         ("context",),
         {"context": 5, "inner_lr": 1.0},
     ),
     "metasgd": Algorithm(
         "learns the inner rates (arXiv 1707.09835)",
-        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps),
+        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps, norm=c.norm),
     ),
     "metacurvature": Algorithm(
         "learns a transformation of the inner gradients (arXiv 1902.03356)",
-        lambda model, c: MetaCurvature(model, c.inner_lr, c.inner_steps),
+        lambda model, c: MetaCurvature(model, c.inner_lr, c.inner_steps, norm=c.norm),
     ),
     "imaml": Algorithm(
         "gradients at the solution of a proximal inner problem (arXiv 1909.04630)",
-        lambda model, c: ImplicitMAML(model, c.inner_lr, c.inner_steps, c.proximal, c.cg_steps),
+        lambda model, c: ImplicitMAML(
+            model, c.inner_lr, c.inner_steps, c.proximal, c.cg_steps, norm=c.norm
+        ),
         ("proximal", "cg_steps"),
         {"inner_steps": 16},
     ),
     "protonet": Algorithm(
         "classes are the means of their features (arXiv 1703.05175)",
-        lambda model, c: ProtoNet(model, c.ways),
+        lambda model, c: ProtoNet(model, c.ways, norm=c.norm),
         ("features",),
         {"features": 64},
         classifies=True,
     ),
     "protomaml": Algorithm(
         "MAML with a head that starts from prototypes (arXiv 1903.03096)",
-        lambda model, c: ProtoMAML(model, c.ways, c.inner_lr, c.inner_steps),
+        lambda model, c: ProtoMAML(model, c.ways, c.inner_lr, c.inner_steps, norm=c.norm),
         ("features",),
         {"features": 64},
         classifies=True,

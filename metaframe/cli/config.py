@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
+from metaframe.learners.config import Norm
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -49,11 +50,15 @@ class RunConfig:
     shots: int = setting(1, "Support examples of each class; for regression: points.", at_least=1)
     queries: int = setting(15, "Query examples of each class; for regression: points.", at_least=1)
     algorithm: str = setting("maml", "Algorithm; `metaframe list` shows them.")
+    norm: Norm = setting("batch", "Statistics of batch normalisation, of models that have it.")
     width: int = setting(64, "Filters of a convolutional model, units of a dense one.", at_least=1)
     inner_lr: float = setting(0.01, "Step size of the inner loop.", at_least=0)
     inner_steps: int = setting(1, "Inner steps in training.", at_least=1)
     multi_step_epochs: int = setting(
         0, "maml++: epochs until the last step alone counts.", at_least=0
+    )
+    learn_norms: bool = setting(
+        False, "maml++: a scale and shift for every inner step, of models with batch normalisation."
     )
     second_order_from: int = setting(0, "maml++: first order before this epoch.", at_least=0)
     steps_per_epoch: int = setting(500, "maml++: outer steps in an epoch.", at_least=1)

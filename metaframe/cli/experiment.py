@@ -15,6 +15,7 @@ from metaframe.backend import backend_of, known_backends, load_backend, use_back
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
 from metaframe.training import Evaluation, MetaTrainer, Schedule, StepSettings, evaluate, schedules
@@ -70,13 +71,7 @@ class Experiment:
     @functools.cached_property
     def settings(self) -> StepSettings:
         """How steps run."""
-        c = self.config
-        task_map = c.task_map
-        if task_map == "auto":
-            task_map = "scan" if self.dataset.convolutional and self._on_cpu() else "vmap"
-        # A run is long enough for any compiler, except for convolutions on one that is slow.
-        compiled = c.compiled if self.dataset.convolutional else c.compiled is not False
-        return StepSettings(task_map, c.chunk_size, c.mode, compiled)
+        return step_settings(self.config, self.learner, convolutional=self.dataset.convolutional)
 
     @functools.cached_property
     def trainer(self) -> MetaTrainer:
@@ -118,9 +113,20 @@ class Experiment:
             settings=self.settings,
         )
 
-    def _on_cpu(self) -> bool:
-        value = next(iter(self.learner.meta_parameters().values()))
-        return "cpu" in str(backend_of(value).ops.zeros_like(value).device).lower()
+
+def step_settings(c: RunConfig, learner: MetaLearner, *, convolutional: bool) -> StepSettings:
+    """How steps run, with what is left to us decided."""
+    task_map = c.task_map
+    if task_map == "auto":
+        task_map = "scan" if convolutional and _on_cpu(learner) else "vmap"
+    # A run is long enough for any compiler, except for convolutions on one that is slow.
+    compiled = c.compiled if convolutional else c.compiled is not False
+    return StepSettings(task_map, c.chunk_size, c.mode, compiled)
+
+
+def _on_cpu(learner: MetaLearner) -> bool:
+    value = next(iter(learner.meta_parameters().values()))
+    return "cpu" in str(backend_of(value).ops.zeros_like(value).device).lower()
 
 
 @contextmanager

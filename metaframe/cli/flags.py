@@ -20,8 +20,8 @@ GROUPS = {
         *("ways", "shots", "queries"),
     ),
     "Algorithm": (
-        *("algorithm", "width", "inner_lr", "inner_steps"),
-        *("multi_step_epochs", "second_order_from", "steps_per_epoch"),
+        *("algorithm", "norm", "width", "inner_lr", "inner_steps"),
+        *("multi_step_epochs", "learn_norms", "second_order_from", "steps_per_epoch"),
         *("context", "proximal", "cg_steps", "features"),
     ),
     "Outer loop": (

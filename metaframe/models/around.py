@@ -18,6 +18,7 @@ class Around(ModelAdapter):
     def __init__(self, inner: ModelAdapter) -> None:
         self.inner = inner
         self.backend = inner.backend
+        self.output_first = inner.output_first
 
     @property
     def model(self) -> Any:
