@@ -140,11 +140,12 @@ def test_resume_ends_where_an_uninterrupted_run_does(
     assert losses[0] == losses[1]
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains(
-    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    algorithm: str, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution("torch"), "--no-plots"]
+    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution(backend_name), "--no-plots"]
     if ALGORITHMS[algorithm].classifies:
         flags += ["--dataset", "digits"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
