@@ -12,7 +12,7 @@ from frameworks import require
 from metaframe import MAML, Learner, functional_forward, named_buffers, named_params, nn
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError
-from metaframe.tasks import Task
+from metaframe.models import functional
 
 V = zoo.weights()
 
@@ -215,22 +215,18 @@ def test_support_statistics_make_queries_independent(
     np.testing.assert_allclose(backend.to_numpy(result.cost), cost, rtol=1e-12)
 
 
-def test_statistics_of_several_layers_are_not_mixed_up() -> None:
-    """Keras takes values by position, and a compiled step has its structures sorted by name."""
-    keras = pytest.importorskip("keras")
-    settings = {"dtype": "float64"}
-    last, first = (keras.layers.BatchNormalization(name=n, **settings) for n in ("z", "a"))
-    model = keras.Sequential([keras.layers.Input((3,), **settings), last, first])
-    for layer, seed in ((last, 0), (first, 1)):
-        rng = np.random.default_rng(seed)
-        layer.moving_mean.assign(rng.normal(size=3))
-        layer.moving_variance.assign(rng.uniform(0.5, 2.0, 3))
-    task = zoo.tasks(1)[0]
-    tasks = [Task(task.support_x, task.support_x, task.query_x, task.query_x)]
-    maml, expected = MAML(model, 0.0, norm="frozen"), task.query_x
-    for layer in (last, first):
-        mean, var = layer.moving_mean.numpy(), layer.moving_variance.numpy()
-        expected = (expected - mean) / np.sqrt(var + layer.epsilon)
-    found = maml.meta_value_and_grad(nn.mse, tasks, compiled=True)
-    cost = float(np.mean((expected - task.query_x) ** 2))
-    np.testing.assert_allclose(found.cost.numpy(), cost, rtol=1e-12)
+def test_buffers_are_taken_by_name(model: Any, backend: Backend) -> None:
+    """Whatever the order of the mapping; Keras itself takes values by position."""
+    x = zoo.tasks()[0].support_x
+    rng = np.random.default_rng(0)
+    held = named_buffers(model)
+    mean, var = rng.normal(size=4), rng.uniform(0.5, 2.0, 4)
+    values = {n: var if "var" in n else mean for n in held if "mean" in n or "var" in n}
+    buffers = {**held, **{n: backend.asarray(v) for n, v in values.items()}}
+    frozen = functional(model, norm="frozen")
+    for order in (list(buffers), list(buffers)[::-1]):
+        given = {name: buffers[name] for name in order}
+        found, _ = frozen.apply(frozen.params, given, backend.asarray(x))
+        np.testing.assert_allclose(
+            backend.to_numpy(found), predict(x, mean, var), rtol=0, atol=1e-12
+        )
