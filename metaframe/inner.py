@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from metaframe import checks, modes, optim, tree
+from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
 from metaframe.update import update_rule
 
@@ -84,12 +84,17 @@ def inner_loop(
     return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
 
 
+BatchOfStep = Callable[[tree.Tree, Array], tree.Tree]
+
+
 @dataclass(frozen=True)
 class InnerSettings:
     """How an inner loop runs, apart from what it runs on. Checked when it is made.
 
     `scale` multiplies the gradients, not the cost: a cost that averages over a task axis of the
     variables becomes each task's own gradient when it is multiplied by the number of tasks.
+    `batch_of_step(batch, k)` is what the cost of step k = 0 .. K-1 gets, in the structure of
+    `batch`; by default the batch.
     """
 
     lr: optim.Rate
@@ -98,6 +103,7 @@ class InnerSettings:
     mode: Mode = "reverse"
     scale: float = 1
     stop_gradients: bool = False
+    batch_of_step: BatchOfStep | None = None
 
     def __post_init__(self) -> None:
         checks.choice(self.order, "order", (1, 2))
@@ -125,6 +131,11 @@ class InnerResult(NamedTuple):
 Observer = Callable[[tree.Tree, StepView | None, Array], Arrays]
 """`(variables before the step, the step, its index) -> arrays to add up`. The step is None in the
 modes that recompute it, where it is not kept."""
+
+
+def first_index(like: Array) -> Array:
+    """The index of the first step, an integer where `like` is."""
+    return ops.astype(ops.sum(ops.zeros_like(like)), "int32")
 
 
 class InnerLoop:
@@ -158,12 +169,13 @@ class InnerLoop:
             self._rule.init(tree.unflatten(self._inner_spec, start)), self._backend.owns
         )
         step = self._step()
-        index = () if observe is None else (self._backend.asarray(0, "int32"),)
+        counted = observe is not None or self._settings.batch_of_step is not None
+        index = (first_index(start[0]),) if counted else ()
         sizes = (len(start), len(self._state.arrays), len(index))
 
         def body(carry: Arrays) -> Arrays:
             params, state, index, total = modes.split(carry, sizes)
-            after, state, view = step(params, state)
+            after, state, view = step(params, state, self._context_of(*index))
             if observe is not None:
                 seen = observe(self._variables(self._attach(params)), view, *index)
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
@@ -178,6 +190,18 @@ class InnerLoop:
         params, _, _, total = modes.split(carry, sizes)
         return InnerResult(self._variables(self._attach(params)), total)
 
+    def advance(self, state: Any, index: Array | None = None) -> tuple[tree.Tree, Any]:
+        """One plain step, number `index`, from the starting variables and the rule's `state`.
+
+        Returns:
+            All variables after it, and the rule's new state.
+        """
+        self._state = tree.Packed(state, self._backend.owns)
+        after, arrays, _ = self._plain_step(
+            self._start, self._state.arrays, self._context_of(index)
+        )
+        return self._variables(after), self._state.unpack(arrays)
+
     def cost_and_gradient(self, v: tree.Tree) -> tuple[Array, Arrays]:
         """The inner cost at `v` and its gradient, scaled like those of the steps."""
         return self._cost_and_gradient(self._divide(tree.leaves(v))[0], self._context.arrays)
@@ -186,18 +210,26 @@ class InnerLoop:
     def _recomputes(self) -> bool:
         return self._settings.mode != "reverse" and self._settings.order == 2
 
-    def _step(self) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
-        context = self._context.arrays
+    def _context_of(self, index: Array | None = None) -> Arrays:
+        batch_of_step = self._settings.batch_of_step
+        if batch_of_step is None:
+            return self._context.arrays
+        others, batch, lr = self._context.unpack(self._context.arrays)
+        stepwise = (others, batch_of_step(batch, index), lr)
+        return tree.Packed(stepwise, self._backend.owns).arrays
+
+    def _step(self) -> Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
         if not self._recomputes:
             return self._plain_step
         if self._settings.mode == "remat":
             rule = modes.rematerialised(self._backend, self._gradient, self._apply)
         else:
             rule = modes.mixed(self._backend, self._gradient, self._apply, self._scaled_cost)
-        return lambda params, state: (*rule(params, state, context), None)
+        return lambda params, state, context: (*rule(params, state, context), None)
 
-    def _plain_step(self, params: Arrays, state: Arrays) -> tuple[Arrays, Arrays, StepView]:
-        context = self._context.arrays
+    def _plain_step(
+        self, params: Arrays, state: Arrays, context: Arrays
+    ) -> tuple[Arrays, Arrays, StepView]:
         cost, grads = self._cost_and_gradient(params, context)
         if self._settings.order == 1:
             grads = tuple(map(self._backend.stop_gradient, grads))

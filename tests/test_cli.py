@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from frameworks import hardly_depends_on_the_backend
-from metaframe.cli import main
+from metaframe import nn, ops
+from metaframe.cli import main, plots
+from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import resolve
+from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS
-from metaframe.cli.tables import ALGORITHMS, DATASETS
+from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
 
@@ -73,6 +75,50 @@ def test_train_leaves_a_run_folder(
     assert again["evaluation"] == evaluation
 
 
+def test_plots_of_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves before and after adaptation in a picture, and the picture again from the folder."""
+    out = tmp_path / "run"
+    as_json(capsys, "train", *QUICK, *execution("torch"), "--out", str(out))
+    names = ["learning_curve.png", "adaptation.png", "predictions.png"]
+    for name in names:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    (out / "predictions.png").unlink()
+    assert as_json(capsys, "plot", str(out)) == [str(out / name) for name in names]
+    with selected(config := resolve(read_toml(out / "config.toml"))):
+        figure = plots.predictions(Experiment(config))
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        labels = [line.get_label() for line in axes.lines]
+        assert labels == ["before adaptation", "after 2 steps", "query", "support"]
+        before, after = (line.get_ydata() for line in axes.lines[:2])
+        assert np.abs(np.subtract(before, after)).max() > 0
+
+
+def test_a_picture_of_a_task_with_predictions() -> None:
+    """Support and query images are those of the first test task; colours say what is right."""
+    flags = {"dataset": "digits", "backend": "torch", "queries": 3, "eval_steps": 0}
+    with selected(config := resolve(flags)):
+        experiment = Experiment(config)
+        task = experiment.sampler("test").task(0)
+        figure = plots.predictions(experiment)
+        said = ops.to_numpy(experiment.learner(task.query_x)).argmax(1)
+    support, query = figure.subfigs
+    shown = [axes for axes in support.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["0", "1", "2", "3", "4"]
+    for axes in shown:
+        (row,) = np.flatnonzero(ops.to_numpy(task.support_y) == int(axes.get_title()))
+        image = ops.to_numpy(task.support_x)[row, ..., 0]
+        np.testing.assert_array_equal(axes.images[0].get_array(), image)
+    shown = [axes for axes in query.axes if axes.images]
+    assert len(shown) == 15
+    pictures = {ops.to_numpy(x)[..., 0].tobytes(): i for i, x in enumerate(task.query_x)}
+    for axes in shown:
+        row = pictures[np.asarray(axes.images[0].get_array()).tobytes()]
+        right = said[row] == int(task.query_y[row])
+        assert axes.get_title() == str(said[row])
+        assert axes.title.get_color() == plots.COLOURS["right" if right else "wrong"]
+
+
 @hardly_depends_on_the_backend
 def test_resume_ends_where_an_uninterrupted_run_does(
     backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -94,18 +140,37 @@ def test_resume_ends_where_an_uninterrupted_run_does(
     assert losses[0] == losses[1]
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains(
-    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    algorithm: str, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution("torch"), "--no-plots"]
+    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution(backend_name), "--no-plots"]
+    if ALGORITHMS[algorithm].classifies:
+        flags += ["--dataset", "digits"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
 
+def test_context_of_a_convolutional_model() -> None:
+    """Its model has the context that the algorithm adapts, and starts at the plain network."""
+    config = resolve({"dataset": "omniglot", "algorithm": "cavia", "backend": "torch", "width": 4})
+    with selected(config):
+        model = DATASETS["omniglot"].model(config)
+        params = model.init(0)
+        learner = ALGORITHMS["cavia"].build((model, params), config)
+        x = ops.asarray(np.random.default_rng(0).random((6, 28, 28, 1), np.float32))
+        plain = nn.conv4(5, channels=4, pooling="stride").apply(params, x)
+        np.testing.assert_array_equal(ops.to_numpy(model.apply(params, x)), ops.to_numpy(plain))
+        shifted = model.apply({**params, "context": params["context"] + 1}, x)
+    assert learner.config.names == ("context",)
+    assert "film/w" in learner.meta_parameters()
+    assert np.abs(ops.to_numpy(shifted - plain)).max() > 1e-3
+
+
 WRONG = [
-    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, omniglot"),
-    (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, fomaml"),
+    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, mini"),
+    (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
     (["train", "--backend", "jaxx"], "Did you mean 'jax'? There are jax, tensorflow, torch"),
     (["train", "--iner-lr", "1"], "--inner-lr"),
     (["train", "--inner-lr", "much"], "not a valid float"),
@@ -113,6 +178,8 @@ WRONG = [
     (["train", "--schedule", "linear"], "'constant', 'cosine'"),
     (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+    (["train", "--algorithm", "protonet"], "is for classification, received dataset=sinusoid"),
+    (["train", "--proximal", "1"], "proximal is a setting of imaml, received algorithm=maml"),
     (["train", "--dataset", "omniglot"], "needs its files: --data FOLDER"),
     (["reproduce", "sinusoid-mmal"], "Did you mean 'sinusoid-maml'?"),
     (["resume", "/nowhere"], "no run folder: it has no config.toml"),
@@ -211,7 +278,23 @@ def test_reproduce_compares_with_the_expected_number(
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(as_json(capsys, "list")["data sets"]) == set(DATASETS)
     assert {b["name"] for b in as_json(capsys, "backends")} >= {"jax", "tensorflow", "torch"}
-    assert as_json(capsys, "bench", "--backend", "jax", "--steps", "2")["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        (["--width", "20"], 20 + 20 + 20 * 20 + 20 + 20 + 1),
+        (["--workload", "W2", "--width", "4", "--tasks", "2"], 9 * 4 * 13 + 4 * 2 * 4 + 4 * 5 + 5),
+    ],
+    ids=["W1", "W2"],
+)
+def test_timings(flags: list[str], parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "bench", *flags, *execution("torch"), "--steps", "2")
+    assert found["step_ms"] > 0
+    assert found["parameters"] == parameters
+    assert found["task_map"] == ("scan" if "W2" in flags else "vmap")
+    assert main(["bench", *flags, *execution("torch"), "--steps", "1"]) == 0
+    assert "ms a step" in capsys.readouterr().out
 
 
 def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import metaframe
 import zoo
+from frameworks import slow
 from metaframe import (
     CAVIA,
     MAML,
@@ -21,7 +22,7 @@ from metaframe import (
     Reptile,
     nn,
 )
-from metaframe.backend import Backend
+from metaframe.backend import Backend, load_backend
 from metaframe.learners.implicit import conjugate_gradient
 from metaframe.learners.maml_pp import multi_step_weights
 from metaframe.learners.meta_curvature import transformed
@@ -181,6 +182,16 @@ def test_learned_curvature(model: Any, check: Check) -> None:
     check(MetaCurvature(model, LR, STEPS), cost, matrices)
 
 
+def test_curvature_of_a_bias(arr: Any, to_np: Any) -> None:
+    """The paper's product over modes, of which a bias has the outputs alone: (G x_1 M)_j."""
+    rng = np.random.default_rng(0)
+    g, m = rng.normal(size=5), rng.normal(size=(5, 5))
+    expected = np.array([sum(m[j, i] * g[i] for i in range(5)) for j in range(5)])
+    for output_first in (True, False):
+        found = transformed(arr(g), "b", {"b/out": arr(m)}, output_first)
+        np.testing.assert_allclose(to_np(found), expected, rtol=0, atol=1e-12)
+
+
 def test_curvature_of_a_convolution(arr: Any, to_np: Any) -> None:
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(4, 3, 2, 5))  # outputs, inputs, height, width
@@ -232,6 +243,28 @@ def test_implicit_gradient_at_the_solution(model: Any, check: Check) -> None:
         )
 
     check(maml, cost)
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        library if library.id in ("keras", "tf_module") else slow(library)
+        for library in zoo.LIBRARIES
+    ],
+    ids=lambda library: library.id,
+)
+def test_implicit_gradient_of_every_library(library: zoo.Library) -> None:
+    """In the head alone, as above, by the names and in the layout of each."""
+    maml = ImplicitMAML(zoo.built(library), 0.06, 14, 16.0, 8, library.names[2:])
+    result = maml.meta_value_and_grad(nn.mse, zoo.tasks())
+    found = library.canonical(result.grads, load_backend(library.backend))
+
+    def cost(v: zoo.Values) -> float:
+        return mean(
+            lambda t: zoo.loss(ridge(v, t.support_x, t.support_y, 16.0), t.query_x, t.query_y)
+        )
+
+    agree(found, zoo.differences(cost, zoo.weights()))
 
 
 @pytest.mark.slow

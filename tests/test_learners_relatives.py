@@ -23,6 +23,7 @@ from metaframe import (
 )
 from metaframe.backend import Backend
 from metaframe.errors import InputError
+from metaframe.models.precision import mixed_precision
 from metaframe.tasks import Task, stack_tasks
 
 LR, STEPS = 0.1, 2
@@ -93,6 +94,19 @@ def test_backward_through_a_learner(name: str) -> None:
         torch.testing.assert_close(parameter.grad, expected[key], rtol=0, atol=1e-13)
     registered = {id(p) for p in maml.parameters()}
     assert all(id(p) in registered for p in maml.meta_parameters().values())
+
+
+def test_an_adapter_around_another_keeps_its_layout() -> None:
+    """Which mode of a weight is which does not depend on what the model computes in."""
+    import torch
+
+    module = torch.nn.Conv2d(3, 8, 5)
+    shapes = [
+        {n: tuple(p.shape) for n, p in MetaCurvature(model).meta_parameters().items()}
+        for model in (module, mixed_precision(module))
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["learned/weight/out"] == (8, 8)
 
 
 def test_reptile_has_no_backward() -> None:

@@ -12,6 +12,7 @@ from frameworks import require
 from metaframe import MAML, Learner, functional_forward, named_buffers, named_params, nn
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError
+from metaframe.models import functional
 
 V = zoo.weights()
 
@@ -212,3 +213,20 @@ def test_support_statistics_make_queries_independent(
     predicted = backend.to_numpy(_adapted(moved, task, backend)(query))
     cost = float(np.mean((predicted - task.query_y) ** 2))
     np.testing.assert_allclose(backend.to_numpy(result.cost), cost, rtol=1e-12)
+
+
+def test_buffers_are_taken_by_name(model: Any, backend: Backend) -> None:
+    """Whatever the order of the mapping; Keras itself takes values by position."""
+    x = zoo.tasks()[0].support_x
+    rng = np.random.default_rng(0)
+    held = named_buffers(model)
+    mean, var = rng.normal(size=4), rng.uniform(0.5, 2.0, 4)
+    values = {n: var if "var" in n else mean for n in held if "mean" in n or "var" in n}
+    buffers = {**held, **{n: backend.asarray(v) for n, v in values.items()}}
+    frozen = functional(model, norm="frozen")
+    for order in (list(buffers), list(buffers)[::-1]):
+        given = {name: buffers[name] for name in order}
+        found, _ = frozen.apply(frozen.params, given, backend.asarray(x))
+        np.testing.assert_allclose(
+            backend.to_numpy(found), predict(x, mean, var), rtol=0, atol=1e-12
+        )

@@ -381,3 +381,52 @@ def test_every_library_trains(library: zoo.Library) -> None:
     found = library.canonical(maml.meta_parameters(), backend)
     for name, value in v.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-9)
+
+
+def by_the_authors_code(steps: int, epoch: int, epochs: int) -> list[float]:
+    """The multi-step loss's weights, as MAML++'s code steps through them."""
+    fall, least = 1.0 / steps / epochs, 0.03 / steps
+    first = [max(1.0 / steps - epoch * fall, least) for _ in range(steps - 1)]
+    return [*first, min(1.0 / steps + epoch * (steps - 1) * fall, 1.0 - (steps - 1) * least)]
+
+
+def test_training_anneals_the_multi_step_loss(backend: Backend) -> None:
+    maml = MAMLPlusPlus(
+        zoo.pair(zoo.weights(), backend.name), RATE, 3, learn_rates=False, multi_step_epochs=4
+    )
+    # With an outer rate of zero every step sees the same parameters.
+    driver = trainer(maml, optim.sgd(0.0), steps_per_epoch=2)
+    losses = driver.fit(10, 2).meta_loss
+    v, tasks = zoo.weights(), zoo.tasks(2)
+    after = [zoo.meta_cost(v, rates(), k, tasks) for k in (1, 2, 3)]
+    for step, loss in enumerate(losses):
+        epoch = step // 2
+        weights = by_the_authors_code(3, epoch, 4) if epoch < 4 else [0.0, 0.0, 1.0]
+        assert loss == pytest.approx(float(np.dot(weights, after)), rel=1e-12)
+    assert len(set(np.round(losses, 12))) == 5
+
+
+def test_training_anneals_the_order_and_a_resumed_one_too(backend: Backend) -> None:
+    def annealed() -> MAMLPlusPlus:
+        pair = zoo.pair(zoo.weights(), backend.name)
+        return MAMLPlusPlus(pair, RATE, 2, learn_rates=False, second_order_from=1)
+
+    def after(driver: MetaTrainer, steps: int) -> dict[str, np.ndarray[Any, Any]]:
+        driver.fit(steps, 2)
+        return numbers(driver.maml, backend)  # type: ignore[arg-type]
+
+    plain = {order: learner(backend, first_order=order == 1) for order in (1, 2)}
+    driver = trainer(annealed(), steps_per_epoch=2)
+    first = after(driver, 2)
+    expected = after(trainer(plain[1]), 2)
+    for name, value in expected.items():
+        np.testing.assert_allclose(first[name], value, rtol=0, atol=1e-14)
+    resumed = trainer(annealed(), steps_per_epoch=2)
+    resumed.restore(*driver.state())
+    plain[2].assign(plain[1].meta_parameters())
+    expected = after(trainer(plain[2]), 1)
+    for which in (driver, resumed):
+        found = after(which, 1)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-14)
+    assert resumed.maml.epoch == 1

@@ -14,7 +14,7 @@ from jax import Array
 
 from metaframe.backend import Backend
 from metaframe.errors import InputError
-from metaframe.models import Forward, ModelAdapter
+from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter
 
 Params = dict[str, Array]
 
@@ -73,24 +73,26 @@ class NnxAdapter(ModelAdapter):
         graph: Hashable = self._split(self.model)[0]
         return graph
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
-        copy = self._with({**params, **state})
-        if forward.norm is not None:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
+        copy, norm = self._with({**params, **state}), inputs.forward.norm
+        if norm is not None:
             nnx: Any = sys.modules["flax.nnx"]
-            flags: dict[str, Any] = {"use_running_average": forward.norm == "frozen"}
-            if forward.norm == "record":
+            flags: dict[str, Any] = {"use_running_average": norm == "frozen"}
+            if norm == "record":
                 flags["momentum"] = 0.0  # the moving average becomes this batch's
             copy.set_attributes(nnx.BatchNorm, raise_if_not_found=False, **flags)
-        output = copy(*args, **kwargs)
+        output = copy(*inputs.args, **inputs.kwargs)
         after = _named(self._split(copy)[2])
         return output, {name: after[name] for name in state}
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        nnx: Any = sys.modules["flax.nnx"]
+        layers = [
+            ("/".join(map(str, path)), node)
+            for path, node in nnx.iter_graph(self.model)
+            if isinstance(node, nnx.BatchNorm)
+        ]
+        return tuple(_batch_norm(path, path, self.params()) for path, _ in layers)
 
     def write(self, params: Params) -> None:
         nnx: Any = sys.modules["flax.nnx"]
@@ -104,6 +106,12 @@ class NnxAdapter(ModelAdapter):
         filled = jax.tree_util.tree_map_with_path(lambda path, x: values.get(_name(path), x), pure)
         nnx.replace_by_pure_dict(everything, filled)
         return nnx.merge(graph, everything)
+
+
+def _batch_norm(statistics: str, affine: str, params: Params) -> BatchNorm:
+    learned = [f"{affine}/{part}" for part in ("scale", "bias")]
+    scale, shift = (name if name in params else None for name in learned)
+    return BatchNorm(f"{statistics}/mean", f"{statistics}/var", scale, shift)
 
 
 class LinenAdapter(ModelAdapter):
@@ -124,19 +132,20 @@ class LinenAdapter(ModelAdapter):
     def state(self) -> Params:
         return _named(self._rest)
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         variables = {"params": _filled(self._params, params), **_filled(self._rest, state)}
         linen: Any = sys.modules["flax.linen"]
-        with linen.intercept_methods(_batch_norm_policy(linen, forward)):
-            output, after = self._module.apply(variables, *args, mutable=list(self._rest), **kwargs)
+        with linen.intercept_methods(_batch_norm_policy(linen, inputs.forward)):
+            output, after = self._module.apply(
+                variables, *inputs.args, mutable=list(self._rest), **inputs.kwargs
+            )
         return output, {**state, **_named(after)}
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        statistics = [name for name in self.state() if name.startswith("batch_stats/")]
+        paths = [name.removesuffix("/mean") for name in statistics if name.endswith("/mean")]
+        params = self.params()
+        return tuple(_batch_norm(path, path.removeprefix("batch_stats/"), params) for path in paths)
 
     def write(self, params: Params) -> None:
         self._params = _filled(self._params, params)
@@ -185,16 +194,8 @@ class EquinoxAdapter(ModelAdapter):
         equinox: Any = sys.modules["equinox"]
         return _named(equinox.filter(self.model, equinox.is_inexact_array))
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
-        del forward
-        return self._function(self._with(params), *args, **kwargs), state
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
+        return self._function(self._with(params), *inputs.args, **inputs.kwargs), state
 
     def write(self, params: Params) -> None:
         self.model = self._with(params)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.models import Forward, ModelAdapter, NamedParameters
+from metaframe.models import Inputs, ModelAdapter, NamedParameters
 
 Params = dict[str, Array]
 
@@ -42,22 +42,14 @@ class ModuleAdapter(ModelAdapter):
                 named["/".join(map(str, path))] = variable
         return named
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
-        del forward
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
         tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}
         copy = _Substitution(tensors).copy(self.model)
         if self._checked:
-            return copy(*args, **kwargs), state
+            return copy(*inputs.args, **inputs.kwargs), state
         with tf.GradientTape() as tape:
-            output = copy(*args, **kwargs)
+            output = copy(*inputs.args, **inputs.kwargs)
         if missed := [v.name for v in tape.watched_variables() if v.ref() in tensors]:
             raise InputError(
                 f"{type(self.model).__qualname__} reads the variables {missed} from somewhere else "

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
-from metaframe.models import Forward, ModelAdapter, NamedParameters
+from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
 
 DROPOUTS = frozenset(
     {
@@ -56,19 +57,32 @@ class TorchAdapter(ModelAdapter):
         return tuple(module.training for module in self.model.modules())
 
     def call(
-        self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         state = {name: buffer.clone() for name, buffer in state.items()}
-        calls = _Calls(forward, state)
-        with calls, _differentiable_twice(self.model) if forward.twice else _as_it_is():
-            output = torch.func.functional_call(self.model, {**params, **state}, args, kwargs)
+        calls, twice = _Calls(inputs.forward, state), inputs.forward.twice
+        with calls, _differentiable_twice(self.model) if twice else _as_it_is():
+            values = {**params, **state}
+            output = torch.func.functional_call(
+                self.model, values, inputs.args, dict(inputs.kwargs)
+            )
         return output, {**state, **calls.recorded}
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        layers = (
+            (f"{path}." if path else "", module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        )
+        return tuple(
+            BatchNorm(
+                f"{path}running_mean",
+                f"{path}running_var",
+                *((f"{path}weight", f"{path}bias") if module.affine else ()),
+            )
+            for path, module in layers
+        )
 
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():

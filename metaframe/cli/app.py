@@ -12,7 +12,7 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend import available_backends
-from metaframe.cli import presets, runs, tables
+from metaframe.cli import algorithms, presets, runs, tables
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.flags import GROUPS, given, setting_flags
@@ -224,7 +224,7 @@ def list_(as_json: bool, quiet: bool) -> None:
     output = Output(as_json=as_json, quiet=quiet)
     groups = {
         "data sets": {name: entry.about for name, entry in tables.DATASETS.items()},
-        "algorithms": {name: entry.about for name, entry in tables.ALGORITHMS.items()},
+        "algorithms": {name: entry.about for name, entry in algorithms.ALGORITHMS.items()},
         "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
     }
     if as_json:
@@ -235,17 +235,39 @@ def list_(as_json: bool, quiet: bool) -> None:
 
 
 @cli.command()
-@setting_flags(("backend", "device"))
+@click.option("--workload", type=click.Choice(["W1", "W2"]), default="W1", help="See above.")
+@click.option("--width", type=click.IntRange(min=1), help="Units of W1, 40; channels of W2, 64.")
+@click.option("--tasks", type=click.IntRange(min=1), help="Tasks in a step; W1: 25, W2: 8.")
 @click.option("--steps", type=click.IntRange(min=1), default=100, help="Steps to time.")
+@setting_flags(("backend", "device", "inner_steps", "task_map", "chunk_size", "mode", "compiled"))
 @_modes
-def bench(steps: int, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Time the meta-step of the sinusoid experiment: 25 tasks, one inner step, MLP 1-40-40-1."""
+def bench(
+    workload: str,
+    width: int | None,
+    tasks: int | None,
+    steps: int,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Time a meta-step of MAML with its update, on data made up.
+
+    W1: sinusoids, 25 tasks of 10 + 10 points, MLP 1-40-40-1. W2: 5-way 1-shot classification with
+    25 queries, 8 tasks, Conv4 with 64 channels on 28x28 images.
+    """
     from metaframe.cli.bench import time_steps
+    from metaframe.cli.workloads import WORKLOADS
 
     output = Output(as_json=as_json, quiet=quiet)
-    found = time_steps(resolve(given(flags)), steps)
-    line = f"{found['backend']}: {found['step_ms']:.2f} ms a step, {found['first_s']:.1f} s first"
-    output.result(found, [line])
+    sizes = {n: size for n, size in (("width", width), ("tasks", tasks)) if size is not None}
+    found = time_steps(WORKLOADS[workload](**sizes), resolve(given(flags)), steps)
+    output.result(
+        found,
+        [
+            f"{found['backend']}, {workload}: {found['step_ms']:.2f} ms a step, "
+            f"{found['first_s']:.1f} s first"
+        ],
+    )
 
 
 @cli.command()

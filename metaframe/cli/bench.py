@@ -7,28 +7,55 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import optim
+from metaframe.backend import use_backend
 from metaframe.cli.config import RunConfig
-from metaframe.cli.experiment import Experiment, selected
-from metaframe.training.batches import sample_batch
+from metaframe.cli.experiment import step_settings
+from metaframe.cli.workloads import SEED, Workload
+from metaframe.learners import MAML
+from metaframe.tasks import Task
+from metaframe.training import MetaTrainer
 
 
-def time_steps(config: RunConfig, steps: int) -> dict[str, Any]:
-    """Seconds of the first step, which compiles, and the median of `steps` further ones."""
-    with selected(config):
-        trainer = Experiment(config).trainer
-        batch = sample_batch(trainer.task_sampler, config.meta_batch_size)
+def time_steps(workload: Workload, config: RunConfig, steps: int) -> dict[str, Any]:
+    """Seconds of the first step, which compiles, and the median of `steps` further ones.
+
+    Of `config` count the backend, the device, the inner steps and how steps run.
+    """
+    assert config.backend is not None, "a resolved configuration has a backend"
+    with use_backend(config.backend, device=config.device, dtype="float32"):
+        model = (workload.model, workload.model.init(SEED))
+        maml = MAML(model, workload.inner_lr, config.inner_steps)
+        settings = step_settings(config, maml, convolutional=workload.convolutional)
+        sampler = _Same(Task(*workload.tasks))
+        trainer = MetaTrainer(maml, optim.adam(1e-3), workload.loss, sampler, settings=settings)
 
         def timed() -> float:
             started = time.perf_counter()
-            trainer.meta_step(batch)
+            trainer.meta_step(sampler.batch)
             return time.perf_counter() - started
 
         first = timed()
         median = float(np.median([timed() for _ in range(steps)]))
     return {
+        "workload": workload.name,
         "backend": config.backend,
-        "tasks": config.meta_batch_size,
+        "parameters": sum(int(np.prod(p.shape)) for p in maml.meta_parameters().values()),
+        "tasks": len(workload.tasks[0]),
+        "inner_steps": config.inner_steps,
+        "task_map": settings.task_map,
+        "compiled": settings.for_learner(maml).compiled,
         "steps": steps,
         "first_s": round(first, 3),
         "step_ms": round(1000 * median, 3),
     }
+
+
+class _Same:
+    """A sampler of one batch."""
+
+    def __init__(self, batch: Task) -> None:
+        self.batch = batch
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        return [self.batch] * meta_batch_size

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
+from metaframe.learners.config import Norm
 from metaframe.meta import TaskMap
 
 Schedule = Literal["constant", "cosine"]
@@ -49,9 +50,24 @@ class RunConfig:
     shots: int = setting(1, "Support examples of each class; for regression: points.", at_least=1)
     queries: int = setting(15, "Query examples of each class; for regression: points.", at_least=1)
     algorithm: str = setting("maml", "Algorithm; `metaframe list` shows them.")
+    norm: Norm = setting("batch", "Statistics of batch normalisation, of models that have it.")
     width: int = setting(64, "Filters of a convolutional model, units of a dense one.", at_least=1)
     inner_lr: float = setting(0.01, "Step size of the inner loop.", at_least=0)
     inner_steps: int = setting(1, "Inner steps in training.", at_least=1)
+    multi_step_epochs: int = setting(
+        0, "maml++: epochs until the last step alone counts.", at_least=0
+    )
+    learn_norms: bool = setting(
+        False, "maml++: a scale and shift for every inner step, of models with batch normalisation."
+    )
+    second_order_from: int = setting(0, "maml++: first order before this epoch.", at_least=0)
+    steps_per_epoch: int = setting(500, "maml++: outer steps in an epoch.", at_least=1)
+    context: int = setting(0, "cavia: context parameters of the model.", at_least=0)
+    proximal: float = setting(2.0, "imaml: weight of the distance from the start.", at_least=0)
+    cg_steps: int = setting(5, "imaml: steps of conjugate gradient.", at_least=1)
+    features: int = setting(
+        0, "protonet, protomaml: outputs of the model; 0 for as many as classes.", at_least=0
+    )
     outer_lr: float = setting(1e-3, "Learning rate of the outer optimizer, Adam.", at_least=0)
     schedule: Schedule = setting("constant", "How the outer learning rate changes.")
     warmup_steps: int = setting(0, "Outer steps over which the rate rises.", at_least=0)

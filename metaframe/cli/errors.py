@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from metaframe.errors import MetaframeError
+from collections.abc import Iterable
+
+from metaframe.errors import MetaframeError, nearest
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class UsageError(MetaframeError, ValueError):
     """The command line or a configuration file says something that does not exist or fit."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, and all there is."""
+    names = sorted(known)
+    near = nearest(name, names)
+    return near if near.startswith("Known") else f"{near} There are {', '.join(names)}."

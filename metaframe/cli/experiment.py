@@ -12,10 +12,9 @@ from typing import Any
 
 from metaframe import nn, optim
 from metaframe.backend import known_backends, load_backend, use_backend
-from metaframe.cli import tables
+from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
-from metaframe.cli.errors import UsageError
-from metaframe.errors import nearest
+from metaframe.cli.errors import UsageError, suggestion
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -38,13 +37,13 @@ def resolve(
     given = {**(preset or {}), **(read_toml(file) if file else {}), **flags}
     check_keys(given, "the command line")
     name = str(given.get("dataset", RunConfig.dataset))
-    config = RunConfig(**{**tables.dataset(name).defaults, **given})
-    tables.algorithm(config.algorithm)
+    chosen = algorithms.algorithm(str(given.get("algorithm", RunConfig.algorithm)))
+    data = tables.dataset(name)
+    config = RunConfig(**{**data.defaults, **chosen.defaults, **given})
+    algorithms.check_fit(config, regression=data.regression)
     backend = config.backend or _installed()
     if backend not in known_backends():
-        known = ", ".join(sorted(known_backends()))
-        hint = nearest(backend, known_backends())
-        raise UsageError(f"no backend called {backend!r}. {hint} There are {known}.")
+        raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
     return dataclasses.replace(config, backend=backend)
 
 
@@ -67,15 +66,12 @@ class Experiment:
         pair: Any = (model, model.init(config.seed))
         if config.precision == "bfloat16":
             pair = mixed_precision(pair)
-        self.learner: MetaLearner = tables.algorithm(config.algorithm).build(pair, config)
+        self.learner = algorithms.algorithm(config.algorithm).build(pair, config)
 
     @functools.cached_property
     def settings(self) -> StepSettings:
         """How steps run."""
-        c = self.config
-        # A run is long enough for any compiler, except for convolutions on one that is slow.
-        compiled = c.compiled if self.dataset.convolutional else c.compiled is not False
-        return StepSettings(c.task_map, c.chunk_size, c.mode, compiled)
+        return step_settings(self.config, convolutional=self.dataset.convolutional)
 
     @functools.cached_property
     def trainer(self) -> MetaTrainer:
@@ -91,6 +87,7 @@ class Experiment:
             self.sampler("train"),
             metric=self.metric,
             schedule=_schedule(c),
+            steps_per_epoch=c.steps_per_epoch,
             settings=self.settings,
         )
 
@@ -99,6 +96,11 @@ class Experiment:
         seed = self.config.seed if split == "train" else self.config.eval_seed
         return self.dataset.sampler(self.config, split, seed)
 
+    @property
+    def eval_steps(self) -> int:
+        """Inner steps in the evaluation; none for an algorithm without an inner loop."""
+        return self.config.eval_steps if self.learner.config.names else 0
+
     def evaluate(self) -> Evaluation:
         """Measure the learner on held-out tasks."""
         return evaluate(
@@ -106,10 +108,17 @@ class Experiment:
             self.loss_fn,
             tables.test_tasks(self.config),
             self.config.eval_tasks,
-            steps=self.config.eval_steps,
+            steps=self.eval_steps,
             metric=self.metric,
             settings=self.settings,
         )
+
+
+def step_settings(c: RunConfig, *, convolutional: bool) -> StepSettings:
+    """How steps run, with what is left to us decided."""
+    # A run is long enough for any compiler, except for convolutions on one that is slow.
+    compiled = c.compiled if convolutional else c.compiled is not False
+    return StepSettings(c.task_map, c.chunk_size, c.mode, compiled)
 
 
 @contextmanager

@@ -19,7 +19,11 @@ GROUPS = {
         *("dataset", "data", "parts", "held_out", "protocol"),
         *("ways", "shots", "queries"),
     ),
-    "Algorithm": ("algorithm", "width", "inner_lr", "inner_steps"),
+    "Algorithm": (
+        *("algorithm", "norm", "width", "inner_lr", "inner_steps"),
+        *("multi_step_epochs", "learn_norms", "second_order_from", "steps_per_epoch"),
+        *("context", "proximal", "cg_steps", "features"),
+    ),
     "Outer loop": (
         *("outer_lr", "schedule", "warmup_steps", "clip_norm", "clip_value"),
         *("meta_batch_size", "iterations", "seed"),

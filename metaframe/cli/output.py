@@ -59,7 +59,7 @@ def described(evaluation: Mapping[str, Any], *, percent: bool) -> list[str]:
     steps = len(curve) - 1
     noun = "step" if steps == 1 else "steps"
     lines = [
-        f"{what} before adaptation: {figure(curve[0])}",
+        *([f"{what} before adaptation: {figure(curve[0])}"] if steps else []),
         f"{what} after {steps} {noun}: {figure(evaluation['transductive'])}"
         f" ({evaluation['tasks']} tasks, 95% CI)",
     ]

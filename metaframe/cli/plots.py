@@ -103,9 +103,9 @@ def _fits(experiment: Experiment, tasks: list[Task]) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     x = np.linspace(-5, 5, 200, dtype=np.float32)[:, None]
     for axes, task in zip(figure.subplots(2, 2).flat, tasks, strict=True):
-        before, after = (predict(experiment, task, x, k) for k in (0, experiment.config.eval_steps))
+        before, after = (predict(experiment, task, x, k) for k in (0, experiment.eval_steps))
         axes.plot(x[:, 0], before[:, 0], "--", label="before adaptation")
-        axes.plot(x[:, 0], after[:, 0], label=f"after {experiment.config.eval_steps} steps")
+        axes.plot(x[:, 0], after[:, 0], label=f"after {experiment.eval_steps} steps")
         axes.plot(_host(task.query_x)[:, 0], _host(task.query_y)[:, 0], ".", label="query")
         axes.plot(_host(task.support_x)[:, 0], _host(task.support_y)[:, 0], "k^", label="support")
     figure.axes[0].legend(fontsize="small")
@@ -114,7 +114,7 @@ def _fits(experiment: Experiment, tasks: list[Task]) -> Figure:
 
 def _pictures(experiment: Experiment, task: Task, most: int = 20) -> Figure:
     config = experiment.config
-    output = predict(experiment, task, _host(task.query_x), config.eval_steps)
+    output = predict(experiment, task, _host(task.query_x), experiment.eval_steps)
     said, truth = output.argmax(axis=1), _host(task.query_y)
     order = np.argsort(_host(task.support_y), kind="stable")
     columns = min(config.ways * config.shots, 10)
@@ -133,7 +133,8 @@ def _pictures(experiment: Experiment, task: Task, most: int = 20) -> Figure:
         for axes in grid.flat:
             axes.axis("off")
         for axes, (image, label, colour) in zip(grid.flat, items, strict=False):
-            axes.imshow(image[..., 0], cmap="gray_r")
+            # Ink on paper, or a photograph.
+            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray_r")
             axes.set_title(label, color=colour, fontsize="small")
     return figure
 

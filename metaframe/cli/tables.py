@@ -1,25 +1,26 @@
-"""The data sets, algorithms and schedules that the command knows, one entry each."""
+"""The data sets that the command knows, one entry each."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from metaframe import nn, ops
 from metaframe.cli.config import RunConfig
-from metaframe.cli.errors import UsageError
-from metaframe.errors import nearest
-from metaframe.learners import ANIL, MAML, MetaSGD, Reptile
-from metaframe.learners.meta_learner import MetaLearner
+from metaframe.cli.errors import UsageError, suggestion
 from metaframe.tasks import (
     ClassSplit,
     FewShotSampler,
+    ImageClasses,
     IndexedSampler,
     SinusoidTaskSampler,
     Task,
     digits_sampler,
+    load_mini_imagenet,
     load_omniglot,
+    load_tiered_imagenet,
     one_shot_runs,
 )
 from metaframe.tasks.sampling import Split
@@ -53,7 +54,7 @@ def _sinusoid(config: RunConfig, split: Split, seed: int) -> SinusoidTaskSampler
 
 
 def _sinusoid_model(config: RunConfig) -> nn.Model:
-    return nn.mlp([1, config.width, config.width, 1])
+    return nn.mlp([1, config.width, config.width, 1], context=config.context)
 
 
 def _digits(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
@@ -63,7 +64,8 @@ def _digits(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
 
 
 def _digits_model(config: RunConfig) -> nn.Model:
-    network = nn.mlp([64, config.width, config.width // 2 or 1, config.ways])
+    sizes = [64, config.width, config.width // 2 or 1, config.features or config.ways]
+    network = nn.mlp(sizes, context=config.context)
     return nn.Model(network.init, lambda params, x: network.apply(params, ops.reshape(x, (-1, 64))))
 
 
@@ -93,6 +95,34 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     )
 
 
+def _imagenet(
+    load: Callable[..., ImageClasses], config: RunConfig, split: Split, seed: int
+) -> FewShotSampler:
+    if config.data is None:
+        raise UsageError(f"dataset {config.dataset} needs its files: --data FOLDER.")
+    data = load(config.data, split)
+    return FewShotSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        split=split,
+        classes=data.class_split,
+        seed=seed,
+    )
+
+
+def _imagenet_model(config: RunConfig) -> nn.Model:
+    return nn.conv4(
+        config.features or config.ways,
+        channels=config.width,
+        in_channels=3,
+        image_size=84,
+        context=config.context,
+    )
+
+
 def _official_runs(config: RunConfig) -> list[Task]:
     if config.data is None:
         raise UsageError("protocol runs needs --data FOLDER with Omniglot's all_runs.zip.")
@@ -114,8 +144,16 @@ def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
 
 
 def _omniglot_model(config: RunConfig) -> nn.Model:
-    return nn.conv4(config.ways, channels=config.width, pooling="stride")
+    return nn.conv4(
+        config.features or config.ways,
+        channels=config.width,
+        pooling="stride",
+        context=config.context,
+    )
 
+
+_AS_MAML = {"width": 32, "inner_steps": 5, "meta_batch_size": 4}
+"""Its settings for photographs, 5-way 1-shot."""
 
 DATASETS = {
     "sinusoid": Dataset(
@@ -145,37 +183,19 @@ DATASETS = {
         convolutional=True,
         defaults={"parts": ("small1",), "queries": 5, "inner_lr": 0.4, "eval_steps": 3},
     ),
-}
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """A learner around a model: `(module, config) -> learner`."""
-
-    about: str
-    build: Callable[[Any, RunConfig], MetaLearner]
-
-
-ALGORITHMS = {
-    "maml": Algorithm(
-        "exact second-order meta-gradients (arXiv 1703.03400)",
-        lambda model, c: MAML(model, c.inner_lr, c.inner_steps),
+    "mini-imagenet": Dataset(
+        "photographs of 100 classes; needs --data with train.csv and so on, and images",
+        functools.partial(_imagenet, load_mini_imagenet),
+        _imagenet_model,
+        convolutional=True,
+        defaults=_AS_MAML,
     ),
-    "fomaml": Algorithm(
-        "inner gradients taken for constants (arXiv 1703.03400, 5.2)",
-        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True),
-    ),
-    "reptile": Algorithm(
-        "moves towards the adapted parameters (arXiv 1803.02999)",
-        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps),
-    ),
-    "anil": Algorithm(
-        "adapts the head only (arXiv 1909.09157)",
-        lambda model, c: ANIL(model, "head", inner_lr=c.inner_lr, inner_steps=c.inner_steps),
-    ),
-    "metasgd": Algorithm(
-        "learns the inner rates (arXiv 1707.09835)",
-        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps),
+    "tiered-imagenet": Dataset(
+        "photographs of 608 classes, unlike between splits; needs --data with npz files or folders",
+        functools.partial(_imagenet, load_tiered_imagenet),
+        _imagenet_model,
+        convolutional=True,
+        defaults=_AS_MAML,
     ),
 }
 
@@ -183,17 +203,5 @@ ALGORITHMS = {
 def dataset(name: str) -> Dataset:
     """The data set called `name`."""
     if name not in DATASETS:
-        raise UsageError(f"no data set called {name!r}. {_hint(name, DATASETS)}")
+        raise UsageError(f"no data set called {name!r}. {suggestion(name, DATASETS)}")
     return DATASETS[name]
-
-
-def algorithm(name: str) -> Algorithm:
-    """The algorithm called `name`."""
-    if name not in ALGORITHMS:
-        raise UsageError(f"no algorithm called {name!r}. {_hint(name, ALGORITHMS)}")
-    return ALGORITHMS[name]
-
-
-def _hint(name: str, table: Mapping[str, Any]) -> str:
-    near = nearest(name, table)
-    return near if near.startswith("Known") else f"{near} There are {', '.join(sorted(table))}."

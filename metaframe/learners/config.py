@@ -13,8 +13,8 @@ from metaframe.learners.functional import LearningRate, rate_for
 from metaframe.models import Forward
 from metaframe.update import UpdateRule, update_rule
 
-Norm = Literal["batch", "frozen", "support"]
-NORMS = ("batch", "frozen", "support")
+Norm = Literal["batch", "frozen", "support", "per-step"]
+NORMS = ("batch", "frozen", "support", "per-step")
 
 
 # By identity, because a learning rate may be an array or a mapping, which have no hash.
@@ -30,7 +30,8 @@ class AdaptConfig:
         allow_unused: leave parameters that the support loss does not depend on as they are.
         norm: statistics of batch normalisation. "batch": of the examples in hand, so query
             predictions depend on each other (transductive). "frozen": the model's running ones.
-            "support": of the support set under the adapted parameters.
+            "support": of the support set under the adapted parameters. "per-step": running ones,
+            one set for each number of inner steps taken.
         update: the update rule; what it learns, by name, comes as its learning rate.
         twice: will a support loss be differentiated twice? Default: not with `first_order`.
     """
@@ -86,4 +87,4 @@ class AdaptConfig:
         twice = not self.first_order if self.twice is None else self.twice
         if self.norm == "support":
             return Forward("record" if phase == "support" else "frozen", twice)
-        return Forward(self.norm, twice)
+        return Forward("frozen" if self.norm == "per-step" else self.norm, twice)

@@ -13,7 +13,7 @@ from typing import Any
 from metaframe import checks, ops, optim
 from metaframe.backend import Array, Backend, backend_of
 from metaframe.errors import InputError, UnusedParameterError, nearest
-from metaframe.models import Forward, adapter_of
+from metaframe.models import Inputs, adapter_of
 from metaframe.update import UpdateRule, update_rule
 
 Params = dict[str, Array]
@@ -75,7 +75,7 @@ def functional_forward(
     adapter = adapter_of(model)
     values = {**adapter.params(), **_known(params, adapter.params(), "params")}
     state = adapter.state() if buffers is None else dict(buffers)
-    return adapter.call(values, state, Forward(), args, kwargs)[0]
+    return adapter.call(values, state, Inputs(args, kwargs))[0]
 
 
 def inner_step(

@@ -11,7 +11,8 @@ from metaframe.errors import InputError
 from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, descend, gradients
 from metaframe.learners.method import Method, Support
-from metaframe.models import ModelAdapter
+from metaframe.models import Inputs, ModelAdapter
+from metaframe.models.per_step import at_step
 
 LossFn = Callable[[Any, Any], Array]
 """`loss_fn(prediction, target) -> scalar`."""
@@ -52,6 +53,7 @@ class Learner:
         self._statistics = adapter.state()
         self._rule = config.rule
         self._supporting = False
+        self._taken = 0
         self._has_support = config.norm != "support"
         self._start: Params | None = None
         if method.begin is None:
@@ -66,8 +68,11 @@ class Learner:
                 "norm='support' normalises by the support set, which this learner has not seen. "
                 "Adapt first, with adapt_on or with a function passed to adapt."
             )
-        forward = self.config.forward("support" if self._supporting else "query")
-        output, state = self._adapter.call(self.params, self._statistics, forward, args, kwargs)
+        inputs = Inputs(
+            args, kwargs, self.config.forward("support" if self._supporting else "query")
+        )
+        state = at_step(self._statistics, self._taken)
+        output, state = self._adapter.call(self.params, state, inputs)
         if self._supporting:
             self._statistics = state
         return output
@@ -143,6 +148,7 @@ class Learner:
         self.params, self._rule_state = descend(
             self.params, grads, self._rule, self._rule_state, config.rate(self._learned)
         )
+        self._taken += 1
         if config.norm == "support":
             self._see_support(support_loss)
         return self

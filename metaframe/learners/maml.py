@@ -33,9 +33,11 @@ class MAML(MetaLearner):
             False makes that an error.
         norm: statistics of batch normalisation. "batch": of the examples in hand, so predictions
             for a query depend on the other queries (transductive). "frozen": the model's running
-            ones. "support": of the support set, under the adapted parameters. No policy writes to
-            the model's running statistics. A pair `(apply, params)`, an Equinox module and a
-            `tf.Module` decide for themselves.
+            ones. "support": of the support set, under the adapted parameters. "per-step": running
+            ones of the wrapper's own, one set for each point theta_0 .. theta_K, which move only
+            in `collect_statistics` (Antoniou et al. 2018, arXiv 1810.09502). No policy writes to
+            the model's running statistics. An Equinox module, a `tf.Module` and a function of
+            one's own with parameters decide for themselves.
         update: the inner update rule, as for `metaframe.inner_loop`.
 
     Raises:

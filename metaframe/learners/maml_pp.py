@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, ops, tree
-from metaframe.backend import Array, Arrays, backend_of
+from metaframe.backend import Array, Arrays
 from metaframe.inner import StepView
 from metaframe.learners.config import Norm
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
+from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
 from metaframe.learners.objective import TaskRun, adapted_query_loss, array_like
+from metaframe.models import adapter_of
+from metaframe.models.per_step import StepAffine, row
 from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 
 LEAST_WEIGHT = 0.03
@@ -28,17 +31,21 @@ class MAMLPlusPlus(MAML):
         theta_k = theta_{k-1} - alpha_k * grad L_support(theta_{k-1}),   k = 1 .. K
         minimise  sum_k w_k L_query(theta_k)
 
-    Each change is a switch. With all three off it is `MAML`.
+    Each change is a switch. With all of them off it is `MAML`.
 
     - `learn_rates`: alpha_k is learned, one number a parameter tensor and step ("LSLR" in the
       paper), as meta-parameter "learned/<name>" of shape (K,). Steps beyond K use the last.
+    - `learn_norms`: scale and shift of every batch normalisation are learned for each point
+      theta_0 .. theta_K ("BNWB"), and do not adapt: meta-parameters of shape (K + 1, channels)
+      under the names of the model's own, which stay as they are.
     - `multi_step_epochs` = E: the weights start equal and move to the last step, see
       `multi_step_weights`; from epoch E on the loss is that of the last step alone.
     - `second_order_from` = n: before epoch n gradients are first order.
 
-    The last two depend on `epoch`, which starts at 0 and which the training loop has to set.
-    Per-step batch normalisation is not part of this class; see `norm` for what there is. Nor is
-    the cosine schedule, which is the outer optimizer's.
+    The last two depend on `epoch`, which starts at 0 and which the training loop sets:
+    `MetaTrainer` does, by its `steps_per_epoch`.
+    Running statistics for each step ("BNRS") are `norm="per-step"`. The cosine schedule is the
+    outer optimizer's.
 
     Args:
         module: see `MAML`.
@@ -49,6 +56,7 @@ class MAMLPlusPlus(MAML):
         allow_unused: see `MAML`.
         norm: see `MAML`.
         learn_rates: see above.
+        learn_norms: see above. For torch and Flax modules and models of `metaframe.nn`.
         multi_step_epochs: see above; the authors take 10 for Omniglot and 15 for miniImageNet. 0
             switches it off.
         second_order_from: see above; the paper takes 50. 0 switches it off.
@@ -71,13 +79,17 @@ class MAMLPlusPlus(MAML):
         *,
         norm: Norm = "batch",
         learn_rates: bool = True,
+        learn_norms: bool = False,
         multi_step_epochs: int = 0,
         second_order_from: int = 0,
     ) -> None:
         checks.steps(multi_step_epochs, "multi_step_epochs", at_least=0)
         checks.steps(second_order_from, "second_order_from", at_least=0)
+        adapter = adapter_of(module)
+        if learn_norms:
+            adapter = StepAffine(adapter, inner_steps)
         super().__init__(
-            module,
+            adapter,
             inner_lr,
             inner_steps,
             first_order,
@@ -86,6 +98,8 @@ class MAMLPlusPlus(MAML):
             norm=norm,
             update=rate_for_each_step() if learn_rates else gradient_descent_update,
         )
+        if isinstance(adapter, StepAffine):
+            self.norms = adapter.tables.model
         self._first_order = first_order
         self._multi_step_epochs = multi_step_epochs
         self._second_order_from = second_order_from
@@ -97,29 +111,20 @@ class MAMLPlusPlus(MAML):
                     for n in self.config.names
                 }
             )
-        self.epoch = 0
+        self._follow(self._phase)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of training, which decides the weights of the steps and the order."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        checks.steps(epoch, "epoch", at_least=0)
-        self._epoch = epoch
+    def _phase(self, epoch: int) -> Phase:
         first_order = self._first_order or epoch < self._second_order_from
-        if first_order != self.config.first_order:
-            self.config = dataclasses.replace(self.config, first_order=first_order)
-        multi_step = epoch < self._multi_step_epochs
-        self._method = Method(multi_step_loss if multi_step else None)
-        self._schedule = {}
-        if multi_step:
-            weights = multi_step_weights(self.config.inner_steps, epoch, self._multi_step_epochs)
-            # The loss before the first step has no weight.
-            self._schedule["weights"] = array_like(
-                np.concatenate([[0.0], weights]), self._adapter.params(), self._adapter.backend
-            )
+        config = self.config
+        if first_order != config.first_order:  # another config is another program
+            config = dataclasses.replace(config, first_order=first_order)
+        if epoch >= self._multi_step_epochs:
+            return Phase(config, Method(), {})
+        weights = multi_step_weights(config.inner_steps, epoch, self._multi_step_epochs)
+        # The loss before the first step has no weight.
+        weights = np.concatenate([[0.0], weights])
+        array = array_like(weights, self._adapter.params(), self._adapter.backend)
+        return Phase(config, Method(multi_step_loss), {"weights": array})
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> np.ndarray[Any, Any]:
@@ -158,7 +163,7 @@ def multi_step_loss(run: TaskRun) -> Array:
 
     def observe(at: Params, view: StepView | None, index: Array) -> Arrays:
         del view
-        return (_at(weights, index) * run.query_loss(run.ordered(at)),)
+        return (row(weights, index) * run.query_loss(run.ordered(at), index),)
 
     result = run.adapted(observe)
     (total,) = result.total
@@ -181,19 +186,8 @@ def rate_for_each_step() -> Optimizer:
         del params
 
         def step(g: Array, rates: Array) -> Array:
-            last = rates.shape[0] - 1
-            return -_at(rates, ops.astype(ops.minimum(state, last), "int32")) * g
+            return -row(rates, state) * g
 
         return tree.map(step, grads, lr), state + 1
 
     return Optimizer(init, update)
-
-
-def _at(values: Array, index: Array) -> Array:
-    """`values[index]` for a scalar index, as a sum.
-
-    torch's indexing asks a scalar index for its value, which traced code does not have, and the
-    gradient of its `index_select` under `vmap` comes out of inductor multiplied.
-    """
-    dtype = backend_of(values).dtype_name(values)
-    return ops.sum(values * ops.one_hot(index, values.shape[0], dtype))

@@ -30,6 +30,9 @@ class MetaCurvature(MAML):
     meta-parameters "learned/<name>/out", ".../in" and ".../window"; modes of size 1 have none,
     except that a parameter of a single number has "out".
 
+    The paper writes the product out for weights. A bias is its case of one mode, so it gets a
+    whole matrix; implementations that give biases a vector of factors are the diagonal of that.
+
     Args:
         module: see `MAML`. A pair `(apply, params)` lays out its weights as `metaframe.nn` does,
             (*window, inputs, outputs).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metaframe import checks
 from metaframe.backend import Array, Backend
@@ -17,16 +17,29 @@ from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
+from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper
 from metaframe.meta import MetaResult, TaskMap
-from metaframe.models import ModelAdapter, NamedParameters
+from metaframe.models import Inputs, ModelAdapter, NamedParameters
+from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
 
+Program = Callable[[Params, Meta, Any], Any]
+"""A pure function of meta-parameters, constants and a stacked task."""
 PROGRAMS_KEPT = 16
 """Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
+
+
+class Phase(NamedTuple):
+    """What an algorithm with a schedule of its own does in one epoch of training."""
+
+    config: AdaptConfig
+    method: Method
+    schedule: Params
+    """Arrays that the method reads and that are not differentiated."""
 
 
 class MetaLearner(Wrapper):
@@ -40,13 +53,17 @@ class MetaLearner(Wrapper):
 
     def __init__(self, adapter: ModelAdapter, config: AdaptConfig, method: Method) -> None:
         super().__init__()
+        if config.norm == "per-step":
+            adapter = StepStatistics(adapter, config.inner_steps)
         self.config = config
         self.module = adapter.model
         self._adapter = adapter
         self._method = method
         self._learned: NamedParameters | None = None
         self._schedule: Params = {}
-        self._programs: dict[Hashable, Callable[..., MetaResult]] = {}
+        self._epoch = 0
+        self._phase_of: Callable[[int], Phase] | None = None
+        self._programs: dict[Program, Program] = {}
 
     def _learn(self, values: Params) -> Any:
         """Make `values` meta-parameters, which the update rule gets as its learning rate.
@@ -60,12 +77,36 @@ class MetaLearner(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model with its meta-parameters, without adaptation."""
         forward = dataclasses.replace(self.config, norm=self._unadapted_norm()).forward("query")
-        state = self._adapter.state()
-        return self._adapter.call(self._adapter.params(), state, forward, args, kwargs)[0]
+        inputs = Inputs(args, kwargs, forward)
+        return self._adapter.call(self._adapter.params(), self._adapter.state(), inputs)[0]
 
     def _unadapted_norm(self) -> Norm:
         # There is no support set here.
         return "batch" if self.config.norm == "support" else self.config.norm
+
+    def _follow(self, phase_of: Callable[[int], Phase]) -> None:
+        """Let the epoch decide what the algorithm does, from here on."""
+        self._phase_of = phase_of
+        self._enter(self.epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of training, from 0. `MetaTrainer` sets it; a loop of one's own has to.
+
+        It changes something for algorithms with a schedule of their own, such as `MAMLPlusPlus`.
+        """
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        checks.steps(epoch, "epoch", at_least=0)
+        if epoch != self._epoch:
+            self._enter(epoch)
+
+    def _enter(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self._phase_of is not None:
+            self.config, self._method, self._schedule = self._phase_of(epoch)
 
     def clone(self, params: Mapping[str, Array] | None = None) -> Learner:
         """A fresh learner that starts from the meta-parameters.
@@ -142,10 +183,7 @@ class MetaLearner(Wrapper):
         gradient = self.meta_gradient(
             loss_fn, steps=steps, task_map=task_map, chunk_size=chunk_size, mode=mode
         )
-        batch = as_batch(tasks, self.meta_parameters(), self.backend)
-        quick = self.backend.compiles_quickly
-        run = self._program(gradient) if (quick if compiled is None else compiled) else gradient
-        result = run(self.meta_arrays(), self.constants(), batch)
+        result: MetaResult = self._run(gradient, tasks, compiled)
         return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
 
     def meta_gradient(
@@ -170,15 +208,74 @@ class MetaLearner(Wrapper):
             `constants` return and of a stacked task. Two of them are equal, and have the same
             hash, if one program serves for both.
         """
-        checks.function(loss_fn, "loss_fn")
-        steps = self.config.steps(steps, at_least=0)
-        setting = Setting(self._adapter, self.config, self._method, loss_fn, steps, mode, metric)
+        setting = self._setting(loss_fn, steps, mode, metric)
         return MetaGradient(setting, task_map, chunk_size, self._learned is not None, self._flags)
+
+    @property
+    def statistics(self) -> Params:
+        """With norm="per-step" the running statistics: tables by name, a row for each 0 .. K."""
+        adapter = self._adapter
+        return dict(adapter.statistics) if isinstance(adapter, StepStatistics) else {}
+
+    def assign_statistics(self, values: Mapping[str, Array]) -> None:
+        """Set `statistics`, all of them.
+
+        Raises:
+            InputError: other names or shapes.
+        """
+        own = self.statistics
+        if set(own) != set(values):
+            raise InputError(f"the statistics are {sorted(own)}, received {sorted(values)}.")
+        for name, value in values.items():
+            if tuple(value.shape) != tuple(own[name].shape):
+                raise InputError(
+                    f"statistics {name!r} have shape {tuple(own[name].shape)}, received shape "
+                    f"{tuple(value.shape)}."
+                )
+        if isinstance(self._adapter, StepStatistics):
+            self._adapter.statistics = dict(values)
+
+    def collect_statistics(
+        self,
+        loss_fn: LossFn,
+        tasks: Task | Sequence[Task],
+        *,
+        decay: float = 0.9,
+        task_map: TaskMap = "vmap",
+        chunk_size: int | None = None,
+        compiled: bool | None = None,
+    ) -> None:
+        """With norm="per-step", move the running statistics towards those of `tasks`.
+
+            row_k <- decay * row_k + (1 - decay) * mean over tasks of the statistics at theta_k
+
+        Those of the support set for k < K, of the query set for K. Nothing else changes them:
+        `MetaTrainer` calls this before every step, a loop of one's own has to.
+
+        Args:
+            loss_fn, tasks, task_map, chunk_size, compiled: as for `meta_value_and_grad`.
+            decay: what the old rows keep, in [0, 1]; 0 replaces them.
+
+        Raises:
+            InputError: another policy, or a decay out of range.
+        """
+        if not self.statistics:
+            raise InputError(
+                f"statistics are collected with norm='per-step', received {self.config.norm!r}."
+            )
+        if not 0 <= decay <= 1:
+            raise InputError(f"decay must be in [0, 1], received {decay!r}.")
+        setting = self._setting(loss_fn)
+        collect = StatisticsOfTasks(
+            setting, task_map, chunk_size, self._learned is not None, self._flags
+        )
+        found = self._run(collect, tasks, compiled)
+        old = self.statistics
+        self.assign_statistics({n: decay * old[n] + (1 - decay) * found[n] for n in old})
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
         """Adaptation to one task, step by step and as pure functions, for evaluations."""
-        checks.function(loss_fn, "loss_fn")
-        setting = Setting(self._adapter, self.config, self._method, loss_fn, 1, "reverse")
+        setting = self._setting(loss_fn)
         return Adaptation(setting, self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:
@@ -213,10 +310,28 @@ class MetaLearner(Wrapper):
     def _flags(self) -> Hashable:
         return self._adapter.signature()
 
-    def _program(self, gradient: MetaGradient) -> Callable[..., MetaResult]:
-        if gradient not in self._programs and len(self._programs) == PROGRAMS_KEPT:
+    def _setting(
+        self,
+        loss_fn: LossFn,
+        steps: int | None = None,
+        mode: Mode = "reverse",
+        metric: LossFn | None = None,
+    ) -> Setting:
+        checks.function(loss_fn, "loss_fn")
+        steps = self.config.steps(steps, at_least=0)
+        return Setting(self._adapter, self.config, self._method, loss_fn, steps, mode, metric)
+
+    def _run(self, fn: Program, tasks: Task | Sequence[Task], compiled: bool | None) -> Any:
+        """`fn(meta-parameters, constants, batch)`, compiled where that is the default or asked."""
+        batch = as_batch(tasks, self.meta_parameters(), self.backend)
+        if self.backend.compiles_quickly if compiled is None else compiled:
+            fn = self._compiled(fn)
+        return fn(self.meta_arrays(), self.constants(), batch)
+
+    def _compiled(self, fn: Program) -> Program:
+        if fn not in self._programs and len(self._programs) == PROGRAMS_KEPT:
             del self._programs[next(iter(self._programs))]
-        return self._programs.setdefault(gradient, compile(gradient))
+        return self._programs.setdefault(fn, compile(fn))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the compiled programs, which a copy makes anew."""

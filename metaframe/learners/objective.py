@@ -16,7 +16,8 @@ from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
-from metaframe.models import Forward, ModelAdapter
+from metaframe.models import Forward, Inputs, ModelAdapter
+from metaframe.models.per_step import STEP, at_step
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -48,9 +49,19 @@ class Setting:
 
 
 class TaskRun:
-    """One task: its losses and its inner loop, as functions of named parameters."""
+    """One task: its losses and its inner loop, as functions of named parameters.
 
-    def __init__(self, setting: Setting, meta: Meta, constants: Meta, task: Task) -> None:
+    `start` are all parameters before the first step, if they are known already.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        meta: Meta,
+        constants: Meta,
+        task: Task,
+        start: Params | None = None,
+    ) -> None:
         self.setting = setting
         self.task = task
         self.schedule = constants["schedule"]
@@ -61,14 +72,19 @@ class TaskRun:
             task.support_x,
             task.support_y,
             lambda params, x: self._call(params, self._state, self._support_forward(), x)[0],
-            self._support_loss,
+            lambda batch, params: self._support_loss((*batch, setting.steps), params),
             setting.config.names,
             setting.adapter.backend,
         )
-        params, begin = {**constants["params"], **meta["params"]}, setting.method.begin
-        params = {name: params[name] for name in setting.adapter.params()}
-        self.start = params if begin is None else begin(self.support, params)
+        self.start = self._begun({**constants["params"], **meta["params"]}, start)
         """All parameters before the first step."""
+
+    def _begun(self, params: Params, start: Params | None) -> Params:
+        if start is not None:
+            return start
+        params = {name: params[name] for name in self.setting.adapter.params()}
+        begin = self.setting.method.begin
+        return params if begin is None else begin(self.support, params)
 
     def adapted(self, observe: Observer | None = None) -> InnerResult:
         """All parameters after the inner loop, and the sums of what the observer returned."""
@@ -77,21 +93,21 @@ class TaskRun:
             return InnerResult(self.start, ())
         if not setting.config.allow_unused:
             self._check_all_used()
-        result = self._loop().run(setting.steps, observe)
+        result = self.loop(self.start).run(setting.steps, observe)
         params = self.ordered(result.variables)
         if setting.method.finish is not None:
             params = setting.method.finish(self.support, self.start, params)
         return InnerResult(params, result.total)
 
-    def query_loss(self, params: Params) -> Array:
-        """The loss on the query set."""
-        self.prediction = self.predict(params, self.task.query_x)
+    def query_loss(self, params: Params, step: Array | None = None) -> Array:
+        """The loss on the query set, after this many steps; by default after all."""
+        self.prediction = self.predict(params, self.task.query_x, step)
         """What the last query loss was computed from."""
         return self.setting.loss_fn(self.prediction, self.task.query_y)
 
-    def predict(self, params: Params, x: Any) -> Any:
+    def predict(self, params: Params, x: Any, step: Array | None = None) -> Any:
         """The model's output for examples that it did not adapt on, all in one batch."""
-        state = self._state
+        state = at_step(self._state, self.setting.steps if step is None else step)
         if self.setting.config.norm == "support":
             record = self.setting.config.forward("support")
             _, state = self._call(params, state, record, self.task.support_x)
@@ -106,17 +122,30 @@ class TaskRun:
         """In the model's own order, which a structure does not keep."""
         return {name: params[name] for name in self.start}
 
-    def _loop(self) -> InnerLoop:
-        config = self.setting.config
+    def recorded(self, params: Params, x: Any, step: Any) -> Params:
+        """The model's state when batch normalisation takes the statistics of `x` and keeps them."""
+        forward = replace(self.setting.config.forward("query"), norm="record", twice=False)
+        return self._call(params, at_step(self._state, step), forward, x)[1]
+
+    def loop(self, start: Params) -> InnerLoop:
+        """The inner loop from `start`."""
+        config, batch = self.setting.config, (self.support.x, self.support.y)
+        stepwise = STEP in self._state
         settings = InnerSettings(
             self.rate,
             config.update,
             1 if config.first_order else 2,
             self.setting.mode,
+            batch_of_step=_with_step if stepwise else None,
         )
-        chosen = tree.leaves({name: name in config.names for name in self.start})
-        batch = (self.support.x, self.support.y)
-        return InnerLoop(self.inner_cost, self.start, batch, chosen, settings)
+        chosen = tree.leaves({name: name in config.names for name in start})
+        return InnerLoop(
+            self.inner_cost,
+            start,
+            (*batch, self._state[STEP]) if stepwise else batch,
+            chosen,
+            settings,
+        )
 
     def inner_cost(self, batch: Any, params: Params) -> Array:
         """What the inner loop minimises: the support loss, and the algorithm's penalty."""
@@ -127,8 +156,9 @@ class TaskRun:
         return loss + penalty(*({n: p[n] for n in names} for p in (params, self.start)))
 
     def _support_loss(self, batch: Any, params: Params) -> Array:
-        x, y = batch
-        output, _ = self._call(self.ordered(params), self._state, self._support_forward(), x)
+        x, y, *step = batch
+        state = at_step(self._state, *step) if step else self._state
+        output, _ = self._call(self.ordered(params), state, self._support_forward(), x)
         return self.setting.loss_fn(output, y)
 
     def _support_forward(self) -> Forward:
@@ -136,7 +166,7 @@ class TaskRun:
         return replace(forward, repeated=self.setting.mode != "reverse")
 
     def _call(self, params: Params, state: Params, forward: Forward, x: Any) -> tuple[Any, Params]:
-        return self.setting.adapter.call(params, state, forward, (x,), {})
+        return self.setting.adapter.call(params, state, Inputs((x,), forward=forward))
 
     def _check_all_used(self) -> None:
         batch, names = (self.support.x, self.support.y), self.setting.config.names
@@ -148,6 +178,10 @@ class TaskRun:
             True,
             allow_unused=False,
         )
+
+
+def _with_step(batch: Any, step: Array) -> Any:
+    return (*batch[:2], step)
 
 
 def adapted_query_loss(run: TaskRun) -> Array:

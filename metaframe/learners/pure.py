@@ -12,9 +12,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metaframe import checks
-from metaframe.backend import Array, Arrays
+from metaframe.backend import Array
 from metaframe.errors import MetaframeError
+from metaframe.inner import first_index
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, Setting, TaskRun
 from metaframe.meta import MetaResult, TaskMap, meta_value_and_grad
@@ -67,10 +67,15 @@ class MetaGradient:
 
 
 class Adapted(NamedTuple):
-    """Where an adaptation is: the parameters by name that it changes, and the rule's state."""
+    """Where an adaptation is."""
 
     params: Params
+    """Those that it changes, by name."""
     rule_state: Any
+    taken: Array
+    """How many steps were taken."""
+    begun: Params
+    """All parameters before the first step, where they were made from the support set."""
 
 
 @dataclass(frozen=True)
@@ -89,35 +94,24 @@ class Adaptation:
         """Before the first step."""
         start, config = self._run(meta, constants, task).start, self.setting.config
         adapting = {name: start[name] for name in config.names}
-        # A method with a beginning of its own may make any of them from the support set.
-        kept = adapting if self.setting.method.begin is None else start
-        return Adapted(kept, config.rule.init(adapting))
+        taken = first_index(next(iter(start.values())))
+        begun = {} if self.setting.method.begin is None else start
+        return Adapted(adapting, config.rule.init(adapting), taken, begun)
 
     def step(self, at: Adapted, meta: Params, constants: Meta, task: Task) -> Adapted:
         """One step further on the support set."""
-        run, config = self._run(meta, constants, task), self.setting.config
-        whole = {**run.start, **at.params}
-
-        def loss(xs: Arrays) -> tuple[Array, Arrays]:
-            params = run.ordered({**whole, **dict(zip(config.names, xs, strict=True))})
-            cost = run.inner_cost((task.support_x, task.support_y), params)
-            return checks.scalar(cost, "loss_fn", backend), ()
-
-        backend = self.setting.adapter.backend
-        differentiate = backend.value_and_grad(loss, checks.cost_ignores_variables)
-        _, _, found = differentiate(tuple(whole[name] for name in config.names))
-        grads = dict(zip(config.names, found, strict=True))
-        before = {name: whole[name] for name in config.names}
-        after, state, _ = config.rule.apply(before, grads, at.rule_state, run.rate)
-        return Adapted({**at.params, **after}, state)
+        run = self._run(meta, constants, task, at)
+        after, state = run.loop({**run.start, **at.params}).advance(at.rule_state, at.taken)
+        return Adapted({n: after[n] for n in at.params}, state, at.taken + 1, at.begun)
 
     def predict(self, at: Adapted, meta: Params, constants: Meta, task: Task, x: Any) -> Any:
         """The model's output for `x`, all examples in one batch."""
-        run = self._run(meta, constants, task)
-        return run.predict(run.ordered({**run.start, **at.params}), x)
+        run = self._run(meta, constants, task, at)
+        return run.predict(run.ordered({**run.start, **at.params}), x, at.taken)
 
-    def _run(self, meta: Params, constants: Meta, task: Task) -> TaskRun:
-        return TaskRun(self.setting, divided(meta, self.learned), constants, task)
+    def _run(self, meta: Params, constants: Meta, task: Task, at: Adapted | None = None) -> TaskRun:
+        begun = (at.begun or None) if at else None
+        return TaskRun(self.setting, divided(meta, self.learned), constants, task, begun)
 
 
 def divided(values: Mapping[str, Array], learned: bool) -> Meta:

@@ -12,7 +12,9 @@ come from anywhere and `params` is any structure of arrays, such as
 - A Keras model has to be built.
 """
 
+from metaframe.models.adapter import BatchNorm as BatchNorm
 from metaframe.models.adapter import Forward as Forward
+from metaframe.models.adapter import Inputs as Inputs
 from metaframe.models.adapter import ModelAdapter as ModelAdapter
 from metaframe.models.adapter import NamedParameters as NamedParameters
 from metaframe.models.find import FunctionalModel as FunctionalModel
@@ -20,8 +22,10 @@ from metaframe.models.find import adapter_of as adapter_of
 from metaframe.models.find import functional as functional
 
 __all__ = [
+    "BatchNorm",
     "Forward",
     "FunctionalModel",
+    "Inputs",
     "ModelAdapter",
     "NamedParameters",
     "adapter_of",

@@ -13,7 +13,7 @@ from typing import Any
 
 from metaframe.backend import backend_of
 from metaframe.errors import InputError
-from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.adapter import Inputs, ModelAdapter, Params
 
 
 class KerasAdapter(ModelAdapter):
@@ -41,29 +41,25 @@ class KerasAdapter(ModelAdapter):
         """Everything else: moving statistics, frozen weights, seed generators."""
         return _values(self.model.non_trainable_variables)
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model.stateless_call`, with `training=` as the policy says."""
-        if forward.norm == "record":
+        norm, kwargs = inputs.forward.norm, dict(inputs.kwargs)
+        if norm == "record":
             raise InputError(
                 "norm='support' is not available for Keras models, which do not say what the "
                 "statistics of one batch were. Use norm='batch' or norm='frozen'."
             )
-        if forward.norm is not None:
-            kwargs = {"training": forward.norm == "batch", **kwargs}
+        if norm is not None:
+            kwargs = {"training": norm == "batch", **kwargs}
+        # By name: a structure that was flattened and built again does not keep the order.
+        names = list(self.state())
         output, after = self.model.stateless_call(
-            [self.backend.asarray(x) for x in params.values()],
-            [self.backend.asarray(x) for x in state.values()],
-            *args,
+            [self.backend.asarray(params[name]) for name in self.params()],
+            [self.backend.asarray(state[name]) for name in names],
+            *inputs.args,
             **kwargs,
         )
-        return output, dict(zip(state, after, strict=True))
+        return output, dict(zip(names, after, strict=True))
 
     def variables(self) -> dict[str, Any]:
         """Keras variables, which its optimizers want on every framework but TensorFlow."""

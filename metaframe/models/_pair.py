@@ -5,38 +5,71 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from metaframe import tree
+from metaframe import ops, tree
 from metaframe.backend import backend_of, convert_neutral
 from metaframe.errors import InputTypeError
-from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.nn.layers import recorded_statistics
 from metaframe.nn.models import Model
+
+STATISTICS = ("mean", "var")
 
 
 class PairAdapter(ModelAdapter):
-    """`apply(params, *args)` with `params` in any structure; names are key chains."""
+    """`apply(params, *args)` with `params` in any structure; names are key chains.
 
-    def __init__(self, apply: Callable[..., Any], params: tree.Tree) -> None:
+    A model of `metaframe.nn` says where its batch normalisation is; any other function decides
+    for itself what it normalises by.
+    """
+
+    def __init__(
+        self, apply: Callable[..., Any], params: tree.Tree, norms: tuple[str, ...] = ()
+    ) -> None:
         leaves, self._spec = tree.flatten(params)
         self.backend = backend_of(*leaves)
         self._names = tree.key_chains(params)
         self._apply = apply
+        self._norms = norms
         self.write(dict(zip(self._names, convert_neutral(leaves, self.backend), strict=True)))
 
     def params(self) -> Params:
         """The leaves by key chain."""
         return dict(zip(self._names, tree.leaves(self.model[1]), strict=True))
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def state(self) -> Params:
+        """Running statistics of a model of `metaframe.nn`: means of 0 and variances of 1."""
+        scales = ((norm, self.model[1][norm]["scale"]) for norm in self._norms)
+        return {
+            f"{norm}/{what}": start(scale)
+            for norm, scale in scales
+            for what, start in zip(STATISTICS, (ops.zeros_like, ops.ones_like), strict=True)
+        }
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        """Those of a model of `metaframe.nn`."""
+        return tuple(
+            BatchNorm(f"{n}/mean", f"{n}/var", f"{n}/scale", f"{n}/shift") for n in self._norms
+        )
+
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`apply(params, *args, **kwargs)`."""
-        del forward
-        return self._apply(self._structured(params), *args, **kwargs), state
+        structure, norm = self._structured(params), inputs.forward.norm
+        if norm == "frozen" and self._norms:
+            given = {
+                name: {**structure[name], **{what: state[f"{name}/{what}"] for what in STATISTICS}}
+                for name in self._norms
+            }
+            structure = {**structure, **given}
+        with recorded_statistics() as found:
+            output = self._apply(structure, *inputs.args, **inputs.kwargs)
+        if norm != "record":
+            return output, state
+        own = {
+            f"{name}/{what}": value
+            for name, pair in zip(self._norms, found, strict=bool(self._norms))
+            for what, value in zip(STATISTICS, pair, strict=True)
+        }
+        return output, {**state, **own}
 
     def write(self, params: Params) -> None:
         """Pair the function with the new parameters."""
@@ -57,5 +90,5 @@ def pair_adapter(model: object) -> ModelAdapter | None:
         return None
     function, params = model
     if isinstance(function, Model):
-        function = function.apply
+        return PairAdapter(function.apply, params, function.norms)
     return PairAdapter(function, params) if callable(function) else None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from metaframe import checks
 from metaframe.backend import Array, Backend
@@ -41,6 +41,24 @@ class Forward:
 
     def __post_init__(self) -> None:
         checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a model is called on, and how: `model(*args, **kwargs)` under `forward`."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    forward: Forward = Forward()
+
+
+class BatchNorm(NamedTuple):
+    """What the arrays of a batch normalisation are called in the state and the parameters."""
+
+    mean: str
+    var: str
+    scale: str | None = None
+    shift: str | None = None
 
 
 class NamedParameters(abc.ABC):
@@ -91,19 +109,19 @@ class ModelAdapter(NamedParameters):
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
 
     @abc.abstractmethod
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """The model's output with these values in place of its own, and the state it leaves."""
 
     def state(self) -> Params:
         """Arrays that are no parameters: running statistics, random keys. Default: none."""
         return {}
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        """Batch normalisations whose statistics are in the state and can be recorded.
+
+        Default: none are known of.
+        """
+        return ()
 
     def adaptable(self) -> tuple[str, ...]:
         """Names of the parameters an inner loop may adapt. Default: those that are trained."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from metaframe import ops
-from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 
 HEAD = ("prototypes/w", "prototypes/b")
 """Names of the weights `(features, ways)` and biases `(ways,)` that `WithHead` understands."""
@@ -18,6 +18,7 @@ class Around(ModelAdapter):
     def __init__(self, inner: ModelAdapter) -> None:
         self.inner = inner
         self.backend = inner.backend
+        self.output_first = inner.output_first
 
     @property
     def model(self) -> Any:
@@ -44,16 +45,13 @@ class Around(ModelAdapter):
         """The model's."""
         return self.inner.signature()
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """The model's output."""
-        return self.inner.call(params, state, forward, args, kwargs)
+        return self.inner.call(params, state, inputs)
+
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        """The model's."""
+        return self.inner.batch_norms()
 
     def write(self, params: Params) -> None:
         """Into the model."""
@@ -91,17 +89,10 @@ class WithHead(Around):
         """The model's, and the head."""
         return (*self.inner.adaptable(), *HEAD)
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model(x) @ w + b`."""
         body = {name: params[name] for name in self.inner.params()}
-        features, state = self.inner.call(body, state, forward, args, kwargs)
+        features, state = self.inner.call(body, state, inputs)
         if HEAD[0] not in params:
             return features, state
         weight, bias = (params[name] for name in HEAD)

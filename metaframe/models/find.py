@@ -9,7 +9,7 @@ from metaframe.backend import backends_in_use
 from metaframe.errors import InputTypeError
 from metaframe.models._keras import keras_adapter
 from metaframe.models._pair import pair_adapter
-from metaframe.models.adapter import Forward, ModelAdapter, Norm, Params
+from metaframe.models.adapter import Forward, Inputs, ModelAdapter, Norm, Params
 
 
 def adapter_of(model: Any) -> ModelAdapter:
@@ -64,6 +64,6 @@ def functional(model: Any, *, norm: Norm | None = None) -> FunctionalModel:
     adapter, forward = adapter_of(model), Forward(norm)
 
     def apply(params: Params, state: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
-        return adapter.call(params, state, forward, args, kwargs)
+        return adapter.call(params, state, Inputs(args, kwargs, forward))
 
     return FunctionalModel(apply, adapter.params(), adapter.state())

@@ -6,7 +6,7 @@ from typing import Any
 
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
-from metaframe.models.adapter import Forward, ModelAdapter, Params
+from metaframe.models.adapter import Inputs, ModelAdapter, Params
 from metaframe.models.around import Around
 from metaframe.models.find import adapter_of
 
@@ -41,19 +41,13 @@ class _Narrow(Around):
         super().__init__(inner)
         self._dtype = dtype
 
-    def call(
-        self,
-        params: Params,
-        state: Params,
-        forward: Forward,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, Params]:
+    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         wide = next(
             self.backend.dtype_name(x) for x in params.values() if self.backend.is_floating(x)
         )
-        narrow = [_cast(x, self._dtype, self.backend) for x in (params, state, args, kwargs)]
-        output, after = self.inner.call(narrow[0], narrow[1], forward, narrow[2], narrow[3])
+        everything = (params, state, inputs.args, dict(inputs.kwargs))
+        params, narrow, args, kwargs = (_cast(x, self._dtype, self.backend) for x in everything)
+        output, after = self.inner.call(params, narrow, Inputs(args, kwargs, inputs.forward))
         restored = {n: _like(x, state[n], self.backend) for n, x in after.items()}
         return _cast(output, wide, self.backend), restored
 

@@ -8,6 +8,9 @@ wrong, and where they differ from one another.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 from metaframe.backend import Array
@@ -15,6 +18,8 @@ from metaframe.errors import InputError
 from metaframe.ops._dispatch import native
 from metaframe.optable import Pads
 
+Statistics = tuple[Array, Array]
+"""Mean and variance, (channels,) each."""
 Pair = int | tuple[int, int]
 Padding = Literal["same", "valid"] | int | Pads
 
@@ -125,13 +130,38 @@ def mean_pool(x: Array) -> Array:
     return backend.ops.mean(x, (1, 2))
 
 
+_recorder: ContextVar[list[Statistics] | None] = ContextVar("_recorder", default=None)
+
+
+@contextmanager
+def recorded_statistics() -> Iterator[list[Statistics]]:
+    """The mean and variance of every `batch_norm` inside that took its inputs' own, in order."""
+    found: list[Statistics] = []
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
+
+
 def batch_norm(
-    x: Array, scale: Array | None = None, shift: Array | None = None, *, eps: float = 1e-5
+    x: Array,
+    scale: Array | None = None,
+    shift: Array | None = None,
+    *,
+    statistics: Statistics | None = None,
+    eps: float = 1e-5,
 ) -> Array:
     """Normalise each channel (last axis) by mean and variance over all other axes.
 
-    The statistics are always those of `x`, as MAML uses them: nothing is remembered between
-    calls, so support and query are each normalised by their own.
+    The statistics are those of `x`, as MAML uses them, unless others are given: nothing is
+    remembered between calls, so support and query are each normalised by their own.
+
+    Args:
+        x: (..., C).
+        scale, shift: (C,), applied after the normalisation.
+        statistics: mean and variance, (C,) each, to normalise by instead of those of `x`.
+        eps: added to the variance.
 
     >>> x = ops.asarray([[1.0], [3.0]])
     >>> ops.to_numpy(nn.batch_norm(x, shift=ops.asarray([2.0]), eps=0.0)).tolist()
@@ -139,8 +169,16 @@ def batch_norm(
     """
     backend, (x,) = native(x)
     table, axes = backend.ops, tuple(range(len(x.shape) - 1))
-    centred = x - table.mean(x, axes, keepdims=True)
-    factor = 1.0 / table.sqrt(table.mean(table.square(centred), axes, keepdims=True) + eps)
+    if statistics is None:
+        mean = table.mean(x, axes, keepdims=True)
+        centred = x - mean
+        var = table.mean(table.square(centred), axes, keepdims=True)
+        if (found := _recorder.get()) is not None:
+            found.append((table.reshape(mean, (-1,)), table.reshape(var, (-1,))))
+    else:
+        mean, var = native(x, *statistics)[1][1:]
+        centred = x - mean
+    factor = 1.0 / table.sqrt(var + eps)
     if scale is not None:
         factor = factor * native(x, scale)[1][1]  # on (1, ..., C) numbers, not on every pixel
     return _add(centred * factor, shift)

@@ -14,6 +14,8 @@ from metaframe.nn import init
 from metaframe.nn.activations import relu
 from metaframe.nn.layers import batch_norm, conv2d, dense, max_pool2d, mean_pool
 
+POOLINGS = ("max", "stride")
+
 
 class Model(NamedTuple):
     """What a model is: how its parameters start, and what it computes from them.
@@ -28,12 +30,16 @@ class Model(NamedTuple):
     """`init(seed, dtype=None)`: parameters on the selected backend, the same numbers on each."""
     apply: Callable[[Any, Array], Array]
     """`apply(params, x)`: the outputs. `params` may be any mapping with the keys of `init`."""
+    norms: tuple[str, ...] = ()
+    """Keys of what has a batch normalisation, in the order of their calls: its "scale" and "shift"
+    are there, and a "mean" and a "var" there take the places of its inputs' own."""
 
 
 def mlp(
     sizes: Sequence[int],
     activation: Callable[[Array], Array] = relu,
     initializer: init.Initializer = init.glorot_uniform,
+    context: int = 0,
 ) -> Model:
     """Dense layers "layer1", "layer2", ..., "head", with an activation after all but the head.
 
@@ -41,22 +47,30 @@ def mlp(
         sizes: inputs, hidden sizes, outputs: `[1, 40, 40, 1]` is the sinusoid model of MAML.
         activation: elementwise function.
         initializer: of the weights; biases start at zero.
+        context: numbers in a parameter "context", zeros at first, that every example gets as
+            further inputs (Zintgraf et al. 2019, arXiv 1810.03642, for `CAVIA`).
 
     >>> sorted(nn.mlp([1, 40, 40, 1]).init(0))
     ['head', 'layer1', 'layer2']
     """
-    if len(sizes) < 2 or min(sizes) < 1:
+    if len(sizes) < 2 or min(sizes) < 1 or context < 0:
         raise InputError(
-            f"sizes needs inputs and outputs, each at least 1, received {list(sizes)}."
+            "sizes needs inputs and outputs, each at least 1, and context is not negative; "
+            f"received {list(sizes)}, {context=}."
         )
     hidden = [f"layer{i}" for i in range(1, len(sizes) - 1)]
-    pairs = list(zip([*hidden, "head"], sizes[:-1], sizes[1:], strict=True))
+    inputs = [sizes[0] + context, *sizes[1:-1]]
+    pairs = list(zip([*hidden, "head"], inputs, sizes[1:], strict=True))
 
     def start(seed: int, dtype: str | None = None) -> Container:
-        layers = {name: _dense(seed, name, pair, initializer) for name, *pair in pairs}
-        return Container(layers).map(lambda values: ops.asarray(values, dtype))
+        params = {name: _dense(seed, name, pair, initializer) for name, *pair in pairs}
+        params |= _context(seed, context)
+        return Container(params).map(lambda values: ops.asarray(values, dtype))
 
     def apply(params: Any, x: Array) -> Array:
+        if context:
+            shared = ops.broadcast_to(params["context"], (*x.shape[:-1], context))
+            x = ops.concat([x, shared], axis=-1)
         for name in hidden:
             x = activation(dense(x, params[name]["w"], params[name]["b"]))
         return dense(x, params["head"]["w"], params["head"]["b"])
@@ -71,12 +85,14 @@ def conv4(
     image_size: int = 28,
     pooling: Literal["max", "stride"] = "max",
     initializer: init.Initializer = init.glorot_uniform,
+    context: int = 0,
 ) -> Model:
     """The four-block convolutional network of MAML and its successors.
 
-    Each block is a 3x3 convolution, batch normalisation on the batch's own statistics, relu and
-    2x2 max pooling; the head is dense. The convolutions have no bias, which the normalisation
-    would cancel. Parameters are "block1" to "block4" ("kernel", "scale", "shift") and "head".
+    Each block is a 3x3 convolution, batch normalisation, relu and 2x2 max pooling; the head is
+    dense. The normalisation is by the batch's own statistics, unless a policy says otherwise
+    (`norm=` of `MAML`). The convolutions have no bias, which it would cancel. Parameters are
+    "block1" to "block4" ("kernel", "scale", "shift") and "head".
 
     Args:
         ways: classes.
@@ -86,6 +102,9 @@ def conv4(
         pooling: "max", or "stride" for strided convolutions and a mean over the last pixels, as
             MAML's Omniglot network has it.
         initializer: of kernels and head weights.
+        context: numbers in a parameter "context", zeros at first, of which a linear map "film"
+            makes a factor `1 + gamma` and a shift for every channel of the third block (Zintgraf
+            et al. 2019, arXiv 1810.03642, for `CAVIA`; Perez et al. 2018, arXiv 1709.07871).
 
     Finn, Abbeel and Levine, 2017, arXiv 1703.03400.
 
@@ -93,10 +112,10 @@ def conv4(
     >>> model.apply(model.init(0), ops.zeros((2, 28, 28, 1))).shape == (2, 5)
     True
     """
-    if min(ways, channels, in_channels, image_size) < 1 or pooling not in ("max", "stride"):
+    if min(ways, channels, in_channels, image_size, context + 1) < 1 or pooling not in POOLINGS:
         raise InputError(
             "conv4 needs positive sizes and pooling 'max' or 'stride', received "
-            f"{ways=}, {channels=}, {in_channels=}, {image_size=}, {pooling=}."
+            f"{ways=}, {channels=}, {in_channels=}, {image_size=}, {context=}, {pooling=}."
         )
     pixels = (image_size // 16) ** 2 if pooling == "max" else 1
     if pixels == 0:
@@ -107,7 +126,10 @@ def conv4(
     blocks = [f"block{i}" for i in range(1, 5)]
 
     def start(seed: int, dtype: str | None = None) -> Container:
-        params = {"head": _dense(seed, "head", (pixels * channels, ways), initializer)}
+        params: dict[str, Any] = _context(seed, context)
+        params["head"] = _dense(seed, "head", (pixels * channels, ways), initializer)
+        if context:
+            params["film"] = {"w": initializer(seed, "film/w", (context, 2 * channels))}
         for name, inputs in zip(blocks, (in_channels, *[channels] * 3), strict=True):
             params[name] = {
                 "kernel": initializer(seed, f"{name}/kernel", (3, 3, inputs, channels)),
@@ -120,13 +142,17 @@ def conv4(
         for name in blocks:
             block = params[name]
             x = conv2d(x, block["kernel"], stride=1 if pooling == "max" else 2)
-            x = batch_norm(x, block["scale"], block["shift"])
+            given = (block["mean"], block["var"]) if "mean" in block else None
+            x = batch_norm(x, block["scale"], block["shift"], statistics=given)
+            if context and name == "block3":
+                film = dense(params["context"], params["film"]["w"])
+                x = x * (1 + film[:channels]) + film[channels:]
             # relu after the pooling is the same function for a quarter of the work.
             x = relu(max_pool2d(x) if pooling == "max" else x)
         x = mean_pool(x) if pooling == "stride" else ops.reshape(x, (-1, math.prod(x.shape[1:])))
         return dense(x, params["head"]["w"], params["head"]["b"])
 
-    return Model(start, apply)
+    return Model(start, apply, tuple(blocks))
 
 
 def _dense(
@@ -136,3 +162,7 @@ def _dense(
         "w": initializer(seed, f"{name}/w", shape),
         "b": init.zeros(seed, f"{name}/b", shape[1:]),
     }
+
+
+def _context(seed: int, size: int) -> dict[str, Any]:
+    return {"context": init.zeros(seed, "context", (size,))} if size else {}

@@ -7,6 +7,9 @@ from metaframe.tasks.digits import load_digits as load_digits
 from metaframe.tasks.few_shot import ClassSplit as ClassSplit
 from metaframe.tasks.few_shot import FewShotSampler as FewShotSampler
 from metaframe.tasks.few_shot import split_classes as split_classes
+from metaframe.tasks.imagenet import ImageClasses as ImageClasses
+from metaframe.tasks.imagenet import load_mini_imagenet as load_mini_imagenet
+from metaframe.tasks.imagenet import load_tiered_imagenet as load_tiered_imagenet
 from metaframe.tasks.interval import Estimate as Estimate
 from metaframe.tasks.interval import mean_and_ci95 as mean_and_ci95
 from metaframe.tasks.omniglot import Omniglot as Omniglot

@@ -1,26 +1,19 @@
-"""Reading Omniglot's files, trusting nothing in them.
-
-Archives are read in memory and never extracted, so no name in one can reach the file system;
-names that try are reported. Sizes are checked before anything is decompressed or decoded.
-"""
+"""What is in Omniglot's files."""
 
 from __future__ import annotations
 
 import re
 import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from metaframe.errors import InputError
 from metaframe.tasks._checks import MissingDependencyError
+from metaframe.tasks._files import Files, Source, reporting
 
 SIDE = 105
 """Pixels along a side of a drawing."""
@@ -31,10 +24,8 @@ RUNS = 20
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-_SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
-_AGAIN = f"The file is damaged or incomplete; download it again from {_SOURCE}."
 # The largest official file has 1 KiB.
-_MAX_BYTES = 64 * 1024
+SOURCE = Source("https://github.com/brendenlake/omniglot/tree/master/python", 64 * 1024)
 _PNG_HEADER = struct.Struct(">8s8xII")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -42,91 +33,6 @@ _DRAWING = re.compile(r"(?:^|/)([^/.][^/]*/character\d+)/\d+_(\d\d)\.png$")
 _RUN_FILE = re.compile(
     r"(?:^|/)(run\d\d)/((?:training/class|test/item)\d\d\.png|class_labels\.txt)$"
 )
-
-
-@dataclass(frozen=True)
-class Files:
-    """Named files of one archive or folder."""
-
-    where: str
-    names: tuple[str, ...]
-    read: Callable[[str], bytes]
-
-
-def locate(path: str | Path, stem: str) -> Path:
-    """The folder `stem` or the archive `stem`.zip in the directory `path`, or `path` itself."""
-    here = Path(path)
-    root = here.parent if here.name in (stem, f"{stem}.zip") else here
-    for candidate in (root / stem, root / f"{stem}.zip"):
-        if candidate.exists():
-            return candidate
-    raise InputError(
-        f"{root} has neither {stem}.zip nor a folder {stem}. Download the file from {_SOURCE} "
-        "and pass the directory it is in."
-    )
-
-
-@contextmanager
-def open_files(location: Path) -> Iterator[Files]:
-    """The files of a folder or a zip archive."""
-    if location.is_dir():
-        names = tuple(sorted(p.relative_to(location).as_posix() for p in location.rglob("*.*")))
-        yield Files(str(location), names, lambda name: _read_file(location / name))
-        return
-    with _reporting(str(location)):
-        archive = zipfile.ZipFile(location)
-    with archive:
-        names = tuple(sorted(archive.namelist()))
-        for name in names:
-            _check_name(location, name)
-        yield Files(str(location), names, lambda name: _read_member(archive, location, name))
-
-
-def _check_name(location: Path, name: str) -> None:
-    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-        raise InputError(
-            f"{location} has a member called {name!r}, which no official archive has and which "
-            f"points outside it. Do not extract this file; download it from {_SOURCE}."
-        )
-
-
-def _read_file(file: Path) -> bytes:
-    with _reporting(str(file)):
-        _check_bytes(str(file), file.stat().st_size)
-        return file.read_bytes()
-
-
-def _read_member(archive: zipfile.ZipFile, location: Path, name: str) -> bytes:
-    where = f"{location}, member {name}"
-    with _reporting(where):
-        # zipfile never returns more than the directory entry promises.
-        _check_bytes(where, archive.getinfo(name).file_size)
-        return archive.read(name)
-
-
-def _check_bytes(where: str, size: int) -> None:
-    if size > _MAX_BYTES:
-        raise InputError(f"{where}: {size} bytes, no official file has over {_MAX_BYTES}. {_AGAIN}")
-
-
-@contextmanager
-def _reporting(where: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes a decoder raise into an error that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        SyntaxError,  # Pillow, for a broken PNG chunk
-        ValueError,
-        RuntimeError,  # zipfile, for an encrypted member or an unknown compression
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise InputError(f"{where} cannot be read: {error}. {_AGAIN}") from error
 
 
 def read_drawings(files: Files, size: int) -> dict[str, Pixels]:
@@ -138,7 +44,7 @@ def read_drawings(files: Files, size: int) -> dict[str, Pixels]:
             _put(found.setdefault(character, {}), drawer, name, files)
     if not found:
         raise InputError(
-            f"{files.where} has no files called <alphabet>/characterNN/NNNN_NN.png. {_AGAIN}"
+            f"{files.where} has no files called <alphabet>/characterNN/NNNN_NN.png. {SOURCE.again}"
         )
     decode = _decoder()
     result = {}
@@ -146,7 +52,7 @@ def read_drawings(files: Files, size: int) -> dict[str, Pixels]:
         if len(names) != DRAWERS:
             raise InputError(
                 f"{files.where}: {character} has {len(names)} drawings, expected {DRAWERS}. "
-                f"{_AGAIN}"
+                f"{SOURCE.again}"
             )
         result[character] = _load(files, [names[drawer] for drawer in sorted(names)], size, decode)
     return result
@@ -172,7 +78,8 @@ def read_runs(files: Files, size: int) -> list[RunFiles]:
     expected = [f"run{i:02d}" for i in range(1, RUNS + 1)]
     if sorted(found) != expected:
         raise InputError(
-            f"{files.where} has the runs {sorted(found)}, expected run01 to run{RUNS}. {_AGAIN}"
+            f"{files.where} has the runs {sorted(found)}, expected run01 to run{RUNS}. "
+            f"{SOURCE.again}"
         )
     decode = _decoder()
     return [_read_run(files, run, found[run], size, decode) for run in expected]
@@ -188,10 +95,11 @@ def _read_run(
     for group, members in groups.items():
         if len(members) != RUNS:
             raise InputError(
-                f"{files.where}: {run}/{group} has {len(members)} images, expected {RUNS}. {_AGAIN}"
+                f"{files.where}: {run}/{group} has {len(members)} images, expected {RUNS}. "
+                f"{SOURCE.again}"
             )
     if "class_labels.txt" not in items:
-        raise InputError(f"{files.where}: {run} has no class_labels.txt. {_AGAIN}")
+        raise InputError(f"{files.where}: {run} has no class_labels.txt. {SOURCE.again}")
     answers = _answers(files, run, items["class_labels.txt"], groups["training"], groups["test"])
     train, test = (
         _load(files, [items[item] for item in groups[group]], size, decode)
@@ -205,7 +113,7 @@ def _answers(
 ) -> list[int]:
     """For each test image the position of its character among the train images."""
     where = f"{files.where}, {label_file}"
-    with _reporting(where):
+    with reporting(where, SOURCE):
         lines = files.read(label_file).decode("ascii").split("\n")
     true: dict[str, str] = {}
     for line in filter(None, map(str.strip, lines)):
@@ -213,17 +121,19 @@ def _answers(
         if len(pair) != 2 or pair[0] not in test or pair[1] not in train or pair[0] in true:
             raise InputError(
                 f"{where}: line {line!r} does not pair one test image of {run} with one training "
-                f"image. {_AGAIN}"
+                f"image. {SOURCE.again}"
             )
         true[pair[0]] = pair[1]
     if len(true) != len(test):
-        raise InputError(f"{where}: {len(true)} answers, expected {len(test)}. {_AGAIN}")
+        raise InputError(f"{where}: {len(true)} answers, expected {len(test)}. {SOURCE.again}")
     return [train.index(true[item]) for item in test]
 
 
 def _put(table: dict[str, str], key: str, name: str, files: Files) -> None:
     if key in table:
-        raise InputError(f"{files.where}: {table[key]!r} and {name!r} are the same item. {_AGAIN}")
+        raise InputError(
+            f"{files.where}: {table[key]!r} and {name!r} are the same item. {SOURCE.again}"
+        )
     table[key] = name
 
 
@@ -234,7 +144,7 @@ def _load(files: Files, names: Iterable[str], size: int, decode: Decode) -> Pixe
     drawings = []
     for name in names:
         data = files.read(name)
-        with _reporting(f"{files.where}, {name}"):
+        with reporting(f"{files.where}, {name}", SOURCE):
             drawings.append(decode(data))
     return reduce_ink(np.stack(drawings), size)
 

@@ -19,14 +19,8 @@ import numpy as np
 
 from metaframe.errors import InputError, UnknownKeyError, nearest
 from metaframe.tasks import _checks
-from metaframe.tasks._omniglot_files import (
-    DRAWERS,
-    SIDE,
-    locate,
-    open_files,
-    read_drawings,
-    read_runs,
-)
+from metaframe.tasks._files import locate, open_files
+from metaframe.tasks._omniglot_files import DRAWERS, SIDE, SOURCE, read_drawings, read_runs
 from metaframe.tasks.few_shot import ClassSplit, split_classes
 from metaframe.tasks.task import Task
 
@@ -164,7 +158,7 @@ def load_omniglot(
         raise InputError(f"parts must name at least one of {', '.join(sorted(PARTS))}.")
     drawings: dict[str, Images] = {}
     for name in names:
-        location = locate(path, PARTS[name]).resolve()
+        location = locate(path, PARTS[name], SOURCE).resolve()
         drawings |= _drawings(location, location.stat().st_mtime_ns, size)
     characters = tuple(sorted(drawings))
     images = np.concatenate([drawings[character] for character in characters])
@@ -175,7 +169,7 @@ def load_omniglot(
 @functools.lru_cache(maxsize=8)
 def _drawings(location: Path, modified: int, size: int) -> dict[str, Images]:
     del modified  # in the signature, a file that was replaced is read again
-    with open_files(location) as files:
+    with open_files(location, SOURCE) as files:
         return read_drawings(files, size)
 
 
@@ -197,7 +191,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
     Source: Lake et al. (Science 350, 2015).
     """
     size = _check_size(size)
-    with open_files(locate(path, "all_runs")) as files:
+    with open_files(locate(path, "all_runs", SOURCE), SOURCE) as files:
         runs = read_runs(files, size)
     return tuple(
         OneShotRun(

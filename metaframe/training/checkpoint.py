@@ -42,7 +42,7 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        arrays: by name: "params/...", "optimizer/...", "rng.<backend>/...".
+        arrays: by name: "params/...", "statistics/...", "optimizer/...", "rng.<backend>/...".
         plain: what else the trainer needs: step, dtypes, optimizer settings, sampler position.
         config: the run's resolved configuration, as its writer gave it.
         backend: the backend it was written on.

@@ -163,8 +163,7 @@ class Evaluator:
         whole_curve: bool = True,
     ) -> Evaluation:
         """As `evaluate`; without the whole curve, it has one point, after the last step."""
-        steps = self._maml.config.inner_steps if steps is None else steps
-        checks.steps(steps, "steps", at_least=0)
+        steps = self._maml.config.steps(steps, at_least=0)
         rows = [
             self._batch(chunk, count, steps, inductive, whole_curve)
             for chunk, count in _chunks(tasks, num_tasks)

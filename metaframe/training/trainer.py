@@ -22,6 +22,8 @@ from metaframe.training.interrupt import held_interrupt
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+STATISTICS_DECAY = 0.9
+"""What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
 
 
 class MetaTrainer:
@@ -38,6 +40,9 @@ class MetaTrainer:
         schedule: from the number of steps taken to the learning rate of the next one; for an
             optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
         settings: how steps run.
+        steps_per_epoch: outer steps in an epoch, by which `maml.epoch` is set before each step;
+            only algorithms with a schedule of their own, such as `MAMLPlusPlus`, look at it. The
+            authors of that take 500.
 
     Attributes:
         step: how many outer steps were taken.
@@ -70,8 +75,10 @@ class MetaTrainer:
         metric: LossFn | None = None,
         schedule: Schedule | None = None,
         settings: StepSettings | None = None,
+        steps_per_epoch: int = 500,
     ) -> None:
         checks.function(loss_fn, "loss_fn")
+        checks.steps(steps_per_epoch, "steps_per_epoch", at_least=1)
         if metric is not None:
             checks.function(metric, "metric")
         self.maml = maml
@@ -80,8 +87,9 @@ class MetaTrainer:
         self.metric = metric
         self.schedule = schedule
         self.task_sampler = task_sampler
+        self.steps_per_epoch = steps_per_epoch
         self.step = 0
-        settings = settings or StepSettings()
+        self._settings = settings = settings or StepSettings()
         self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
         self._position: Mapping[str, Any] | None = None
@@ -159,6 +167,7 @@ class MetaTrainer:
         backend, meta = self.maml.backend, self.maml.meta_parameters()
         optimizer, plain = self._outer.state()
         arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}
+        arrays |= {f"statistics/{n}": on_host(x, backend) for n, x in self.maml.statistics.items()}
         arrays |= {f"optimizer/{name}": x for name, x in optimizer.items()}
         random = backend.random_state().items()
         arrays |= {f"rng.{backend.name}/{name}": x for name, x in random}
@@ -201,12 +210,31 @@ class MetaTrainer:
 
     def _advance(self, tasks: Task | Sequence[Task]) -> StepReport:
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+        self.maml.epoch = self.step // self.steps_per_epoch
         rate = None if self.schedule is None else float(self.schedule(self.step))
+        statistics = self.maml.statistics
+        if statistics:
+            self._collect(batch)
         outcome = self._outer(batch, rate)
-        self._check_finite(outcome.report, batch)
+        try:
+            self._check_finite(outcome.report, batch)
+        except NonFiniteError:
+            self.maml.assign_statistics(statistics)
+            raise
         outcome.apply()
         self.step += 1
         return outcome.report
+
+    def _collect(self, batch: Task) -> None:
+        settings = self._settings
+        self.maml.collect_statistics(
+            self.loss_fn,
+            batch,
+            decay=STATISTICS_DECAY if self.step else 0.0,  # at first there are none to keep
+            task_map=settings.task_map,
+            chunk_size=settings.chunk_size,
+            compiled=settings.compiled,
+        )
 
     def _check_finite(self, report: StepReport, batch: Task) -> None:
         losses = report.task_losses
@@ -277,6 +305,15 @@ def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, s
                 "was trained with."
             )
     maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
+    statistics, own = _group(arrays, "statistics/"), maml.statistics
+    if set(statistics) != set(own):
+        raise CheckpointError(
+            "the checkpoint is of another normalisation policy: it has statistics for "
+            f"{sorted(statistics)}, the learner for {sorted(own)}."
+        )
+    maml.assign_statistics(
+        {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
+    )
 
 
 def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
