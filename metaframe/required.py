@@ -9,7 +9,7 @@ from typing import Any, Self
 from metaframe.errors import BackendError
 
 
-class Required(abc.ABC):
+class Required(abc.ABC):  # noqa: B024 - its subclasses have the abstract methods
     """Refuses to be made while a method without a body is missing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

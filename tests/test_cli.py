@@ -214,6 +214,16 @@ def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert as_json(capsys, "bench", "--backend", "jax", "--steps", "2")["step_ms"] > 0
 
 
+def test_a_backend_is_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = ("backends", "--check", "torch", "--clauses", "arrays/owns,arrays/devices")
+    assert as_json(capsys, *check)["kept"] == ["arrays/owns", "arrays/devices"]
+    monkeypatch.setattr("metaframe_torch.TorchBackend.devices", lambda self: ())
+    assert main([*check]) == 1
+    assert "broken: arrays/devices" in capsys.readouterr().out
+
+
 def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metaframe.cli", "train", *QUICK, *execution("torch")]
     done = subprocess.run(

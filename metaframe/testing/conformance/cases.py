@@ -74,7 +74,7 @@ class Case:
 
     def _gradient(self, xs: Sequence[Values], k: int) -> Values:
         def along(t: float, index: tuple[int, ...]) -> float:
-            moved = [x.copy() for x in xs]
+            moved = [np.array(x) for x in xs]
             moved[k][index] += t
             return float(np.sum(self.weight * self.expected(moved)))
 
