@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +24,7 @@ class TensorFlowBackend(Backend):
     """The backend boundary on TensorFlow."""
 
     name = "tensorflow"
-    conformance_gaps: ClassVar[dict[str, str]] = {
+    conformance_gaps: Mapping[str, str] = {
         "products/custom_vjp-of-vmap": "vectorized_map converts the operations inside a rule and "
         "loses the rule: take the gradient inside vmap, or write the rule as the true derivative"
     }
