@@ -21,7 +21,8 @@ class Required(abc.ABC):  # noqa: B024 - its subclasses have the abstract method
         del args, kwargs
         missing = sorted(cls.__abstractmethods__)
         if missing:
-            raise BackendError(f"{cls.described()} lacks {'; '.join(map(cls._promise, missing))}")
+            promises = "\nand ".join(map(cls._promise, missing))
+            raise BackendError(f"{cls.described()} lacks {promises}")
         return super().__new__(cls)
 
     @classmethod

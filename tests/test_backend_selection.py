@@ -413,7 +413,7 @@ def test_a_backend_with_a_missing_method_cannot_be_made() -> None:
     class Incomplete(Backend):
         name = "incomplete"
 
-    with pytest.raises(BackendError, match=r"'incomplete' lacks .*`vmap`: `fn` over the leading"):
+    with pytest.raises(BackendError, match=r"(?s)'incomplete' lacks .*\nand `vmap`: `fn` over the"):
         Incomplete()  # type: ignore[abstract]
 
 
@@ -421,5 +421,5 @@ def test_a_table_with_a_missing_function_cannot_be_made() -> None:
     class Shapeless(NNTable):
         pass
 
-    with pytest.raises(BackendError, match="Shapeless lacks `conv2d`; `gelu`"):
+    with pytest.raises(BackendError, match="Shapeless lacks `conv2d`\nand `gelu`"):
         Shapeless()  # type: ignore[abstract]

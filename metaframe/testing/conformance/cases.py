@@ -189,6 +189,7 @@ def add_cases(chapter: Chapter, smooth: Sequence[Case], others: Sequence[Case] =
         "compiled",
         "All functions and both of their derivatives in one compiled program.",
         functools.partial(check_compiled, smooth),
+        compiles=True,
         heavy=True,
     )
 
