@@ -202,5 +202,13 @@ def _new(b: Bench) -> None:
     equal(name(ops.zeros((2,))), b.dtype)
     equal(name(ops.zeros((2,), "int32", like=like)), "int32")
     same(b.to_np(ops.zeros((2, 1), like=like)), [[0.0], [0.0]])
+
+
+@OPS.clause("arange/dtype")
+def _arange(b: Bench) -> None:
+    """A range counts in the dtype asked for, int32 unless told otherwise."""
+    name = b.backend.dtype_name
     equal(name(ops.arange(2, "float32")), "float32")
-    same(b.to_np(ops.arange(3, like=like)), [0, 1, 2])
+    for counted in (ops.arange(3), ops.arange(3, like=b.arr([1.0]))):
+        equal(name(counted), "int32")
+        same(b.to_np(counted), [0, 1, 2])
