@@ -105,6 +105,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         UnknownKeyError: no such backend, with the nearest name.
         BackendNotInstalledError: its framework is missing, with the command that installs it.
+        BackendError: it lacks a required method, which is named.
     """
     if name in _loaded:
         return _loaded[name]
@@ -321,5 +322,15 @@ def _info(name: str, source: _Source) -> BackendInfo:
     if importlib.util.find_spec(name) is None:
         return BackendInfo(name, None, (), source.install)
     backend = load_backend(name)
-    version = getattr(sys.modules[name], "__version__", "unknown")
-    return BackendInfo(name, str(version), backend.devices(), source.install)
+    return BackendInfo(name, _version(name), backend.devices(), source.install)
+
+
+def _version(name: str) -> str:
+    import importlib.metadata
+
+    if (version := getattr(sys.modules[name], "__version__", None)) is not None:
+        return str(version)
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

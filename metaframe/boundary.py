@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from metaframe.errors import InputTypeError
+from metaframe.required import Required
 
 if TYPE_CHECKING:
     from metaframe.models.adapter import ModelAdapter, NamedParameters
@@ -46,7 +48,7 @@ class NativeOptimizer(Protocol):
         ...
 
 
-class Backend(abc.ABC):
+class Backend(Required):
     """What metaframe needs from a framework.
 
     A method without a body is required. The others have a correct default, which a backend
@@ -65,6 +67,14 @@ class Backend(abc.ABC):
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
     """What a compiled program depends on. Every call of one asks it of every array."""
+    conformance_gaps: Mapping[str, str] = MappingProxyType({})
+    """Promises that the framework cannot keep: patterns of clauses of the conformance suite
+    (`metaframe.testing.conformance`), each with its reason."""
+
+    @classmethod
+    def described(cls) -> str:
+        """The backend, as an error names it."""
+        return f"backend {cls.name!r}"
 
     # -- arrays --------------------------------------------------------------------------
 
@@ -146,16 +156,23 @@ class Backend(abc.ABC):
     ) -> ArraysFn:
         """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
 
-        Everything differentiable has to be in `xs`.
+        Everything differentiable has to be in `xs`. `backward` returns None for what is not
+        floating.
         """
 
     @abc.abstractmethod
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        """`fn` over the leading axis of every input and output."""
+        """`fn` over the leading axis of every input and output.
+
+        An output that depends on no input is repeated.
+        """
 
     @abc.abstractmethod
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
-        """`fn` compiled as a whole for arrays like `examples`."""
+        """`fn` compiled as a whole for arrays like `examples`.
+
+        It is traced before this returns, so that an error in it is raised here.
+        """
 
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:

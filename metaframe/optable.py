@@ -14,13 +14,15 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+from metaframe.required import Required
+
 Array = Any
 Axis = int | tuple[int, ...] | None
 Pads = tuple[tuple[int, int], tuple[int, int]]
 """Zeros added (above, below), (left, right)."""
 
 
-class OpsTable(abc.ABC):
+class OpsTable(Required):
     """Array functions. Each takes and returns arrays of the backend."""
 
     # -- creation, on the device of `like` -------------------------------------------------
@@ -115,7 +117,7 @@ class OpsTable(abc.ABC):
     def einsum(self, equation: str, *xs: Array) -> Array: ...
 
 
-class NNTable(abc.ABC):
+class NNTable(Required):
     """Layer primitives whose fast form differs between frameworks."""
 
     @abc.abstractmethod

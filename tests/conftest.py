@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 
 from frameworks import BACKENDS, require
-from metaframe import tree
 from metaframe.backend import Backend, unset_backend, use_backend
+from metaframe.testing.conformance.clause import Bench
 
 ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["sample_project"]  # another project's tests; test_testing_plugin.py runs them
@@ -54,28 +53,13 @@ def arr(backend: Backend) -> Callable[..., Any]:
     Floating leaves become float64 unless `dtype` says otherwise; integers keep their dtype. A
     list is one array, as in `numpy.asarray`.
     """
-
-    def convert(leaf: Any, dtype: str | None) -> Any:
-        value = np.asarray(leaf)
-        if value.dtype.kind == "f":
-            return backend.asarray(value, dtype or "float64")
-        return backend.asarray(value, dtype)
-
-    def as_arrays(structure: Any, dtype: str | None = None) -> Any:
-        leaves, spec = tree.flatten(structure, is_leaf=lambda node: isinstance(node, list))
-        return tree.unflatten(spec, [convert(leaf, dtype) for leaf in leaves])
-
-    return as_arrays
+    return Bench(backend).arr
 
 
 @pytest.fixture
 def to_np(backend: Backend) -> Callable[[Any], Any]:
     """`to_np(tree)`: the leaves that belong to the backend as NumPy arrays, others unchanged."""
-
-    def convert(leaf: Any) -> Any:
-        return backend.to_numpy(leaf) if backend.owns(leaf) else leaf
-
-    return lambda structure: tree.map(convert, structure)
+    return Bench(backend).to_np
 
 
 @pytest.fixture(params=("eager", "compiled"))

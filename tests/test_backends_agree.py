@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from closed_form import assert_close
 from frameworks import compiles_on_torch, require, slow
 from meta_problems import OPTIMIZERS, MetaProblem, classification, meta_step, quick, regression
 from metaframe import compile as compile_whole
 from metaframe import tree, use_backend
+from metaframe.testing.conformance.closed_form import assert_close
 
 Call = Callable[..., Any]
 

@@ -297,6 +297,16 @@ def test_timings(flags: list[str], parameters: int, capsys: pytest.CaptureFixtur
     assert "ms a step" in capsys.readouterr().out
 
 
+def test_a_backend_is_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = ("backends", "--check", "torch", "--clauses", "arrays/owns,arrays/devices")
+    assert as_json(capsys, *check)["kept"] == ["arrays/owns", "arrays/devices"]
+    monkeypatch.setattr("metaframe_torch.TorchBackend.devices", lambda self: ())
+    assert main([*check]) == 1
+    assert "broken: arrays/devices" in capsys.readouterr().out
+
+
 def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metaframe.cli", "train", *QUICK, *execution("torch")]
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,9 @@ import pytest
 import metaframe
 from documents import ROOT, blocks, run
 from frameworks import BACKENDS, require
+from metaframe.boundary import Backend
+from metaframe.testing.conformance import CLAUSES
+from metaframe.testing.conformance.report import gaps
 from metaframe.testing.report import Kind
 from nested_pytest import run_pytest
 
@@ -53,6 +57,36 @@ def test_porting() -> None:
         assert all(p.grad.abs().max() > 0 for p in model.parameters())  # type: ignore[attr-defined]
     run(idioms[-1], "docs/porting.md", names)
     assert round(float(names["cost"]), 4) == 1.4007  # type: ignore[arg-type]
+
+
+def test_backends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The class says what it lacks, the suite runs, and the project file is the example's."""
+    require("torch")
+    pytest.importorskip("mlx.core")
+    start, lacking, suite, check, declared = blocks("docs/backends.md")
+    names: dict[str, object] = {}
+    for block in (start, lacking, check, declared):
+        run(block, "docs/backends.md", names)
+    (said,) = blocks("docs/backends.md", "text")
+    assert capsys.readouterr().out.startswith(said.strip().removesuffix("..."))
+    assert {"dtype/float64", "ops/sin-2x3x4/derivatives"} == set(gaps(names["WithGaps"]()))
+    (tmp_path / "test_backend.py").write_text(suite)
+    exit_code, output = run_pytest(tmp_path)
+    assert exit_code == 0, output
+    assert re.search(r"\d+ passed", output)
+    (project,) = blocks("docs/backends.md", "toml")
+    example = (ROOT / "examples/third_party/metaframe_mlx/pyproject.toml").read_text()
+    key = "entry-points"
+    assert tomllib.loads(project)["project"][key] == tomllib.loads(example)["project"][key]
+
+
+def test_the_guide_to_backends_lists_every_method_and_chapter() -> None:
+    text = (ROOT / "docs/backends.md").read_text()
+    methods = {name for name in vars(Backend) if not name.startswith("_")}
+    told = {"name", "described", "module_base", "compiles_quickly", "conformance_gaps"}
+    assert methods - told <= set(re.findall(r"`(\w+)`", text))
+    chapters = {clause.id.partition("/")[0] for clause in CLAUSES}
+    assert chapters <= set(re.findall(r"`(\w+)`", text))
 
 
 def test_testing(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from closed_form import RATE, SIZE, Problem, assert_close, mask, support_cost, unpacked
 from frameworks import require, slow
 from meta_problems import classification, quick
 from metaframe import (
@@ -22,6 +21,15 @@ from metaframe import (
     optim,
     tree,
     use_backend,
+)
+from metaframe.testing.conformance.closed_form import (
+    RATE,
+    SIZE,
+    Problem,
+    assert_close,
+    mask,
+    support_cost,
+    unpacked,
 )
 
 Call = Callable[..., Any]
@@ -41,14 +49,6 @@ def task(arr: Call) -> Any:
 
 
 # -- values ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [slow(0), slow(3), 11])
-def test_adapted_variables(arr: Call, to_np: Call, task: Any, mode: Any, steps: int) -> None:
-    problem = Problem(steps)
-    v = arr(problem.variables)
-    found = inner_loop(support_cost, v, task, steps=steps, lr=RATE, mode=mode)
-    assert_close(to_np(found), unpacked(problem.points(0)[-1][0]))
 
 
 def test_chosen_variables(arr: Call, to_np: Call, task: Any) -> None:
@@ -83,38 +83,6 @@ def test_nothing_is_changed_in_place(arr: Call, to_np: Call, task: Any, mode: An
 
 
 # -- derivatives -----------------------------------------------------------------------------
-
-
-def test_gradients_of_everything_it_is_given(
-    backend: Any, arr: Call, to_np: Call, mode: Any
-) -> None:
-    """theta, the rate and the data, all three in closed form."""
-    problem = Problem(steps=3, tasks=1)
-    matrix, centre = problem.support.matrix[0], problem.support.centre[0]
-    weight = np.random.default_rng(8).normal(size=SIZE)
-
-    def meta_cost(given: Any, task: Any) -> Any:
-        support = {**task["support"], "centre": given["centre"]}
-        inner = {"support": support}
-        v = inner_loop(support_cost, given["v"], inner, steps=3, lr=given["rate"], mode=mode)
-        return sum(
-            ops.sum(x * w) for x, w in zip(tree.leaves(v), tree.leaves(task["weight"]), strict=True)
-        )
-
-    given = {"v": problem.variables, "rate": np.array(RATE), "centre": centre}
-    tasks = {"support": problem.batch["support"], "weight": unpacked(weight[None])}
-    step = quick(backend, meta_value_and_grad(meta_cost))
-    _, grads, _ = to_np(step(arr(given), arr(tasks)))
-
-    # theta' = theta - rate A (theta - c), and the derivatives of theta by the rate and by c.
-    by_rate, by_centre = np.zeros(SIZE), np.zeros((SIZE, SIZE))
-    keep = np.eye(SIZE) - RATE * matrix
-    for theta, _ in problem.points(0)[:-1]:
-        by_rate = keep @ by_rate - matrix @ (theta - centre)
-        by_centre = keep @ by_centre + RATE * matrix
-    assert_close(grads["v"], unpacked(problem.points(0)[-1][1].T @ weight))
-    assert_close(grads["rate"], np.asarray(weight @ by_rate))
-    assert_close(grads["centre"], by_centre.T @ weight)
 
 
 def test_a_learnable_rate_for_each_variable(backend: Any, arr: Call, to_np: Call) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import slope
 
 import zoo
-from cases import slope
 from frameworks import require
 from metaframe import ANIL, MAML, MetaSGD, adapt, functional_forward, inner_step, named_params
 from metaframe.errors import InputError

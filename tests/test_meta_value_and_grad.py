@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from closed_form import RATE, Problem, assert_close, query_cost, support_cost, unpacked
 from frameworks import require, slow
 from metaframe import MetaResult, inner_loop, maml_step, meta_value_and_grad, ops, use_backend
 from metaframe.backend import Backend
 from metaframe.meta import strategy
+from metaframe.testing.conformance.closed_form import (
+    RATE,
+    Problem,
+    assert_close,
+    query_cost,
+    support_cost,
+    unpacked,
+)
 
 Call = Callable[..., Any]
 

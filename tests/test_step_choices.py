@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from closed_form import (
+from frameworks import BACKENDS
+from metaframe import Container, fomaml_step, maml_step
+from metaframe.testing.conformance.closed_form import (
     RATE,
     SHAPES,
     Problem,
@@ -19,8 +21,6 @@ from closed_form import (
     support_cost,
     unpacked,
 )
-from frameworks import BACKENDS
-from metaframe import Container, fomaml_step, maml_step
 
 Call = Callable[..., Any]
 

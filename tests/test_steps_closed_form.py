@@ -1,4 +1,7 @@
-"""MAML, FOMAML and Reptile against matrix algebra, in float64 to 1e-12."""
+"""MAML, FOMAML and Reptile against matrix algebra, in float64 to 1e-12: their arguments.
+
+The grid of layouts, numbers of steps and judged points is the conformance suite's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from closed_form import (
+from frameworks import BACKENDS, slow
+from metaframe import compile as compile_whole
+from metaframe import fomaml_step, maml_step, reptile_step
+from metaframe.testing.conformance.closed_form import (
     RATE,
     Problem,
     assert_close,
@@ -19,22 +25,11 @@ from closed_form import (
     support_cost,
     unpacked,
 )
-from frameworks import BACKENDS, slow
-from metaframe import compile as compile_whole
-from metaframe import fomaml_step, maml_step, reptile_step
+from metaframe.testing.conformance.steps_clauses import all_three, check_all_three
 
 Call = Callable[..., Any]
 
 LAYOUTS = [True, False, "vmap", "scan"]
-
-
-GRID = [
-    (0, False),
-    (1, True),
-    (3, False),
-    *(slow(*point) for point in [(0, True), (1, False), (2, False), (2, True), (3, True)]),
-]
-"""Inner steps, and whether to average over them."""
 
 
 def layouts() -> list[Any]:
@@ -58,120 +53,6 @@ def data(arr: Call, batched: Any) -> Call:
         arr(problem.batch),
         arr(problem.tiled if batched is True else problem.variables),
     )
-
-
-# -- every layout, number of steps and judged points ----------------------------------------
-
-
-@every_layout
-@pytest.mark.parametrize(("steps", "average"), GRID)
-def test_maml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
-    problem = Problem(steps, average_across_steps=average)
-    batch, variables = data(problem)
-    found = to_np(
-        maml_step(
-            batch,
-            support_cost,
-            query_cost,
-            variables,
-            steps,
-            RATE,
-            batched=batched,
-            average_across_steps=average,
-        )
-    )
-    assert_close(found[0], problem.cost)
-    assert_close(found[1], unpacked(problem.maml))
-    assert found[2] == ()
-
-
-@every_layout
-@pytest.mark.parametrize(("steps", "average"), GRID)
-def test_fomaml(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
-    problem = Problem(steps, average_across_steps=average)
-    batch, variables = data(problem)
-    found = to_np(
-        fomaml_step(
-            batch,
-            support_cost,
-            query_cost,
-            variables,
-            steps,
-            RATE,
-            batched=batched,
-            average_across_steps=average,
-        )
-    )
-    assert len(found) == 2
-    assert_close(found[0], problem.cost)
-    assert_close(found[1], unpacked(problem.fomaml))
-
-
-@every_layout
-@pytest.mark.parametrize(
-    ("steps", "direction"),
-    [
-        (1, "displacement"),
-        (3, "gradients"),
-        *(slow(*point) for point in [(1, "gradients"), (2, "gradients"), (3, "displacement")]),
-    ],
-)
-def test_reptile(data: Call, to_np: Call, batched: Any, steps: int, direction: Any) -> None:
-    problem = Problem(steps)
-    batch, variables = data(problem)
-    found = to_np(
-        reptile_step(
-            batch, support_cost, variables, steps, RATE, batched=batched, direction=direction
-        )
-    )
-    assert len(found) == 2
-    assert_close(found[0], problem.reptile_cost)
-    assert_close(found[1], unpacked(problem.reptile(direction)))
-
-
-# -- the same as compiled programs -----------------------------------------------------------
-
-
-def all_three(
-    batch: Any, variables: Any, steps: int, batched: Any, average: bool
-) -> dict[str, Any]:
-    """One function with all three steps in it: compiling it costs about as much as one."""
-    costs, inner = (support_cost, query_cost), (variables, steps, RATE)
-    maml, fomaml = (
-        step(batch, *costs, *inner, batched=batched, average_across_steps=average)
-        for step in (maml_step, fomaml_step)
-    )
-    directions = {
-        direction: reptile_step(batch, support_cost, *inner, batched=batched, direction=direction)
-        for direction in ("gradients", "displacement")
-    }
-    return {"maml": maml, "fomaml": fomaml, **directions}
-
-
-def check_all_three(found: dict[str, Any], problem: Problem) -> None:
-    assert_close(found["maml"][:2], [problem.cost, unpacked(problem.maml)])
-    assert_close(found["fomaml"], [problem.cost, unpacked(problem.fomaml)])
-    for direction in ("gradients", "displacement"):
-        expected = [problem.reptile_cost, unpacked(problem.reptile(direction))]
-        assert_close(found[direction], expected)
-
-
-def test_compiled(backend: Any, arr: Call, to_np: Call) -> None:
-    compiled = compile_whole(all_three)
-    for problem in (Problem(average_across_steps=True), Problem(average_across_steps=True, seed=9)):
-        found = to_np(compiled(arr(problem.batch), arr(problem.variables), 2, "vmap", True))
-        check_all_three(found, problem)
-    assert compiled.traces == 1
-
-
-@every_layout
-@pytest.mark.slow
-@pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
-@pytest.mark.parametrize("steps", [1, 3, 9])
-def test_compiled_grid(data: Call, to_np: Call, batched: Any, steps: int, average: bool) -> None:
-    problem = Problem(steps, average_across_steps=average)
-    found = to_np(compile_whole(all_three)(*data(problem), steps, batched, average))
-    check_all_three(found, problem)
 
 
 # -- costs and batches ------------------------------------------------------------------------

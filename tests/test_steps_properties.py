@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from closed_form import assert_close
 from frameworks import require
 from metaframe import (
     Container,
@@ -28,6 +27,7 @@ from metaframe import (
     use_backend,
 )
 from metaframe.backend import Backend
+from metaframe.testing.conformance.closed_form import assert_close
 
 Call = Callable[..., Any]
 

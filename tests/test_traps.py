@@ -12,7 +12,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from closed_form import assert_close
 from frameworks import require, slow
 from meta_problems import meta_step, quick, regression
 from metaframe import (
@@ -28,6 +27,7 @@ from metaframe import (
     use_backend,
 )
 from metaframe.inner import Mode
+from metaframe.testing.conformance.closed_form import assert_close
 
 Call = Callable[..., Any]
 

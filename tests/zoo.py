@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from cases import slope
+
 from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import use_backend

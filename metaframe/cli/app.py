@@ -202,9 +202,17 @@ def reproduce(
 
 
 @cli.command()
+@click.option("--check", metavar="NAME", help="Run the conformance suite on this backend instead.")
+@click.option("--clauses", default="*", help="With --check: which, such as 'ops/*,vmap/*'.")
 @_modes
-def backends(as_json: bool, quiet: bool) -> None:
-    """The backends, whether they are installed, and their devices."""
+def backends(check: str | None, clauses: str, as_json: bool, quiet: bool) -> None:
+    """The backends, whether they are installed, and their devices.
+
+    With --check, the exit code is 1 if the backend does not keep the contract of the boundary.
+    """
+    if check is not None:
+        _check_backend(check, clauses.split(","), Output(as_json=as_json, quiet=quiet))
+        return
     found = available_backends()
     data = [
         {"name": b.name, "version": b.version, "devices": list(b.devices), "install": b.install}
@@ -215,6 +223,15 @@ def backends(as_json: bool, quiet: bool) -> None:
     ]
     output = Output(as_json=as_json, quiet=quiet)
     output.table(data, "backends", ("name", "version", "devices, or how to install"), rows)
+
+
+def _check_backend(name: str, clauses: Sequence[str], output: Output) -> None:
+    from metaframe.testing.conformance import check_backend
+
+    report = check_backend(name, *clauses)
+    output.result({"ok": report.ok, **dataclasses.asdict(report)}, report.lines())
+    if not report.ok:
+        sys.exit(FAILED)
 
 
 @cli.command("list")

@@ -26,7 +26,7 @@ def time_steps(workload: Workload, config: RunConfig, steps: int) -> dict[str, A
     with use_backend(config.backend, device=config.device, dtype="float32"):
         model = (workload.model, workload.model.init(SEED))
         maml = MAML(model, workload.inner_lr, config.inner_steps)
-        settings = step_settings(config, maml, convolutional=workload.convolutional)
+        settings = step_settings(config, convolutional=workload.convolutional)
         sampler = _Same(Task(*workload.tasks))
         trainer = MetaTrainer(maml, optim.adam(1e-3), workload.loss, sampler, settings=settings)
 

@@ -15,7 +15,6 @@ from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
-from metaframe.learners.meta_learner import MetaLearner
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
 from metaframe.training import Evaluation, MetaTrainer, Schedule, StepSettings, evaluate, schedules

@@ -1,4 +1,7 @@
-"""Tests of meta-learning code: the backend matrix for pytest, assertions, the gradient doctor."""
+"""Tests of meta-learning code: the backend matrix for pytest, assertions, the gradient doctor.
+
+`metaframe.testing.conformance` tests backends themselves.
+"""
 
 from metaframe.testing.assertions import assert_backends_agree as assert_backends_agree
 from metaframe.testing.assertions import assert_compiled_once as assert_compiled_once

@@ -1,4 +1,4 @@
-"""Meta-learning whose answers are matrix algebra, worked out in NumPy without metaframe.
+"""Meta-learning whose answers are matrix algebra, worked out in NumPy.
 
 Task i has a quadratic support cost and a quadratic query cost over the same nine numbers theta,
 
@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import ops
-
-Values = np.ndarray[Any, Any]
+from metaframe.testing.conformance.clause import Values, equal
 
 SHAPES = {"body/b": (2,), "body/w": (2, 2), "head": (3,)}
 """Key chain to shape, in the order in which theta holds them."""
@@ -58,18 +57,22 @@ def cost(batch: Any, v: Any) -> Any:
 
 
 def support(batch: Any) -> Any:
+    """The inner data of a batch."""
     return batch["support"]
 
 
 def query(batch: Any) -> Any:
+    """The outer data of a batch."""
     return batch["query"]
 
 
 def support_cost(batch: Any, v: Any) -> Any:
+    """The inner cost on a whole batch."""
     return cost(batch["support"], v)
 
 
 def query_cost(batch: Any, v: Any) -> Any:
+    """The outer cost on a whole batch."""
     return cost(batch["query"], v)
 
 
@@ -83,6 +86,7 @@ class Quadratics:
 
     @staticmethod
     def random(tasks: int, seed: int) -> Quadratics:
+        """Positive definite matrices, and normal centres and constants."""
         rng = np.random.default_rng(seed)
         root = rng.normal(size=(tasks, SIZE, SIZE)) / 2
         return Quadratics(
@@ -93,13 +97,16 @@ class Quadratics:
 
     @property
     def batch(self) -> dict[str, Values]:
+        """What `cost` is called with."""
         return {"matrix": self.matrix, "centre": self.centre, "constant": self.constant}
 
     def value(self, task: int, theta: Values) -> float:
+        """The cost of one task."""
         off = theta - self.centre[task]
         return float(off @ self.matrix[task] @ off / 2 + self.constant[task])
 
     def gradient(self, task: int, theta: Values) -> Values:
+        """The gradient of `value`."""
         return np.asarray(self.matrix[task] @ (theta - self.centre[task]))
 
 
@@ -118,18 +125,22 @@ class Problem:
 
     @cached_property
     def support(self) -> Quadratics:
+        """The inner costs."""
         return Quadratics.random(5, self.seed + 1)
 
     @cached_property
     def query(self) -> Quadratics:
+        """The outer costs."""
         return self.support if self.same_cost else Quadratics.random(5, self.seed + 2)
 
     @cached_property
     def theta(self) -> Values:
+        """The starting point."""
         return np.random.default_rng(self.seed + 3).normal(size=SIZE)
 
     @property
     def variables(self) -> dict[str, Any]:
+        """The starting point as nested variables."""
         return unpacked(self.theta)
 
     @property
@@ -166,6 +177,7 @@ class Problem:
 
     @property
     def cost(self) -> float:
+        """The mean outer cost."""
         each = (
             np.mean([self.query.value(i, theta) for theta, _ in self._judged(i)])
             for i in range(self.tasks)
@@ -174,6 +186,7 @@ class Problem:
 
     @property
     def maml(self) -> Values:
+        """Its gradient by the starting point."""
         each = (
             np.mean([j.T @ self.query.gradient(i, theta) for theta, j in self._judged(i)], axis=0)
             for i in range(self.tasks)
@@ -182,6 +195,7 @@ class Problem:
 
     @property
     def fomaml(self) -> Values:
+        """Its first-order gradient: the Jacobians left out."""
         each = (
             np.mean([self.query.gradient(i, theta) for theta, _ in self._judged(i)], axis=0)
             for i in range(self.tasks)
@@ -190,6 +204,7 @@ class Problem:
 
     @property
     def reptile_cost(self) -> float:
+        """The mean inner cost of all points."""
         each = (
             np.mean([self.support.value(i, theta) for theta, _ in self.points(i)])
             for i in range(self.tasks)
@@ -197,6 +212,8 @@ class Problem:
         return float(self._mean_over_tasks(each))
 
     def reptile(self, direction: str) -> Values:
+        """Reptile's gradient, for either `direction` of `reptile_step`."""
+
         def of_task(i: int) -> Values:
             points = [theta for theta, _ in self.points(i)]
             if direction == "displacement":
@@ -215,12 +232,15 @@ class Problem:
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
     """Same keys and shapes; the difference is at most `tolerance` of the norm of `expected`."""
     found_leaves, expected_leaves = dict(_leaves(found)), dict(_leaves(expected))
-    assert found_leaves.keys() == expected_leaves.keys()
-    for chain, values in expected_leaves.items():
-        assert found_leaves[chain].shape == values.shape, chain
+    equal(_shapes(found_leaves), _shapes(expected_leaves))
     norm = _norm(expected_leaves.values())
     off = _norm([found_leaves[chain] - x for chain, x in expected_leaves.items()])
-    assert off <= tolerance * norm, f"off by {off / norm if norm else off:.3g} of the norm"
+    if not off <= tolerance * norm:  # NaN is not
+        raise AssertionError(f"off by {off / norm if norm else off:.3g} of the norm")
+
+
+def _shapes(leaves: dict[str, Values]) -> dict[str, tuple[int, ...]]:
+    return {chain: values.shape for chain, values in leaves.items()}
 
 
 def _leaves(node: Any, chain: str = "") -> Iterator[tuple[str, Values]]:
