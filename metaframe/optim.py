@@ -249,12 +249,13 @@ def _needed(params: Params) -> Params:
 def _scaled(direction: Params, rate: Rate) -> Params:
     if is_rate_tree(rate):
         return tree.map(lambda d, r: -r * d, direction, rate)
-    return tree.map(lambda d: -rate * d, direction)
+    single = tree.unwrapped(rate)
+    return tree.map(lambda d: -single * d, direction)
 
 
 def is_rate_tree(rate: Rate) -> bool:
     """Is it one rate a parameter, in a structure, and not a single number or array?"""
-    return tree.structure(rate) != tree.structure(0)
+    return not tree.is_leaf(rate)
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:
