@@ -294,7 +294,11 @@ def set_backend(name: str, *, device: str | None = None, dtype: str | None = Non
 
 
 def unset_backend() -> None:
-    """Return to inference from the arrays."""
+    """Return to inference from the arrays.
+
+    >>> set_backend("torch")
+    >>> unset_backend()
+    """
     global _process_selection
     _process_selection = None
 
@@ -318,13 +322,23 @@ def use_backend(
 
 
 def current_backend(*arrays: object) -> Backend:
-    """The backend a call with `arrays` would run on; without arrays, the selected one."""
+    """The backend a call with `arrays` would run on; without arrays, the selected one.
+
+    >>> import torch
+    >>> current_backend(torch.ones(2)).name
+    'torch'
+    """
     return backend_of(*arrays)
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One row of `available_backends`."""
+    """One row of `available_backends`.
+
+    >>> info = next(info for info in available_backends() if info.name == "torch")
+    >>> "cpu" in info.devices, info.install
+    (True, 'pip install "metaframe[torch]"')
+    """
 
     name: str
     version: str | None

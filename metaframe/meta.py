@@ -21,7 +21,14 @@ TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
 
 
 class MetaResult(NamedTuple):
-    """The outcome of a meta-gradient."""
+    """The outcome of a meta-gradient.
+
+    >>> import torch
+    >>> step = meta_value_and_grad(lambda v, task: (v * task, {"seen": task}), has_aux=True)
+    >>> result = step(torch.tensor(3.0), torch.tensor([1.0, 2.0]))
+    >>> result.cost, result.grads, result.aux
+    (tensor(4.5000), tensor(1.5000), {'seen': tensor([1., 2.])})
+    """
 
     cost: Array
     """Mean over tasks, a scalar."""

@@ -62,22 +62,39 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
 
 
 def unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    >>> leaves, spec = flatten({"a": 1, "b": (2, 3)})
+    >>> unflatten(spec, [10 * leaf for leaf in leaves])
+    {'a': 10, 'b': (20, 30)}
+    """
     return optree.tree_unflatten(spec, leaves)
 
 
 def leaves(tree: Tree) -> Leaves:
-    """The leaves of `tree` in canonical order."""
+    """The leaves of `tree` in canonical order.
+
+    >>> leaves({"b": 2, "a": [1, None]})
+    (1, 2)
+    """
     return flatten(tree)[0]
 
 
 def structure(tree: Tree) -> TreeSpec:
-    """The structure of `tree`; two trees match when these compare equal."""
+    """The structure of `tree`; two trees match when these compare equal.
+
+    >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
+    True
+    """
     return flatten(tree)[1]
 
 
 def is_leaf(node: Tree) -> bool:
-    """Is it a leaf or an array in another library's wrapper, and no structure?"""
+    """Is it a leaf or an array in another library's wrapper, and no structure?
+
+    >>> is_leaf(1.0), is_leaf({"w": 1.0}), is_leaf(None)
+    (True, False, False)
+    """
     if _adapters:
         _adapt_imported_libraries()
     return type(node) in _wrappers or optree.tree_is_leaf(node, namespace=NAMESPACE)
@@ -99,6 +116,9 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
 
     Raises:
         InputError: naming the key chains that are missing or unexpected.
+
+    >>> same_structure({"w": 1}, structure({"w": 0}), what="grads")
+    (1,)
     """
     found, found_spec = flatten(tree)
     if found_spec == spec:
@@ -243,7 +263,16 @@ def register(
     flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
-    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys)."""
+    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys).
+
+    >>> class Pair:
+    ...     def __init__(self, a, b):
+    ...         self.a, self.b = a, b
+    >>> keys = ("a", "b")
+    >>> register(Pair, lambda p: ((p.a, p.b), None, keys), lambda _, values: Pair(*values))
+    >>> key_chains({"p": Pair(1, 2)})
+    ('p/a', 'p/b')
+    """
     register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
     register_node(
         cls,
@@ -274,6 +303,15 @@ def register_wrapper(
     Args:
         unwrap: the array in a `cls`.
         wrap: the way back. What cannot be wrapped (a placeholder, a name) it returns as it is.
+
+    >>> class Quantity:
+    ...     def __init__(self, value):
+    ...         self.value = value
+    >>> register_wrapper(Quantity, lambda q: q.value, Quantity)
+    >>> leaves({"length": Quantity(2.0)}), key_chains({"length": Quantity(2.0)})
+    ((2.0,), ('length',))
+    >>> map(lambda x: 2 * x, Quantity(2.0)).value
+    4.0
     """
     register_node: Any = optree.register_pytree_node
     register_node(
@@ -287,13 +325,21 @@ def register_wrapper(
 
 
 def unwrapped(x: Any) -> Any:
-    """The array in another library's wrapper; anything else as it is."""
+    """The array in another library's wrapper; anything else as it is.
+
+    >>> unwrapped(2.0)
+    2.0
+    """
     wrapper = _wrappers.get(type(x))
     return x if wrapper is None else wrapper.unwrap(x)
 
 
 def wrapped_as(spec: TreeSpec, x: Any) -> Any:
-    """`x` in the wrapper that the first leaf of `spec` is in, if it is in one."""
+    """`x` in the wrapper that the first leaf of `spec` is in, if it is in one.
+
+    >>> wrapped_as(structure({"w": 0}), 2.0)
+    2.0
+    """
     if not _wrappers or not spec.num_leaves:
         return x
     first = tuple(spec.accessors()[0])
@@ -301,7 +347,11 @@ def wrapped_as(spec: TreeSpec, x: Any) -> Any:
 
 
 def node_types(*specs: TreeSpec) -> Iterator[type]:
-    """The classes of the nodes, some more than once."""
+    """The classes of the nodes, some more than once.
+
+    >>> list(node_types(structure({"a": [1, 2]})))
+    [<class 'dict'>, <class 'list'>]
+    """
     for spec in specs:
         if not spec.is_leaf():
             yield spec.type

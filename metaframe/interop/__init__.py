@@ -1,5 +1,6 @@
 """Other libraries' containers and array classes, understood wherever metaframe takes a structure.
 
-Nothing here is called by users: an adapter is found when its library is imported, and metaframe
-imports none of them.
+An adapter is found when its library has been imported; metaframe imports none of them by itself.
 """
+
+from metaframe.interop.ivy import import_ivy as import_ivy

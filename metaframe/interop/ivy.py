@@ -7,14 +7,53 @@ metaframe's backend; ivy's own gradient functions are never called.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from metaframe import tree
 from metaframe.backend import Selection, follow, known_backends, load_backend
 from metaframe.errors import BackendError
+
+
+def import_ivy() -> ModuleType:
+    """`import ivy`, without what ivy leaves in the working directory.
+
+    ivy opens `ivy_logs.txt` in the working directory when it is imported, and a folder `.ivy` in it
+    or above it. Imported this way, it does so in a temporary directory that goes with the process;
+    the variable IVY_ROOT, where it is set, still says where the folder is.
+
+    Returns:
+        The module, as `import ivy` binds it; that is all this does where ivy is imported already.
+
+        ivy = metaframe.interop.import_ivy()
+    """
+    if "ivy" not in sys.modules:
+        with contextlib.chdir(_scratch()):
+            importlib.import_module("ivy")
+    return sys.modules["ivy"]
+
+
+@functools.cache
+def _scratch() -> str:
+    directory = tempfile.TemporaryDirectory(prefix="metaframe-ivy-")
+    _kept.append(directory)
+    root = Path(directory.name) / ".ivy"
+    root.mkdir()
+    os.environ.setdefault("IVY_ROOT", str(root))
+    return directory.name
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+"""What would be removed as soon as nothing refers to it."""
 
 
 def adapt(ivy: ModuleType) -> None:

@@ -54,6 +54,10 @@ class Omniglot:
             makes them floats in [0, 1].
         labels: `(N,)` int64, an index into `characters`, read-only.
         characters: the name of every character, such as "Greek/character01", sorted.
+
+    >>> names = ("Greek/character01", "Latin/character01")
+    >>> Omniglot(np.zeros((2, 28, 28, 1), np.uint8), np.arange(2), names).alphabets
+    ('Greek', 'Latin')
     """
 
     images: Images
@@ -113,6 +117,10 @@ class OneShotRun:
             of their file names.
         test_images: `(20, size, size, 1)` uint8, another drawing of each, likewise.
         answers: `(20,)` int64, for each test image the index of its character's train image.
+
+    >>> drawings = np.zeros((20, 28, 28, 1), np.uint8)
+    >>> OneShotRun("run01", drawings, drawings, np.arange(20)).task().support_x.shape
+    (20, 28, 28, 1)
     """
 
     name: str
