@@ -17,7 +17,7 @@ from metaframe.interop import import_ivy
 
 @pytest.fixture
 def ivy(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """ivy with each backend set in turn, and nothing selected in metaframe."""
+    """The library with each backend set in turn, and nothing selected in metaframe."""
     _let_ivy_print(backend_name, monkeypatch)
     ivy = import_ivy()
     ivy.set_backend(backend_name)
