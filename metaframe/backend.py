@@ -166,7 +166,7 @@ def backend_of(*arrays: object) -> Backend:
         elif found is None:
             found = own
         elif own is not found:
-            raise InputTypeError(_mixed(found, own, selected=selection is not None))
+            raise InputTypeError(_mixed(found, own, selection))
     if found is None:
         raise BackendError(
             "these inputs belong to no framework and no backend is selected. Pass arrays of one "
