@@ -101,15 +101,39 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == there
 
 
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "tools")
+    return importlib.import_module("hooks")
+
+
+def test_the_command_line_is_described_by_itself(hooks: ModuleType) -> None:
+    text = hooks.on_page_markdown((REFERENCE / "cli.md").read_text())
+    _, *parts = re.split(r"^## metaframe (\S+)$", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert sections.keys() == cli.commands.keys()
+    for name, command in cli.commands.items():
+        assert command.help
+        for option in (o for p in command.params for o in p.opts if o.startswith("--")):
+            assert f"`{option}" in sections[name]
+
+
+def test_formulas_become_mathml(hooks: ModuleType) -> None:
+    text = hooks.on_page_markdown("`$x$` and $x^2$\n\n$$\n\\frac{1}{N}\n$$\n\n```\n$y$ $z$\n```\n")
+    assert text.count("<math") == 2
+    assert "`$x$`" in text
+    assert "$y$ $z$" in text
+    assert "<mfrac>" in text
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    commands = (tmp_path / "reference" / "cli" / "index.html").read_text()
-    for name, command in cli.commands.items():
-        assert f"metaframe {name}" in commands
-        for option in (o for p in command.params for o in p.opts if o.startswith("--")):
-            assert option in commands
-    assert "&gt;&gt;&gt;" in (tmp_path / "reference" / "core" / "index.html").read_text()
+    core = (tmp_path / "reference" / "core" / "index.html").read_text()
+    assert 'id="metaframe.maml_step"' in core
+    assert "&gt;&gt;&gt;" in core
+    assert "<blockquote>" not in core

@@ -6,6 +6,7 @@ without a script.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -62,7 +63,7 @@ def _command(command: click.Command, parent: click.Context) -> str:
 
 
 def _prose(text: str | None) -> str:
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", text or "").strip()
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text or ""))
 
 
 def _table(options: list[click.Option]) -> str:

@@ -34,7 +34,7 @@ def import_ivy() -> ModuleType:
     Returns:
         The module, as `import ivy` binds it; that is all this does where ivy is imported already.
 
-        ivy = metaframe.interop.import_ivy()
+    >>> ivy = import_ivy()  # doctest: +SKIP
     """
     if "ivy" not in sys.modules:
         with contextlib.chdir(_scratch()):

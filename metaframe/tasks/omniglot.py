@@ -202,6 +202,10 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
         InputError: a missing, damaged or unexpected file, naming it and what to do.
         MissingDependencyError: Pillow is not installed.
 
+    >>> one_shot_runs("omniglot", size=0)
+    Traceback (most recent call last):
+    metaframe.errors.InputError: size must be at least 1, received size=0.
+
     Source: Lake et al. (Science 350, 2015).
     """
     size = _check_size(size)

@@ -98,7 +98,7 @@ def test_maml_step(ivy: ModuleType, cost: Any, batch: Any, variables: Any, batch
 
 
 def test_functions_that_look_at_values(ivy: ModuleType, batch: Any, variables: Any) -> None:
-    """ivy's power does, on torch: it runs task by task."""
+    """The power does, on torch, and runs task by task there."""
 
     def cost(batch: Any, v: Any) -> Any:
         return ((ivy.tanh(batch["x"] @ v.layer.w + v.layer.b) - batch["y"]) ** 2).mean()
