@@ -43,7 +43,9 @@ def _adapt_imported_libraries() -> None:
         library = sys.modules.get(name)
         # While it is being imported its classes are not there yet.
         if library is not None and not getattr(library.__spec__, "_initializing", False):
-            importlib.import_module(_adapters.pop(name)).adapt(library)
+            adapter = _adapters.pop(name, None)
+            if adapter is not None:  # another thread was faster
+                importlib.import_module(adapter).adapt(library)
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
