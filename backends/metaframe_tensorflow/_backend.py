@@ -124,7 +124,9 @@ class TensorFlowBackend(Backend):
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def mapped(*xs: Array) -> list[Array]:
-            return list(tf.vectorized_map(lambda row: fn(tuple(row)), xs))
+            # Without an operation of its own, a result that is a constant from outside has no
+            # place in the graph, where vectorized_map looks for it.
+            return list(tf.vectorized_map(lambda row: list(map(tf.identity, fn(tuple(row)))), xs))
 
         def call(xs: Arrays) -> Arrays:
             if not tf.executing_eagerly():

@@ -83,7 +83,18 @@ def check(ivy: ModuleType, cost: Any, grads: Any) -> None:
 
 
 @pytest.mark.parametrize("batched", [True, False, "vmap", "scan"])
-def test_maml_step(ivy: ModuleType, cost: Any, batch: Any, variables: Any, batched: Any) -> None:
+def test_maml_step(
+    ivy: ModuleType,
+    cost: Any,
+    batch: Any,
+    variables: Any,
+    batched: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    if batched == "scan":
+        # ivy compares the devices of its arguments, which JAX's traced arrays do not have.
+        ivy.set_soft_device_mode(True)
+        request.addfinalizer(ivy.unset_soft_device_mode)
     if batched is True:  # a bias needs an axis that broadcasts over points
         tiled = {"w": np.tile(W, (TASKS, 1, 1)), "b": np.tile(B, (TASKS, 1, 1))}
         variables = ivy.Container({"layer": {k: ivy.array(x) for k, x in tiled.items()}})
@@ -108,15 +119,19 @@ def test_functions_that_look_at_values(ivy: ModuleType, batch: Any, variables: A
 
 
 def test_ivys_own_update(ivy: ModuleType, cost: Any, batch: Any, variables: Any) -> None:
-    """An update function of ivy, and the rate as an array of ivy."""
-    for update, rate in ((ivy.gradient_descent_update, LR), (optim.sgd(), ivy.array(LR))):
+    found = metaframe.maml_step(
+        *(batch, cost, cost, variables, STEPS, LR),
+        batched=False,
+        inner_optimization_step=ivy.gradient_descent_update,
+    )
+    check(ivy, *found[:2])
+
+
+def test_a_rate_of_ivy(ivy: ModuleType, cost: Any, batch: Any, variables: Any) -> None:
+    rate = ivy.array(LR, dtype="float64")
+    for update in (metaframe.gradient_descent_update, optim.sgd(), optim.momentum(decay=0.0)):
         found = metaframe.maml_step(
-            batch,
-            cost,
-            cost,
-            variables,
-            STEPS,
-            rate,
+            *(batch, cost, cost, variables, STEPS, rate),
             batched="vmap",
             inner_optimization_step=update,
         )
