@@ -26,7 +26,7 @@ demo_python := $(demo_venv)/bin/python
 test_python := .venv/bin/python
 pytest = $(test_python) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow lint types bench dist clean
+.PHONY: help demo test test-slow lint types docs docs-serve bench dist clean
 
 help:
 	@echo "make demo [BACKEND=jax|torch|tensorflow]   meta-learn on real digits, in its own environment"
@@ -34,6 +34,8 @@ help:
 	@echo "make test-slow   the tests marked slow"
 	@echo "make lint        ruff, lint and format"
 	@echo "make types       mypy, strict"
+	@echo "make docs        the documentation site, into site/"
+	@echo "make docs-serve  the same at http://127.0.0.1:8000, rebuilt as its pages change"
 	@echo "make bench       the benchmarks"
 	@echo "make dist        wheel and sdist into dist/"
 	@echo "make clean       remove environments, builds and caches"
@@ -62,6 +64,12 @@ lint: .venv/.installed
 
 types: .venv/.installed
 	$(test_python) -m mypy
+
+docs: .venv/.installed
+	$(test_python) -m mkdocs build --strict
+
+docs-serve: .venv/.installed
+	$(test_python) -m mkdocs serve
 
 bench: .venv/.installed
 	$(test_python) -m benchmarks

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -72,6 +72,8 @@ class Selection:
     backend: Backend
     device: str | None = None
     dtype: str = "float32"
+    by: str = "metaframe"
+    """The library whose `set_backend` selected it."""
 
 
 _process_selection: Selection | None = None
@@ -165,7 +167,7 @@ def backend_of(*arrays: object) -> Backend:
         elif found is None:
             found = own
         elif own is not found:
-            raise InputTypeError(_mixed(found, own, selected=selection is not None))
+            raise InputTypeError(_mixed(found, own, selection))
     if found is None:
         raise BackendError(
             "these inputs belong to no framework and no backend is selected. Pass arrays of one "
@@ -179,7 +181,7 @@ def refuse_mixed(*arrays: object) -> None:
     owners = [own for own in map(owner, arrays) if own is not None]
     for own in owners[1:]:
         if own is not owners[0]:
-            raise InputTypeError(_mixed(owners[0], own, selected=False))
+            raise InputTypeError(_mixed(owners[0], own))
 
 
 def _not_an_array(x: object) -> str:
@@ -190,11 +192,11 @@ def _not_an_array(x: object) -> str:
     )
 
 
-def _mixed(found: Backend, other: Backend, *, selected: bool) -> str:
-    if selected:
+def _mixed(found: Backend, other: Backend, selection: Selection | None = None) -> str:
+    if selection is not None:
         return (
             f"backend {found.name!r} is selected, received an array of {other.name!r}. Convert "
-            f'the array, or select metaframe.set_backend("{other.name}").'
+            f'the array, or select {selection.by}.set_backend("{other.name}").'
         )
     return (
         f"arrays of two frameworks in one call: {found.name!r} and {other.name!r}. Convert one "
@@ -229,6 +231,30 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
 def current_selection() -> Selection | None:
     """What is selected here: by the innermost `use_backend`, else by `set_backend`."""
     return _scoped_selection.get() or _process_selection
+
+
+_followed: dict[type, Callable[[], Selection | None]] = {}
+
+
+def follow(cls: type, selected: Callable[[], Selection | None]) -> None:
+    """Where nothing is selected, `selected()` decides for a call with a `cls` in its arguments."""
+    _followed[cls] = selected
+
+
+@contextmanager
+def following(types: Iterable[type]) -> Iterator[None]:
+    """A block of code that runs with the selection of the library that `types` belong to."""
+    selection = None
+    if _followed and current_selection() is None:
+        selection = next((_followed[cls]() for cls in types if cls in _followed), None)
+    if selection is None:
+        yield
+        return
+    token = _scoped_selection.set(selection)
+    try:
+        yield
+    finally:
+        _scoped_selection.reset(token)
 
 
 def _select(name: str, device: str | None, dtype: str | None) -> Selection:
@@ -269,7 +295,11 @@ def set_backend(name: str, *, device: str | None = None, dtype: str | None = Non
 
 
 def unset_backend() -> None:
-    """Return to inference from the arrays."""
+    """Return to inference from the arrays.
+
+    >>> set_backend("torch")
+    >>> unset_backend()
+    """
     global _process_selection
     _process_selection = None
 
@@ -293,13 +323,23 @@ def use_backend(
 
 
 def current_backend(*arrays: object) -> Backend:
-    """The backend a call with `arrays` would run on; without arrays, the selected one."""
+    """The backend a call with `arrays` would run on; without arrays, the selected one.
+
+    >>> import torch
+    >>> current_backend(torch.ones(2)).name
+    'torch'
+    """
     return backend_of(*arrays)
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One row of `available_backends`."""
+    """One row of `available_backends`.
+
+    >>> info = next(info for info in available_backends() if info.name == "torch")
+    >>> "cpu" in info.devices, info.install
+    (True, 'pip install "metaframe[torch]"')
+    """
 
     name: str
     version: str | None

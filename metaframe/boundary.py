@@ -53,6 +53,13 @@ class Backend(Required):
 
     A method without a body is required. The others have a correct default, which a backend
     overrides only to be faster or to use less memory.
+
+    >>> from metaframe.backend import load_backend
+    >>> backend = load_backend("torch")
+    >>> square = backend.value_and_grad(lambda xs: (xs[0] ** 2, ()))
+    >>> value, aux, grads = square((backend.asarray(3.0),))
+    >>> value, grads
+    (tensor(9., grad_fn=<PowBackward0>), (tensor(6.),))
     """
 
     name: str

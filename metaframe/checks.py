@@ -144,6 +144,7 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
 
 def scalar(value: Any, name: str, backend: Backend) -> Array:
     """`value`, what `name` returned, is a scalar array of `backend`."""
+    value = tree.unwrapped(value)
     if not backend.owns(value):
         other = owner(value)
         kind = f"an array of {other.name!r}" if other else type(value).__name__

@@ -73,9 +73,9 @@ class Layout:
         reduce = self.backend.ops.sum if how == "sum" else self.backend.ops.mean
         return reduce(x, axis=0)
 
-    def cost(self, cost: Array) -> Array:
+    def cost(self, cost: Any) -> Any:
         """The cost as the caller gets it."""
-        return self.backend.stop_gradient(cost) if self.stop_gradients else cost
+        return tree.map(self.backend.stop_gradient, cost) if self.stop_gradients else cost
 
     def inner(self, adapted: tree.Tree, which: ReturnInner) -> tree.Tree:
         """Adapted variables as the caller asked for them, from those of all tasks."""

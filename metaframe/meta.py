@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from metaframe import checks, tree
-from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
+from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
 
 Strategy = Literal["vmap", "scan", "loop"]
 TaskMap = Literal["auto"] | Strategy
@@ -22,7 +22,14 @@ TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
 
 
 class MetaResult(NamedTuple):
-    """The outcome of a meta-gradient."""
+    """The outcome of a meta-gradient.
+
+    >>> import torch
+    >>> step = meta_value_and_grad(lambda v, task: (v * task, {"seen": task}), has_aux=True)
+    >>> result = step(torch.tensor(3.0), torch.tensor([1.0, 2.0]))
+    >>> result.cost, result.grads, result.aux
+    (tensor(4.5000), tensor(1.5000), {'seen': tensor([1., 2.])})
+    """
 
     cost: Array
     """Mean over tasks, a scalar."""
@@ -107,7 +114,8 @@ def meta_value_and_grad(
         gradient = tree.unflatten(tree.structure(tree.prune(v, flags)), grads)
         if check_finite:
             checks.finite_leaves(gradient, backend)
-        return MetaResult(backend.ops.mean(costs), gradient, cost_of.unflatten_aux(aux))
+        cost = tree.wrapped_as(spec, backend.ops.mean(costs))
+        return MetaResult(cost, gradient, cost_of.unflatten_aux(aux))
 
     return call
 
@@ -196,12 +204,11 @@ def arrays_of(v: tree.Tree, batch: tree.Tree) -> tuple[tree.Tree, tree.Tree, Bac
     """Both structures with every leaf an array of one backend, and that backend."""
     v_leaves, v_spec = tree.flatten(v)
     batch_leaves, batch_spec = tree.flatten(batch)
-    backend = backend_of(*v_leaves, *batch_leaves)
-    return (
-        tree.unflatten(v_spec, convert_neutral(v_leaves, backend)),
-        tree.unflatten(batch_spec, convert_neutral(batch_leaves, backend)),
-        backend,
-    )
+    with following(tree.node_types(v_spec, batch_spec)):
+        backend = backend_of(*v_leaves, *batch_leaves)
+        v_arrays = convert_neutral(v_leaves, backend)
+        batch_arrays = convert_neutral(batch_leaves, backend)
+    return tree.unflatten(v_spec, v_arrays), tree.unflatten(batch_spec, batch_arrays), backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

@@ -32,7 +32,16 @@ Rate = Any
 
 
 class Optimizer(NamedTuple):
-    """A stateless description of an update rule."""
+    """A stateless description of an update rule.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> init, update, rate = optim.sgd(0.5)
+    >>> params = {"w": torch.tensor([1.0, 2.0])}
+    >>> updates, state = update({"w": torch.tensor([0.5, 0.25])}, init(params), params)
+    >>> updates, rate
+    ({'w': tensor([-0.2500, -0.1250])}, 0.5)
+    """
 
     init: Callable[[Params], State]
     """`init(params) -> state`."""
@@ -43,7 +52,11 @@ class Optimizer(NamedTuple):
 
 
 def apply_updates(params: Params, updates: Params) -> Params:
-    """`params + updates`, leaf by leaf."""
+    """`params + updates`, leaf by leaf.
+
+    >>> apply_updates({"w": 1.0, "b": 2.0}, {"w": -0.5, "b": 0.25})
+    {'b': 2.25, 'w': 0.5}
+    """
     return tree.map(lambda p, u: p + u, params, updates)
 
 
@@ -69,7 +82,12 @@ def gradient_descent_update(
 
 
 def sgd(learning_rate: Rate = None) -> Optimizer:
-    """Gradient descent: `-lr * g`."""
+    """Gradient descent: `-lr * g`.
+
+    >>> updates, _ = sgd(0.5).update({"w": 3.0}, ())
+    >>> updates
+    {'w': -1.5}
+    """
 
     def init(params: Params) -> State:
         del params
@@ -89,6 +107,16 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
 
     With `nesterov` (Nesterov 1983, in the form of Sutskever et al. 2013) the step is
     `-lr * (g + decay * m)`. As `torch.optim.SGD(momentum=, nesterov=)` and `optax.sgd`.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
+    >>> rule = optim.momentum(0.1, decay=0.5)
+    >>> state = rule.init(w)
+    >>> for _ in range(2):
+    ...     step, state = rule.update(g, state, w)
+    >>> round(step.item(), 4)
+    -0.3
     """
 
     def init(params: Params) -> State:
@@ -106,7 +134,13 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
 
 
 class AdamState(NamedTuple):
-    """Steps taken, and the moving averages of gradients and of their squares."""
+    """Steps taken, and the moving averages of gradients and of their squares.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> optim.adam(1e-3).init({"w": torch.zeros(2)}).mean
+    {'w': tensor([0., 0.])}
+    """
 
     count: Any
     mean: Params
@@ -119,6 +153,16 @@ def adam(
     """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1).
 
     `-lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected averages.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
+    >>> rule = optim.adam(0.1)
+    >>> state = rule.init(w)
+    >>> for _ in range(2):
+    ...     step, state = rule.update(g, state, w)
+    >>> round(step.item(), 4)
+    -0.1
     """
     return adamw(learning_rate, b1, b2, eps, weight_decay=0.0)
 
@@ -133,6 +177,16 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
     `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
+    >>> rule = optim.adamw(0.1, weight_decay=0.5)
+    >>> state = rule.init(w)
+    >>> for _ in range(2):
+    ...     step, state = rule.update(g, state, w)
+    >>> round(step.item(), 4)
+    -0.15
     """
 
     def init(params: Params) -> State:
@@ -159,7 +213,18 @@ def adamw(
 
 
 def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
-    """RMSprop (Tieleman & Hinton 2012): `-lr * g / (sqrt(s) + eps)`, s the average of squares."""
+    """RMSprop (Tieleman & Hinton 2012): `-lr * g / (sqrt(s) + eps)`, s the average of squares.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
+    >>> rule = optim.rmsprop(0.1, decay=0.75)
+    >>> state = rule.init(w)
+    >>> for _ in range(1):
+    ...     step, state = rule.update(g, state, w)
+    >>> round(step.item(), 4)
+    -0.2
+    """
 
     def init(params: Params) -> State:
         return tree.map(ops.zeros_like, params)
@@ -177,7 +242,18 @@ def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -
 def adagrad(
     learning_rate: Rate = None, initial_accumulator: float = 0.1, eps: float = 1e-7
 ) -> Optimizer:
-    """Adagrad (Duchi et al. 2011): `-lr * g / (sqrt(s) + eps)`, s the sum of squares."""
+    """Adagrad (Duchi et al. 2011): `-lr * g / (sqrt(s) + eps)`, s the sum of squares.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
+    >>> rule = optim.adagrad(0.1, initial_accumulator=0.0)
+    >>> state = rule.init(w)
+    >>> for _ in range(2):
+    ...     step, state = rule.update(g, state, w)
+    >>> round(step.item(), 4)
+    -0.0707
+    """
 
     def init(params: Params) -> State:
         return tree.map(lambda p: initial_accumulator * ops.ones_like(p), params)
@@ -193,17 +269,32 @@ def adagrad(
 
 
 def clip_by_value(grads: Grads, limit: float) -> Grads:
-    """Every element limited to `[-limit, limit]`."""
+    """Every element limited to `[-limit, limit]`.
+
+    >>> import torch
+    >>> clip_by_value({"w": torch.tensor([-3.0, 0.5])}, 1.0)
+    {'w': tensor([-1.0000,  0.5000])}
+    """
     return tree.map(lambda g: ops.clip(g, -limit, limit), grads)
 
 
 def global_norm(grads: Grads) -> Any:
-    """The Euclidean norm over all leaves; its gradient at zero is zero."""
+    """The Euclidean norm over all leaves; its gradient at zero is zero.
+
+    >>> import torch
+    >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
     return ops.safe_sqrt(sum(ops.sum(ops.square(g)) for g in tree.leaves(grads)))
 
 
 def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
-    """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013)."""
+    """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013).
+
+    >>> import torch
+    >>> clip_by_global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
+    {'b': tensor([0.8000]), 'w': tensor([0.6000])}
+    """
     norm = global_norm(grads)
     scale = limit / ops.maximum(norm, limit)
     return tree.map(lambda g: g * scale, grads)
@@ -212,7 +303,14 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
 def clipped(
     optimizer: Optimizer, *, norm: float | None = None, value: float | None = None
 ) -> Optimizer:
-    """`optimizer` with its gradients clipped first, by element and then by global norm."""
+    """`optimizer` with its gradients clipped first, by element and then by global norm.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> rule = optim.clipped(optim.sgd(1.0), norm=1.0)
+    >>> rule.update({"w": torch.tensor([3.0, 4.0])}, ())[0]
+    {'w': tensor([-0.6000, -0.8000])}
+    """
     if norm is None and value is None:
         raise InputError("clipped needs norm=, value= or both, received neither.")
 
@@ -249,12 +347,17 @@ def _needed(params: Params) -> Params:
 def _scaled(direction: Params, rate: Rate) -> Params:
     if is_rate_tree(rate):
         return tree.map(lambda d, r: -r * d, direction, rate)
-    return tree.map(lambda d: -rate * d, direction)
+    single = tree.unwrapped(rate)
+    return tree.map(lambda d: -single * d, direction)
 
 
 def is_rate_tree(rate: Rate) -> bool:
-    """Is it one rate a parameter, in a structure, and not a single number or array?"""
-    return tree.structure(rate) != tree.structure(0)
+    """Is it one rate a parameter, in a structure, and not a single number or array?
+
+    >>> is_rate_tree(0.1), is_rate_tree({"w": 0.1, "b": 0.2})
+    (False, True)
+    """
+    return not tree.is_leaf(rate)
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:

@@ -271,14 +271,13 @@ def reptile_step(
     )
     if check_finite:
         checks.finite(costs, layout.backend)
-    grads = tree.unflatten(
-        tree.structure(layout.variables), [layout.without_task_axis(x, "mean") for x in mean]
-    )
+    v_spec = tree.structure(layout.variables)
+    grads = tree.unflatten(v_spec, [layout.without_task_axis(x, "mean") for x in mean])
     grads = _divided(grads, divisor)
-    cost = layout.cost(layout.backend.ops.mean(costs))
+    cost = layout.cost(tree.wrapped_as(v_spec, layout.backend.ops.mean(costs)))
     if not return_inner_v:
         return cost, grads
-    inner = tree.unflatten(tree.structure(layout.variables), adapted)
+    inner = tree.unflatten(v_spec, adapted)
     return cost, grads, layout.inner(inner, return_inner_v)
 
 
@@ -333,7 +332,7 @@ def _one_choice_a_task(
         )
     costs, grads, adapted = zip(*results, strict=True)
     return MetaResult(
-        sum(costs) / len(costs),
+        tree.map(lambda *cs: sum(cs) / len(cs), *costs),
         tree.map(lambda *gs: sum(gs) / len(gs), *grads),
         tree.map(lambda *xs: backend.ops.concat(xs), *adapted),
     )
@@ -369,4 +368,5 @@ def _divided(grads: tree.Tree, divisor: Rate) -> tree.Tree:
         return grads
     if is_rate_tree(divisor):
         return tree.map(lambda g, r: g / r, grads, divisor)
-    return tree.map(lambda g: g / divisor, grads)
+    rate = tree.unwrapped(divisor)
+    return tree.map(lambda g: g / rate, grads)

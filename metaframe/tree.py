@@ -6,6 +6,8 @@ The rules, for every backend alike:
   nodes; anything else is a leaf;
 - dict and `Container` entries are visited in sorted key order;
 - `None` is an empty subtree, never a leaf;
+- another library's array wrapper is a leaf to read and to choose, and the array in it is what
+  functions of leaves see (`register_wrapper`);
 - a leaf's *key chain* joins the keys, field names and indices on the way to it with `/`.
 
 The work is done by optree in the namespace "metaframe", so a user's own registrations in
@@ -16,8 +18,10 @@ public functions flatten once and hand them flat tuples of arrays.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 
@@ -30,6 +34,19 @@ Leaves = tuple[Any, ...]
 TreeSpec = optree.PyTreeSpec
 T = TypeVar("T")
 
+_adapters = {"ivy": "metaframe.interop.ivy"}
+"""Libraries whose containers and arrays become nodes when a user has imported them, and how."""
+
+
+def _adapt_imported_libraries() -> None:
+    for name in tuple(_adapters):
+        library = sys.modules.get(name)
+        # While it is being imported its classes are not there yet.
+        if library is not None and not getattr(library.__spec__, "_initializing", False):
+            adapter = _adapters.pop(name, None)
+            if adapter is not None:  # another thread was faster
+                importlib.import_module(adapter).adapt(library)
+
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
     """Leaves in canonical order, and the structure that `unflatten` needs.
@@ -40,23 +57,49 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
     >>> unflatten(spec, leaves)
     {'b': 2, 'a': [1, None]}
     """
+    if _adapters:
+        _adapt_imported_libraries()
     leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
 
 
 def unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    >>> leaves, spec = flatten({"a": 1, "b": (2, 3)})
+    >>> unflatten(spec, [10 * leaf for leaf in leaves])
+    {'a': 10, 'b': (20, 30)}
+    """
     return optree.tree_unflatten(spec, leaves)
 
 
 def leaves(tree: Tree) -> Leaves:
-    """The leaves of `tree` in canonical order."""
+    """The leaves of `tree` in canonical order.
+
+    >>> leaves({"b": 2, "a": [1, None]})
+    (1, 2)
+    """
     return flatten(tree)[0]
 
 
 def structure(tree: Tree) -> TreeSpec:
-    """The structure of `tree`; two trees match when these compare equal."""
-    return optree.tree_structure(tree, namespace=NAMESPACE)
+    """The structure of `tree`; two trees match when these compare equal.
+
+    >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
+    True
+    """
+    return flatten(tree)[1]
+
+
+def is_leaf(node: Tree) -> bool:
+    """Is it a leaf or an array in another library's wrapper, and no structure?
+
+    >>> is_leaf(1.0), is_leaf({"w": 1.0}), is_leaf(None)
+    (True, False, False)
+    """
+    if _adapters:
+        _adapt_imported_libraries()
+    return type(node) in _wrappers or optree.tree_is_leaf(node, namespace=NAMESPACE)
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -75,6 +118,9 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
 
     Raises:
         InputError: naming the key chains that are missing or unexpected.
+
+    >>> same_structure({"w": 1}, structure({"w": 0}), what="grads")
+    (1,)
     """
     found, found_spec = flatten(tree)
     if found_spec == spec:
@@ -102,7 +148,7 @@ def children(node: Tree) -> dict[str, Tree]:
     >>> children({"b": {"w": 1}, "a": None})
     {'a': None, 'b': {'w': 1}}
     """
-    if optree.tree_is_leaf(node, namespace=NAMESPACE):
+    if is_leaf(node):
         return {}
     below, spec = _one_level(node)
     return dict(zip(_chains_of(spec), below, strict=True))
@@ -114,7 +160,8 @@ def _one_level(node: Tree) -> tuple[Leaves, TreeSpec]:
 
 def _chains_of(spec: TreeSpec) -> tuple[str, ...]:
     return tuple(
-        "/".join(_entry_name(entry) for entry in accessor) for accessor in spec.accessors()
+        "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, _Inside))
+        for accessor in spec.accessors()
     )
 
 
@@ -148,7 +195,7 @@ def prune(tree: Tree, keep: Sequence[bool]) -> Tree:
 def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
     if node is None:
         return None
-    if optree.tree_is_leaf(node, namespace=NAMESPACE):
+    if is_leaf(node):
         return node if next(flags) else None
     below, spec = _one_level(node)
     kept = [_prune(child, flags) for child in below]
@@ -206,7 +253,7 @@ def _true_chains(choice: Tree, chains: Sequence[str], prefix: str) -> list[str]:
     for key, value in entries.items():
         chain = f"{prefix}{key}"
         _matching(chain, chains)
-        if isinstance(value, Mapping) or not optree.tree_is_leaf(value, namespace=NAMESPACE):
+        if isinstance(value, Mapping) or not is_leaf(value):
             found += _true_chains(value, chains, chain + "/")
         elif bool(value):
             found.append(chain)
@@ -218,7 +265,16 @@ def register(
     flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
-    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys)."""
+    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys).
+
+    >>> class Pair:
+    ...     def __init__(self, a, b):
+    ...         self.a, self.b = a, b
+    >>> keys = ("a", "b")
+    >>> register(Pair, lambda p: ((p.a, p.b), None, keys), lambda _, values: Pair(*values))
+    >>> key_chains({"p": Pair(1, 2)})
+    ('p/a', 'p/b')
+    """
     register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
     register_node(
         cls,
@@ -227,6 +283,81 @@ def register(
         path_entry_type=optree.MappingEntry,
         namespace=NAMESPACE,
     )
+
+
+class _Inside(optree.PyTreeEntry):
+    """The step from a wrapper to its array, which has no name in a key chain."""
+
+
+class _Wrapper(NamedTuple):
+    unwrap: Callable[[Any], Any]
+    wrap: Callable[[Any], Any]
+
+
+_wrappers: dict[type, _Wrapper] = {}
+
+
+def register_wrapper(
+    cls: type[T], unwrap: Callable[[T], Any], wrap: Callable[[Any], T | Any]
+) -> None:
+    """Make `cls`, another library's class around one array of a framework, transparent.
+
+    Args:
+        unwrap: the array in a `cls`.
+        wrap: the way back. What cannot be wrapped (a placeholder, a name) it returns as it is.
+
+    >>> class Quantity:
+    ...     def __init__(self, value):
+    ...         self.value = value
+    >>> register_wrapper(Quantity, lambda q: q.value, Quantity)
+    >>> leaves({"length": Quantity(2.0)}), key_chains({"length": Quantity(2.0)})
+    ((2.0,), ('length',))
+    >>> map(lambda x: 2 * x, Quantity(2.0)).value
+    4.0
+    """
+    register_node: Any = optree.register_pytree_node
+    register_node(
+        cls,
+        lambda node: ((unwrap(node),), None, (0,)),
+        lambda _, children: wrap(*children),
+        path_entry_type=_Inside,
+        namespace=NAMESPACE,
+    )
+    _wrappers[cls] = _Wrapper(unwrap, wrap)
+
+
+def unwrapped(x: Any) -> Any:
+    """The array in another library's wrapper; anything else as it is.
+
+    >>> unwrapped(2.0)
+    2.0
+    """
+    wrapper = _wrappers.get(type(x))
+    return x if wrapper is None else wrapper.unwrap(x)
+
+
+def wrapped_as(spec: TreeSpec, x: Any) -> Any:
+    """`x` in the wrapper that the first leaf of `spec` is in, if it is in one.
+
+    >>> wrapped_as(structure({"w": 0}), 2.0)
+    2.0
+    """
+    if not _wrappers or not spec.num_leaves:
+        return x
+    first = tuple(spec.accessors()[0])
+    return _wrappers[first[-1].type].wrap(x) if first and isinstance(first[-1], _Inside) else x
+
+
+def node_types(*specs: TreeSpec) -> Iterator[type]:
+    """The classes of the nodes, some more than once.
+
+    >>> list(node_types(structure({"a": [1, 2]})))
+    [<class 'dict'>, <class 'list'>]
+    """
+    for spec in specs:
+        if not spec.is_leaf():
+            yield spec.type
+            yield from node_types(*spec.children())
 
 
 def register_dataclass(cls: type[T]) -> type[T]:

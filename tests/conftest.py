@@ -15,7 +15,7 @@ from metaframe.backend import Backend, unset_backend, use_backend
 from metaframe.testing.conformance.clause import Bench
 
 ROOT = Path(__file__).resolve().parent.parent
-collect_ignore = ["sample_project"]  # another project's tests; test_testing_plugin.py runs them
+collect_ignore = ["sample_project", "with_ivy"]  # run in a pytest of their own
 
 _hypothesis_settings: dict[str, Any] = {
     "deadline": None,  # the first example of a test compiles

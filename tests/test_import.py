@@ -100,3 +100,23 @@ def test_import_works_without_the_framework(missing: str, tmp_path: Path) -> Non
     code = f"import sys; sys.modules[{missing!r}] = None; import metaframe, metaframe.backend as mb"
     code += f"\nprint(mb.owner(object()), {missing!r} in mb.known_backends())"
     assert run_python(code, tmp_path) == "None True"
+
+
+def test_ivy_is_looked_at_when_a_user_has_imported_it(tmp_path: Path) -> None:
+    """Not before, not while its import goes on, and not if it is another module of that name."""
+    code = """
+import sys, types
+import metaframe
+from metaframe import tree
+leaves = [tree.leaves({"w": 1.0})]
+assert "metaframe.interop.ivy" not in sys.modules
+ivy = sys.modules["ivy"] = types.ModuleType("ivy")
+ivy.__spec__ = types.SimpleNamespace(_initializing=True)
+leaves.append(tree.leaves({"w": 1.0}))
+assert "metaframe.interop.ivy" not in sys.modules
+ivy.__spec__._initializing = False
+leaves.append(tree.leaves({"w": 1.0}))
+assert "metaframe.interop.ivy" in sys.modules
+print(set(leaves))
+"""
+    assert run_python(code, tmp_path) == "{(1.0,)}"

@@ -231,3 +231,22 @@ def _only_task(problem: Problem, task: int) -> tuple[float, Any, Any]:
         jacobian.T @ problem.query.gradient(task, theta),
         theta,
     )
+
+
+def test_adapted_variables_include_those_that_take_no_part(arr: Call, to_np: Call) -> None:
+    """Neither adapted nor differentiated, `b` comes back as it was, once a task."""
+    v, batch = arr({"w": np.array(1.0), "b": np.array(2.0)}), arr({"x": np.array([1.0, 2.0, 3.0])})
+
+    def cost(task: Any, v: Any) -> Any:
+        return v["w"] * task["x"] + v["b"]
+
+    _, grads, inner = maml_step(
+        *(batch, cost, None, v, 1, 0.5),
+        batched="vmap",
+        inner_v="w",
+        outer_v="w",
+        return_inner_v="all",
+    )
+    assert list(grads) == ["w"]
+    np.testing.assert_array_equal(to_np(inner)["b"], [2.0, 2.0, 2.0])
+    np.testing.assert_array_equal(to_np(inner)["w"], [0.5, 0.0, -0.5])

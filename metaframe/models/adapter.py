@@ -33,6 +33,9 @@ class Forward:
             then avoided.
         repeated: will the call be run again in a backward pass? A model that draws numbers from a
             hidden stream is then an error, since the second draw would be another.
+
+    >>> Forward(norm="batch").twice
+    True
     """
 
     norm: Norm | None = None
@@ -62,7 +65,15 @@ class BatchNorm(NamedTuple):
 
 
 class NamedParameters(abc.ABC):
-    """Parameters by name, wherever a framework keeps them: a model's, or learned values alone."""
+    """Parameters by name, wherever a framework keeps them: a model's, or learned values alone.
+
+    >>> import torch
+    >>> from metaframe.models import adapter_of
+    >>> adapter = adapter_of(torch.nn.Linear(2, 1))
+    >>> adapter.assign({"bias": torch.tensor([1.5])})
+    >>> adapter.params()["bias"].item()
+    1.5
+    """
 
     model: Any
     """What holds them, with the current values: the user's model."""
@@ -103,7 +114,15 @@ class NamedParameters(abc.ABC):
 
 
 class ModelAdapter(NamedParameters):
-    """A model of any framework."""
+    """A model of any framework.
+
+    >>> import torch
+    >>> from metaframe.models import adapter_of
+    >>> adapter = adapter_of(torch.nn.Linear(2, 1))
+    >>> values = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
+    >>> adapter.call(values, {}, Forward(), (torch.tensor([[1.0, 2.0]]),), {})[0].item()
+    3.0
+    """
 
     output_first: bool = False
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""

@@ -17,6 +17,10 @@ def adapter_of(model: Any) -> ModelAdapter:
 
     Raises:
         InputTypeError: no framework knows it as a model.
+
+    >>> import torch
+    >>> adapter_of(torch.nn.Linear(3, 2)).trainable()
+    ('weight', 'bias')
     """
     if isinstance(model, ModelAdapter):
         return model
@@ -36,6 +40,11 @@ class FunctionalModel(NamedTuple):
     """A model as values and a pure function.
 
     `output, state = apply(params, state, *args, **kwargs)`.
+
+    >>> import torch
+    >>> model = FunctionalModel(lambda params, state, x: (params["w"] * x, state), {"w": 2.0}, {})
+    >>> model.apply(model.params, model.state, 3.0)
+    (6.0, {})
     """
 
     apply: Callable[..., tuple[Any, Params]]

@@ -40,7 +40,11 @@ def interval(name: str, value: Any) -> tuple[float, float]:
 
 
 class MissingDependencyError(MetaframeError, ImportError):
-    """A data set needs a package that is not installed."""
+    """A data set needs a package that is not installed.
+
+    >>> str(MissingDependencyError("Omniglot", "Pillow", "pip install pillow"))
+    'Omniglot needs Pillow, which is not installed. Run: pip install pillow'
+    """
 
     def __init__(self, what: str, package: str, install: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed. Run: {install}")

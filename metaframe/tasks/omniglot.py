@@ -48,6 +48,10 @@ class Omniglot:
             makes them floats in [0, 1].
         labels: `(N,)` int64, an index into `characters`, read-only.
         characters: the name of every character, such as "Greek/character01", sorted.
+
+    >>> names = ("Greek/character01", "Latin/character01")
+    >>> Omniglot(np.zeros((2, 28, 28, 1), np.uint8), np.arange(2), names).alphabets
+    ('Greek', 'Latin')
     """
 
     images: Images
@@ -107,6 +111,10 @@ class OneShotRun:
             of their file names.
         test_images: `(20, size, size, 1)` uint8, another drawing of each, likewise.
         answers: `(20,)` int64, for each test image the index of its character's train image.
+
+    >>> drawings = np.zeros((20, 28, 28, 1), np.uint8)
+    >>> OneShotRun("run01", drawings, drawings, np.arange(20)).task().support_x.shape
+    (20, 28, 28, 1)
     """
 
     name: str
@@ -187,6 +195,10 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
     Raises:
         InputError: a missing, damaged or unexpected file, naming it and what to do.
         MissingDependencyError: Pillow is not installed.
+
+    >>> one_shot_runs("omniglot", size=0)
+    Traceback (most recent call last):
+    metaframe.errors.InputError: size must be at least 1, received size=0.
 
     Source: Lake et al. (Science 350, 2015).
     """

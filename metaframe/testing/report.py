@@ -25,7 +25,13 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or worth knowing."""
+    """One thing that is wrong, or worth knowing.
+
+    >>> print(Finding("not finite", "task 3", "the cost is nan", "Lower the rate."))
+    not finite in task 3
+         found: the cost is nan
+         do: Lower the rate.
+    """
 
     kind: Kind
     where: str
@@ -43,7 +49,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of `check_meta_gradient`; `str` makes it a text."""
+    """The outcome of `check_meta_gradient`; `str` makes it a text.
+
+    >>> Report(findings=(), passed=("finite differences",), unknown=()).ok
+    True
+    """
 
     findings: tuple[Finding, ...]
     passed: tuple[str, ...]

@@ -32,6 +32,14 @@ class Adaptation:
         inner_batch_fn: applied to a task before the inner cost, such as taking the support set.
         outer_batch_fn: the same for the outer cost.
         mode: "reverse", "remat" or "mixed".
+
+    >>> import torch
+    >>> def cost(task, v):
+    ...     return (v["w"] - task["target"]) ** 2
+    >>> Adaptation(steps=1, lr=0.25).adapted(
+    ...     cost, {"w": torch.tensor(1.0)}, {"target": torch.tensor(3.0)}, steps=1
+    ... )
+    {'w': tensor(2.)}
     """
 
     steps: int = 1

@@ -24,6 +24,10 @@ class History:
         eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0.
         eval_score: `(iteration, metric)` likewise, if the trainer has a metric.
         stopped: why the run ended before its last iteration; None if it did not.
+
+    >>> history = History(meta_loss=[4.5, 3.0])
+    >>> history.meta_loss[-1], history.stopped
+    (3.0, None)
     """
 
     meta_loss: list[float] = field(default_factory=list)
@@ -44,6 +48,11 @@ class Run:
         iteration: the current iteration of this call, from 0.
         report: what the last outer step found.
         evaluation: what the last evaluation found.
+
+    >>> run = Run(trainer=None, num_iterations=10, tasks_per_step=4)
+    >>> run.stop("good enough")
+    >>> run.history.stopped
+    'good enough'
     """
 
     trainer: MetaTrainer
@@ -60,7 +69,18 @@ class Run:
 
 
 class Callback:
-    """Does nothing; override what is of interest."""
+    """Does nothing; override what is of interest.
+
+    >>> class StopAt(Callback):
+    ...     def __init__(self, loss):
+    ...         self.loss = loss
+    ...
+    ...     def on_step(self, run):
+    ...         if run.report.loss < self.loss:
+    ...             run.stop(f"loss below {self.loss}")
+    >>> StopAt(0.5).loss
+    0.5
+    """
 
     def on_start(self, run: Run) -> None:
         """Before the first iteration."""
@@ -93,6 +113,14 @@ class EarlyStopping(Callback):
     Args:
         patience: evaluations without an improvement before the run stops, at least 1.
         min_delta: what counts as an improvement, in the metric's unit.
+
+    >>> from metaframe.training import Evaluation
+    >>> run, watch = Run(None, num_iterations=9, tasks_per_step=4), EarlyStopping(patience=2)
+    >>> for loss in (1.0, 1.5, 1.25):
+    ...     run.evaluation = Evaluation(np.array([[loss], [loss]]))
+    ...     watch.on_evaluation(run)
+    >>> run.history.stopped
+    'no improvement in 2 evaluations'
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:

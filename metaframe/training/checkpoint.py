@@ -46,6 +46,10 @@ class Checkpoint:
         plain: what else the trainer needs: step, dtypes, optimizer settings, sampler position.
         config: the run's resolved configuration, as its writer gave it.
         backend: the backend it was written on.
+
+    >>> checkpoint = Checkpoint({"w": np.zeros(2)}, {"step": 7}, {"note": "x"}, "torch")
+    >>> checkpoint.step
+    7
     """
 
     arrays: Mapping[str, np.ndarray[Any, Any]]
@@ -72,6 +76,19 @@ def save_checkpoint(
     Raises:
         InputError: `config` cannot be written as JSON.
         OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from metaframe import MAML, MetaTrainer, optim
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> def trainer():
+    ...     maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    ...     loss_fn = torch.nn.functional.mse_loss
+    ...     return MetaTrainer(maml, optim.adam(1e-3), loss_fn, SinusoidTaskSampler(seed=0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(f"{folder}/run.safetensors", trainer(), {"note": "before training"})
+    ...     read_checkpoint(f"{folder}/run.safetensors").config
+    {'note': 'before training'}
     """
     arrays, plain = trainer.state()
     checkpoint = Checkpoint(arrays, plain, dict(config or {}), trainer.maml.backend.name)
@@ -87,6 +104,22 @@ def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
     Raises:
         CheckpointError: a damaged file, or one of another model, algorithm or optimizer.
         InputError: the sampler has another seed or split.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from metaframe import MAML, MetaTrainer, optim
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> def trainer():
+    ...     maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    ...     loss_fn = torch.nn.functional.mse_loss
+    ...     return MetaTrainer(maml, optim.adam(1e-3), loss_fn, SinusoidTaskSampler(seed=0))
+    >>> first, second = trainer(), trainer()
+    >>> _ = first.fit(2, meta_batch_size=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(f"{folder}/run.safetensors", first)
+    ...     checkpoint = load_checkpoint(f"{folder}/run.safetensors", second)
+    >>> second.step, checkpoint.backend
+    (2, 'torch')
     """
     checkpoint = read_checkpoint(path)
     trainer.restore(checkpoint.arrays, checkpoint.plain)
@@ -98,6 +131,21 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
 
     Raises:
         CheckpointError: a damaged file, or one of another model or algorithm.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from metaframe import MAML, MetaTrainer, optim
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> def trainer():
+    ...     maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    ...     loss_fn = torch.nn.functional.mse_loss
+    ...     return MetaTrainer(maml, optim.adam(1e-3), loss_fn, SinusoidTaskSampler(seed=0))
+    >>> trained, other = trainer(), trainer().maml
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(f"{folder}/run.safetensors", trained)
+    ...     _ = load_parameters(f"{folder}/run.safetensors", other)
+    >>> torch.equal(other.module.weight, trained.maml.module.weight)
+    True
     """
     from metaframe.training.trainer import restore_parameters
 
@@ -111,6 +159,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, or of a newer format.
+
+    >>> read_checkpoint("nowhere")
+    Traceback (most recent call last):
+    metaframe.errors.CheckpointError: cannot read checkpoint nowhere: No such file or directory.
     """
     try:
         data = Path(path).read_bytes()
@@ -225,6 +277,20 @@ class Checkpoints(Callback):
 
     Raises:
         InputError: a number out of range.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from metaframe import MAML, MetaTrainer, optim
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> def trainer():
+    ...     maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    ...     loss_fn = torch.nn.functional.mse_loss
+    ...     return MetaTrainer(maml, optim.adam(1e-3), loss_fn, SinusoidTaskSampler(seed=0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     keeper = Checkpoints(folder, every=2, keep=2)
+    ...     _ = trainer().fit(5, meta_batch_size=4, callbacks=[keeper])
+    ...     [path.name for path in checkpoint_files(folder)]
+    ['step-00000004.safetensors', 'step-00000005.safetensors']
     """
 
     def __init__(
@@ -287,6 +353,13 @@ def latest_checkpoint(folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: there is none.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (50, 100):
+    ...         _ = (Path(folder) / f"step-{step:08d}.safetensors").write_bytes(b"")
+    ...     latest_checkpoint(folder).name
+    'step-00000100.safetensors'
     """
     found = checkpoint_files(folder)
     if not found:

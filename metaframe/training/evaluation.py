@@ -45,6 +45,10 @@ class Evaluation:
         scores: `(tasks, steps + 1)` the metric likewise; None without a metric.
         inductive: `(tasks,)` the metric, or the loss without one, after the last step, every query
             example predicted on its own next to the support set; None if not asked for.
+
+    >>> found = Evaluation(losses=np.array([[2.0, 1.0], [4.0, 2.0]]))
+    >>> found.loss.mean, [point.mean for point in found.curve]
+    (1.5, [3.0, 1.5])
     """
 
     losses: Values

@@ -44,6 +44,9 @@ class StepSettings:
         chunk_size: with "vmap", how many tasks at once.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
+
+    >>> StepSettings(task_map="scan", mode="remat").compiled is None
+    True
     """
 
     task_map: TaskMap = "auto"
@@ -63,7 +66,11 @@ class StepSettings:
 
 
 class StepReport(NamedTuple):
-    """What one outer step found, before the update."""
+    """What one outer step found, before the update.
+
+    >>> StepReport(0.5, np.array([0.25, 0.75]), None, 2.0).loss
+    0.5
+    """
 
     loss: float
     """Mean query loss after adaptation."""
