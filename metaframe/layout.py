@@ -9,7 +9,7 @@ from typing import Any, Literal
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.meta import TaskMap, arrays_of
+from metaframe.meta import Execution, TaskMap, arrays_of
 
 Batched = bool | Literal["vmap", "scan"]
 ReturnInner = bool | Literal["first", "all"]
@@ -60,6 +60,25 @@ class Layout:
             "loop" if isinstance(batched, bool) else batched,
             stop_gradients,
         )
+
+    def execution(self, chunk_size: int | None, distributed: bool) -> Execution:
+        """How the tasks run.
+
+        Raises:
+            InputError: a setting that does not fit the layout.
+        """
+        how = Execution(self.task_map, chunk_size, distributed)
+        if distributed and self.tiled:
+            raise InputError(
+                "distributed=True divides tasks, and with batched=True the cost function sees all "
+                'of them in one call. Choose batched="vmap", "scan" or False.'
+            )
+        if distributed and not self.stop_gradients:
+            raise InputError(
+                "distributed=True with stop_gradients=False: the sum over workers is not "
+                "differentiable. Leave out one of them."
+            )
+        return how
 
     @property
     def scale(self) -> int:

@@ -15,6 +15,7 @@ from metaframe.backend import backend_of, known_backends, load_backend, use_back
 from metaframe.cli import tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError
+from metaframe.distributed import Workers, place, session
 from metaframe.errors import nearest
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.models.precision import mixed_precision
@@ -78,7 +79,7 @@ class Experiment:
             task_map = "scan" if self.dataset.convolutional and self._on_cpu() else "vmap"
         # A run is long enough for any compiler, except for convolutions on one that is slow.
         compiled = c.compiled if self.dataset.convolutional else c.compiled is not False
-        return StepSettings(task_map, c.chunk_size, c.mode, compiled)
+        return StepSettings(task_map, c.chunk_size, c.mode, compiled, place() is not None)
 
     @functools.cached_property
     def trainer(self) -> MetaTrainer:
@@ -120,13 +121,21 @@ class Experiment:
 
 
 @contextmanager
-def selected(config: RunConfig) -> Iterator[None]:
-    """The run's backend, device and dtype, for a block of code."""
+def selected(config: RunConfig) -> Iterator[Workers]:
+    """The run's backend, device and dtype, and the other processes of the run, for a block of code.
+
+    Yields:
+        Who shares the work; this process alone if it was started alone.
+    """
     name = config.backend or _installed()
     load_backend(name)
     dtype = "float64" if config.precision == "float64" else "float32"
-    with use_backend(name, device=config.device, dtype=dtype):
-        yield
+    # First of all: JAX and TensorFlow join others only before they make an array.
+    with (
+        session(name, timeout=config.timeout) as workers,
+        use_backend(name, device=config.device, dtype=dtype),
+    ):
+        yield workers
 
 
 def _schedule(config: RunConfig) -> Schedule:

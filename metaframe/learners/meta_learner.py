@@ -18,7 +18,7 @@ from metaframe.learners.method import Method
 from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import MetaResult, TaskMap
+from metaframe.meta import Execution, MetaResult, TaskMap
 from metaframe.models import ModelAdapter, NamedParameters
 from metaframe.models.values import live
 
@@ -118,6 +118,7 @@ class MetaLearner(Wrapper):
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         compiled: bool | None = None,
+        distributed: bool = False,
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
@@ -130,6 +131,7 @@ class MetaLearner(Wrapper):
             chunk_size: with "vmap", how many tasks at once.
             mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
             compiled: compile the whole; default: where the backend compiles quickly.
+            distributed: divide the tasks among the active workers, see `metaframe.distributed`.
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
@@ -139,7 +141,12 @@ class MetaLearner(Wrapper):
             InputError, InputTypeError: bad arguments, before any work.
         """
         gradient = self.meta_gradient(
-            loss_fn, steps=steps, task_map=task_map, chunk_size=chunk_size, mode=mode
+            loss_fn,
+            steps=steps,
+            task_map=task_map,
+            chunk_size=chunk_size,
+            mode=mode,
+            distributed=distributed,
         )
         batch = as_batch(tasks, self.meta_parameters(), self.backend)
         quick = self.backend.compiles_quickly
@@ -156,11 +163,12 @@ class MetaLearner(Wrapper):
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         metric: LossFn | None = None,
+        distributed: bool = False,
     ) -> MetaGradient:
         """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
 
         Args:
-            loss_fn, steps, task_map, chunk_size, mode: as for `meta_value_and_grad`.
+            loss_fn, steps, task_map, chunk_size, mode, distributed: as for `meta_value_and_grad`.
             metric: a second function of prediction and target, not differentiated; each task's
                 value is in `aux["scores"]`.
 
@@ -172,7 +180,8 @@ class MetaLearner(Wrapper):
         checks.function(loss_fn, "loss_fn")
         steps = self.config.steps(steps, at_least=0)
         setting = Setting(self._adapter, self.config, self._method, loss_fn, steps, mode, metric)
-        return MetaGradient(setting, task_map, chunk_size, self._learned is not None, self._flags)
+        how = Execution(task_map, chunk_size, distributed)
+        return MetaGradient(setting, how, self._learned is not None, self._flags)
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
         """Adaptation to one task, step by step and as pure functions, for evaluations."""

@@ -60,7 +60,14 @@ class Run:
 
 
 class Callback:
-    """Does nothing; override what is of interest."""
+    """Does nothing; override what is of interest.
+
+    Attributes:
+        everywhere: in a run of several processes, is it called in all of them? Otherwise in the
+            first alone, as suits what writes files.
+    """
+
+    everywhere: bool = True
 
     def on_start(self, run: Run) -> None:
         """Before the first iteration."""

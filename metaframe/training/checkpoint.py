@@ -227,6 +227,8 @@ class Checkpoints(Callback):
         InputError: a number out of range.
     """
 
+    everywhere = False
+
     def __init__(
         self,
         folder: str | Path,

@@ -22,7 +22,7 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import MetaGradient
-from metaframe.meta import TASK_MAPS, TaskMap
+from metaframe.meta import Execution, TaskMap
 from metaframe.models.adapter import Params
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
@@ -44,16 +44,18 @@ class StepSettings:
         chunk_size: with "vmap", how many tasks at once.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
+        distributed: divide the tasks of a step among the active workers, see
+            `metaframe.distributed`. Every process calls the trainer alike.
     """
 
     task_map: TaskMap = "vmap"
     chunk_size: int | None = None
     mode: Mode = "reverse"
     compiled: bool | None = None
+    distributed: bool = False
 
     def __post_init__(self) -> None:
-        checks.choice(self.task_map, "task_map", TASK_MAPS)
-        checks.chunk_size(self.chunk_size)
+        Execution(self.task_map, self.chunk_size, self.distributed)
         checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
@@ -117,6 +119,7 @@ def outer_step(
             chunk_size=settings.chunk_size,
             mode=settings.mode,
             metric=metric,
+            distributed=settings.distributed,
         )
 
     gradient()  # bad arguments are found here and not at the first step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, tree
+from metaframe.distributed.agreement import agree
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
@@ -82,6 +84,7 @@ class MetaTrainer:
         self.task_sampler = task_sampler
         self.step = 0
         settings = settings or StepSettings()
+        self._distributed = settings.distributed
         self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
         self._position: Mapping[str, Any] | None = None
@@ -132,6 +135,10 @@ class MetaTrainer:
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        if self._distributed:
+            self._agree(num_iterations, meta_batch_size)
+            first = self.maml.backend.workers().is_first
+            watchers = [w for w in watchers if w.everywhere or first]
         run = Run(self, num_iterations, meta_batch_size)
         with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch)
@@ -190,6 +197,17 @@ class MetaTrainer:
         if random := _group(arrays, f"rng.{backend.name}/"):
             backend.restore_random_state(random)
         self.step = int(plain["step"])
+
+    def _agree(self, num_iterations: int, meta_batch_size: int) -> None:
+        """All processes start from the same place, down to the values of the parameters."""
+        arrays, plain = self.state()
+        digests = {
+            name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+            for name, x in arrays.items()
+            if not name.startswith("rng.")
+        }
+        sizes = {"num_iterations": num_iterations, "meta_batch_size": meta_batch_size}
+        agree(self.maml.backend, plain=plain, values=digests, **sizes)
 
     @contextmanager
     def _standing(self) -> Iterator[None]:

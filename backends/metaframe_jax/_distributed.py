@@ -1,0 +1,167 @@
+"""jax.distributed and meshes: one worker a device, over all processes.
+
+Each device runs its tasks by `shard_map`, in which nothing is exchanged but by the one `psum`.
+JAX's check of what varies over devices has to be off: with it on, JAX sums the gradient of
+replicated parameters over devices by itself, within every inner step, and the result is silently
+wrong (compare JAX issue 36886).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import core, distributed
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.errors import InputError
+from metaframe.workers import ALONE, Part, Place, Workers
+
+SHUTDOWN = 10
+"""Seconds that a process which ends waits for the others, at the most."""
+
+
+class JaxWorkers(Workers):
+    """The devices of a mesh with one axis."""
+
+    def __init__(self, mesh: Any) -> None:
+        if len(mesh.axis_names) != 1:
+            raise InputError(
+                f"the active mesh has the axes {mesh.axis_names}; a step divides its tasks over "
+                'one. Make it with jax.make_mesh((devices,), ("tasks",)); models that are sharded '
+                "themselves are not supported."
+            )
+        super().__init__(mesh.size, jax.process_index(), jax.process_count())
+        self._mesh = mesh
+        self._told = 0
+
+    def each(self, part: Part, tasks: Arrays) -> Arrays:
+        (axis,) = self._mesh.axis_names
+
+        def on_device(*mine: Array) -> Arrays:
+            return part(mine, jax.lax.axis_index(axis), lambda x: _all_sum(x, axis))
+
+        mapped = jax.shard_map(
+            on_device,
+            mesh=self._mesh,
+            in_specs=PartitionSpec(axis),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        if core.trace_state_clean():
+            return compiled(lambda xs: mapped(*xs), tasks)(tasks)
+        _spanning.append(self.processes > 1)
+        out: Arrays = mapped(*tasks)
+        return out
+
+    def tell(self, text: str) -> list[str]:
+        client: Any = distributed.global_state.client
+        if client is None:
+            return [text]
+        self._told += 1
+        prefix = f"metaframe/told/{self._told}"
+        client.key_value_set(f"{prefix}/{self.process}", text)
+        limit = 1000 * round(_timeout[-1])
+        client.wait_at_barrier(f"{prefix}/all", limit)
+        return [
+            client.blocking_key_value_get(f"{prefix}/{process}", limit)
+            for process in range(self.processes)
+        ]
+
+
+_spanning: list[bool] = []
+"""For every sharded step traced since this was last emptied: does it span processes?"""
+_timeout = [300.0]
+_known: dict[Any, JaxWorkers] = {}
+
+
+def _all_sum(x: Array, axis: str) -> Array:
+    @jax.custom_jvp
+    def summed(x: Array) -> Array:
+        return jax.lax.psum(x, axis)
+
+    @summed.defjvp
+    def refused(*_: Any) -> Any:
+        raise InputError(
+            "a distributed step within a gradient: the sum over devices would be differentiated "
+            "too, and wrong. Differentiate the cost, and leave the step outside."
+        )
+
+    del refused
+    total: Array = summed(x)
+    return total
+
+
+def workers() -> Workers:
+    """The devices of the active mesh, and without one all devices of all processes."""
+    mesh = _mesh()
+    if mesh.size == 1:
+        return ALONE
+    if mesh not in _known:
+        _known[mesh] = JaxWorkers(mesh)
+    return _known[mesh]
+
+
+def _mesh() -> Any:
+    active = jax.sharding.get_abstract_mesh()
+    if active.empty:
+        return Mesh(np.array(jax.devices()), ("tasks",))
+    return jax.sharding.get_mesh() if core.trace_state_clean() else active
+
+
+def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
+    """`jax.jit`, also for a function that runs on the devices of several processes.
+
+    Such a program takes and returns arrays that lie on all those devices. Outside of it everyone
+    goes on with arrays of its own process.
+    """
+    jitted = jax.jit(fn)
+    _spanning.clear()
+    # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
+    # than that of a compiled stage and finds the trace again.
+    jitted.trace(examples)
+    return _across(jitted) if any(_spanning) else jitted
+
+
+def _across(jitted: Callable[..., Arrays]) -> ArraysFn:
+    everywhere = NamedSharding(_mesh(), PartitionSpec())
+    mine = sorted(everywhere.addressable_devices, key=lambda device: device.id)
+
+    def spread(x: Array) -> Array:
+        copies = [jax.device_put(x, device) for device in mine]
+        return jax.make_array_from_single_device_arrays(x.shape, everywhere, copies)
+
+    def call(xs: Arrays) -> Arrays:
+        return tuple(y.addressable_data(0) for y in jitted(tuple(map(spread, xs))))
+
+    return call
+
+
+@contextmanager
+def join(place: Place) -> Iterator[None]:
+    """jax.distributed for a block of code."""
+    jax.distributed.initialize(
+        place.address,
+        place.processes,
+        place.process,
+        heartbeat_timeout_seconds=round(place.timeout),
+        shutdown_timeout_seconds=SHUTDOWN,
+        initialization_timeout=round(place.timeout),
+    )
+    _timeout.append(place.timeout)
+    try:
+        yield
+    finally:
+        _timeout.pop()
+        _known.clear()
+        jax.distributed.shutdown()
+
+
+def lost_others(error: Exception) -> bool:
+    """Did a collective or the coordination service fail because of another process?"""
+    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "coordination")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in words)
