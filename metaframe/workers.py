@@ -58,6 +58,11 @@ class Workers(abc.ABC):
         self.processes = processes
         self.agreed: set[str] = set()
 
+    @property
+    def is_first(self) -> bool:
+        """Is this the process that writes files and reports?"""
+        return self.process == 0
+
     @abc.abstractmethod
     def each(self, part: Part, tasks: Arrays) -> Arrays:
         """Run `part` on every worker and return what it returns, which is the same on all.

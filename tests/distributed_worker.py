@@ -46,7 +46,8 @@ def active(engine: str, devices: int) -> Iterator[str]:
             yield name
     elif engine == "jax-mesh":
         jax = importlib.import_module("jax")
-        with jax.set_mesh(jax.make_mesh((devices,), ("tasks",))):
+        auto = (jax.sharding.AxisType.Auto,)
+        with jax.set_mesh(jax.make_mesh((devices,), ("tasks",), axis_types=auto)):
             yield name
     else:
         with session(name, timeout=60):

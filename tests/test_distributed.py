@@ -84,7 +84,7 @@ def worst(found: dict[str, Any], case: Case, one: str, other: dict[str, Any], tw
     """The largest difference of a gradient, by the mean norm of the tasks' gradients."""
     start = f"{case}/{one}/grads/"
     names = [n.removeprefix(start) for n in found if n.startswith(start)]
-    assert len(names) == 6
+    assert len(names) == 4
     gaps = [np.linalg.norm(found[f"{start}{n}"] - other[f"{case}/{two}/grads/{n}"]) for n in names]
     return float(max(gaps)) / task_norm(case.algorithm, case.tasks)
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import core, distributed
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from metaframe.backend import Array, Arrays, ArraysFn
 from metaframe.errors import InputError
@@ -26,14 +26,19 @@ SHUTDOWN = 10
 
 
 class JaxWorkers(Workers):
-    """The devices of a mesh with one axis."""
+    """The devices of a mesh with one axis.
+
+    A step closes over arrays, in the user's functions too, which `shard_map` does not take on an
+    axis of type Explicit.
+    """
 
     def __init__(self, mesh: Any) -> None:
-        if len(mesh.axis_names) != 1:
+        if mesh.axis_types != (AxisType.Auto,):
             raise InputError(
-                f"the active mesh has the axes {mesh.axis_names}; a step divides its tasks over "
-                'one. Make it with jax.make_mesh((devices,), ("tasks",)); models that are sharded '
-                "themselves are not supported."
+                f"the active mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; a "
+                "distributed step needs one, of type Auto: jax.make_mesh((devices,), "
+                '("tasks",), axis_types=(jax.sharding.AxisType.Auto,)). Or leave the mesh out: all '
+                "devices of all processes are then used."
             )
         super().__init__(mesh.size, jax.process_index(), jax.process_count())
         self._mesh = mesh
@@ -45,12 +50,8 @@ class JaxWorkers(Workers):
         def on_device(*mine: Array) -> Arrays:
             return part(mine, jax.lax.axis_index(axis), lambda x: _all_sum(x, axis))
 
-        mapped = jax.shard_map(
-            on_device,
-            mesh=self._mesh,
-            in_specs=PartitionSpec(axis),
-            out_specs=PartitionSpec(),
-            check_vma=False,
+        mapped: Any = jax.shard_map(
+            on_device, mesh=self._mesh, in_specs=_spec(axis), out_specs=_spec(), check_vma=False
         )
         if core.trace_state_clean():
             return compiled(lambda xs: mapped(*xs), tasks)(tasks)
@@ -82,7 +83,8 @@ _known: dict[Any, JaxWorkers] = {}
 def _all_sum(x: Array, axis: str) -> Array:
     @jax.custom_jvp
     def summed(x: Array) -> Array:
-        return jax.lax.psum(x, axis)
+        add_up: Any = jax.lax.psum
+        return add_up(x, axis)
 
     @summed.defjvp
     def refused(*_: Any) -> Any:
@@ -94,6 +96,11 @@ def _all_sum(x: Array, axis: str) -> Array:
     del refused
     total: Array = summed(x)
     return total
+
+
+def _spec(*axes: str) -> Any:
+    make: Any = PartitionSpec
+    return make(*axes)
 
 
 def workers() -> Workers:
@@ -128,8 +135,9 @@ def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
 
 
 def _across(jitted: Callable[..., Arrays]) -> ArraysFn:
-    everywhere = NamedSharding(_mesh(), PartitionSpec())
-    mine = sorted(everywhere.addressable_devices, key=lambda device: device.id)
+    everywhere = NamedSharding(_mesh(), _spec())
+    devices: Any = everywhere.addressable_devices
+    mine = sorted(devices, key=lambda device: device.id)
 
     def spread(x: Array) -> Array:
         copies = [jax.device_put(x, device) for device in mine]
@@ -158,7 +166,8 @@ def join(place: Place) -> Iterator[None]:
     finally:
         _timeout.pop()
         _known.clear()
-        jax.distributed.shutdown()
+        leave: Any = jax.distributed.shutdown
+        leave()
 
 
 def lost_others(error: Exception) -> bool:
