@@ -27,6 +27,8 @@ class Case:
 
 
 ALL = tuple(Case(a, n, d) for a in ALGORITHMS for n in TASKS for d in DTYPES)
+ONE = Case("maml", 7, "float64")
+"""Also run compiled on torch, and eagerly on the others."""
 FEW = (
     *(Case(algorithm, 7, "float64") for algorithm in ALGORITHMS),
     Case("maml", 1, "float32"),

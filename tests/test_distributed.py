@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distributed_problem import ALGORITHMS, ALL, DTYPES, FEW, Case, batch, step, variables
+from distributed_problem import ALGORITHMS, ALL, DTYPES, FEW, ONE, Case, batch, step, variables
 from frameworks import require, slow
 from metaframe import tree, use_backend
 from processes import run_together
 
-WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+WORKER, CHECKS = (
+    str(Path(__file__).with_name(f"distributed_{name}.py")) for name in ("worker", "checks")
+)
 LIMIT = 400
 """Seconds. Nearly all of them are imports and compilers, on a machine that may be busy."""
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
@@ -43,7 +46,6 @@ MIRRORED = Engine("tensorflow-mirrored", 1, 2, FEW)
 SLOW = (
     Engine("torch", 1),
     Engine("torch", 4),
-    Engine("jax-mesh", 1, 2),
     Engine("jax-mesh", 1, 4),
     Engine("jax", 2),
     Engine("jax", 2, 2, FEW),
@@ -100,9 +102,10 @@ def test_sharded_equals_alone(engine: Engine, tmp_path: Path) -> None:
         if not (gap <= TOLERANCE[case.dtype] and abs(cost / alone - 1) <= TOLERANCE[case.dtype]):
             misses[str(case)] = (gap, float(cost), float(alone))
     assert not misses
+    assert worst(processes[0], ONE, "otherwise", processes[0], "alone") <= 1e-12
     for other in processes[1:]:
-        for name, value in processes[0].items():
-            np.testing.assert_array_equal(other[name], value, err_msg=name)
+        for name, value in other.items():
+            np.testing.assert_array_equal(processes[0][name], value, err_msg=name)
 
 
 def test_engines_agree(tmp_path: Path) -> None:
@@ -120,3 +123,26 @@ def test_engines_agree(tmp_path: Path) -> None:
 
 def test_every_case_is_there() -> None:
     assert len(ALL) == len(ALGORITHMS) * 4 * len(DTYPES)
+
+
+CHECKED = (TORCH, Engine("jax-mesh", 1, 2), Engine("jax", 2), Engine("tensorflow", 2))
+
+
+@pytest.mark.parametrize("engine", [TORCH, *map(slow, CHECKED[1:])], ids=str)
+def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
+    require(engine.backend)
+    command = [CHECKS, engine.name, str(tmp_path), str(engine.devices)]
+    run_together(command, engine.processes, tmp_path, LIMIT)
+    everyone = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(engine.processes)]
+    for found in everyone:
+        assert found["collectives"] == 1
+        assert found["batched"].startswith("InputError: distributed=True divides tasks")
+        assert found["nan"] == "NonFiniteError: the cost of task 5 is nan."
+        assert found["within a gradient"].startswith("InputError: a distributed step within")
+        assert found["still well"] == "nothing raised"
+        if engine.processes > 1:
+            for part in ("process 0 has", "= 0.06", "process 1 has", "= 1.06"):
+                assert part in found["settings"]
+            for part in ("process 0 has", "(6, 6, 1)", "process 1 has", "(5, 6, 1)"):
+                assert part in found["shapes"]
+        assert found == everyone[0]

@@ -19,7 +19,13 @@ from metaframe.workers import ALONE, Part, Place, Workers
 
 LAST_WORD = "metaframe/last_word"
 
-_WORDS_OF_GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
+_WORDS_OF_GLOO = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out",
+    "pair closure",
+)
 
 
 class TorchWorkers(Workers):
