@@ -22,7 +22,7 @@ from metaframe.backend import Array, Arrays, Backend
 from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
-from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner
+from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
 from metaframe.meta import Execution, MetaResult, accumulate, meta_value_and_grad, weighed
 from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
@@ -110,8 +110,8 @@ def maml_step(
     >>> round(float(cost), 5), round(float(grads.latent), 5)
     (1.4007, -1.13723)
     """
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    how = layout.execution(chunk_size, distributed)
     task = AdaptedCost(
         inner_cost_fn,
         outer_cost_fn,
@@ -172,8 +172,8 @@ def fomaml_step(
     >>> fomaml_step(batch, cost_fn, None, {"w": torch.tensor(1.0)}, 1, 0.25, batched="vmap")
     (tensor(1.2500), {'w': tensor(-2.)})
     """
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    how = layout.execution(chunk_size, distributed)
     task = AdaptedCost(
         inner_cost_fn,
         outer_cost_fn,
@@ -253,8 +253,8 @@ def reptile_step(
     checks.steps(inner_grad_steps, "inner_grad_steps", at_least=1)
     checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    how = layout.execution(chunk_size, distributed)
     settings = InnerSettings(
         inner_learning_rate,
         inner_optimization_step,

@@ -46,7 +46,7 @@ def collectives(name: str, step: Any, batch: Any, v: Any) -> int:
         text = jax.jit(step).lower(batch, v).compile().as_text()
         return len(
             re.findall(
-                r"\\b(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\\(", text
+                r"\b(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text
             )
         )
     tf = importlib.import_module("tensorflow")
