@@ -136,7 +136,7 @@ def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
     everyone = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(engine.processes)]
     for found in everyone:
         assert found["collectives"] == 1
-        assert found["batched"].startswith("InputError: distributed=True divides tasks")
+        assert found["batched"].startswith("InputError: distributed=True divides the tasks")
         assert found["nan"] == "NonFiniteError: the cost of task 5 is nan."
         assert found["within a gradient"].startswith("InputError: a distributed step within")
         assert found["still well"] == "nothing raised"

@@ -8,14 +8,17 @@ wrong (compare JAX issue 36886).
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import core, distributed
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaframe.backend import Array, Arrays, ArraysFn
 from metaframe.errors import InputError
@@ -23,6 +26,9 @@ from metaframe.workers import ALONE, Part, Place, Workers
 
 SHUTDOWN = 10
 """Seconds that a process which ends waits for the others, at the most."""
+WATCH = 2.0
+"""Seconds from one look for another process's last word to the next."""
+LAST_WORD = "metaframe/last_word"
 
 
 class JaxWorkers(Workers):
@@ -33,7 +39,7 @@ class JaxWorkers(Workers):
     """
 
     def __init__(self, mesh: Any) -> None:
-        if mesh.axis_types != (AxisType.Auto,):
+        if mesh.axis_types != (jax.sharding.AxisType.Auto,):
             raise InputError(
                 f"the active mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; a "
                 "distributed step needs one, of type Auto: jax.make_mesh((devices,), "
@@ -47,11 +53,19 @@ class JaxWorkers(Workers):
     def each(self, part: Part, tasks: Arrays) -> Arrays:
         (axis,) = self._mesh.axis_names
 
-        def on_device(*mine: Array) -> Arrays:
-            return part(mine, jax.lax.axis_index(axis), lambda x: _all_sum(x, axis))
+        def on_device(*tasks: Array) -> Arrays:
+            index = jax.lax.axis_index(axis)
 
+            def mine(x: Array) -> Array:
+                length = x.shape[0] // self.count
+                return jax.lax.dynamic_slice_in_dim(x, index * length, length)
+
+            return part(tuple(map(mine, tasks)), index, lambda x: _all_sum(x, axis))
+
+        # Each device gets all tasks and takes its own. Were they divided at the door, XLA would
+        # divide what comes before it too, such as the padding, and exchange its pieces.
         mapped: Any = jax.shard_map(
-            on_device, mesh=self._mesh, in_specs=_spec(axis), out_specs=_spec(), check_vma=False
+            on_device, mesh=self._mesh, in_specs=_spec(), out_specs=_spec(), check_vma=False
         )
         if core.trace_state_clean():
             return compiled(lambda xs: mapped(*xs), tasks)(tasks)
@@ -73,7 +87,15 @@ class JaxWorkers(Workers):
             for process in range(self.processes)
         ]
 
+    def leave_word(self, text: str) -> None:
+        _left.set()
+        client: Any = distributed.global_state.client
+        with suppress(jax.errors.JaxRuntimeError):  # the first one may be gone, or was faster
+            client.key_value_set(LAST_WORD, text)
 
+
+_left = threading.Event()
+"""Has this process left the run, or is it about to?"""
 _spanning: list[bool] = []
 """For every sharded step traced since this was last emptied: does it span processes?"""
 _timeout = [300.0]
@@ -161,13 +183,34 @@ def join(place: Place) -> Iterator[None]:
         initialization_timeout=round(place.timeout),
     )
     _timeout.append(place.timeout)
+    _left.clear()
+    threading.Thread(target=_watch, name="metaframe-watch", daemon=True).start()
     try:
         yield
     finally:
+        _left.set()
         _timeout.pop()
         _known.clear()
         leave: Any = jax.distributed.shutdown
         leave()
+
+
+def _watch() -> None:
+    """End this process when another one left its last word.
+
+    JAX itself would end it a while later from C++ and could not say why; the main thread waits
+    in a collective, where no exception reaches it.
+    """
+    client: Any = distributed.global_state.client
+    while not _left.wait(WATCH):
+        try:
+            word = client.key_value_try_get(LAST_WORD)
+        except jax.errors.JaxRuntimeError:  # there is none
+            continue
+        if not _left.is_set():
+            sys.stderr.write(f"metaframe: {word}\n")
+            sys.stderr.flush()
+            os._exit(1)
 
 
 def lost_others(error: Exception) -> bool:

@@ -6,10 +6,11 @@ import contextvars
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from metaframe.backend import Array, Arrays
 from metaframe.errors import BackendError, InputError
@@ -62,6 +63,11 @@ class TensorFlowWorkers(Workers):
             sizes = self._gathered([len(data)])
             rows = self._gathered([*data, *[0] * (max(row[0] for row in sizes) - len(data))])
         return [bytes(row[: size[0]]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def leave_word(self, text: str) -> None:
+        # It ends the collectives of the others with this as their error.
+        with suppress(tf.errors.OpError, RuntimeError):
+            context.context().report_error_to_cluster(tf.errors.UNAVAILABLE, text)
 
     def _gathered(self, numbers: list[int]) -> list[list[int]]:
         row = tf.one_hot([self.process], self.processes, axis=0, dtype=tf.int32) * [numbers]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import _functional_collectives as functional
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from metaframe.backend import Array, Arrays
@@ -48,6 +47,8 @@ class TorchWorkers(Workers):
     def _all_sum(self, x: Array) -> Array:
         if get_proxy_mode() is not None:
             # The form that a graph can hold; it returns a new tensor.
+            from torch.distributed import _functional_collectives as functional
+
             return functional.all_reduce(x, "sum", self.group)
         dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
         return x
