@@ -42,8 +42,6 @@ class Costs:
     latency: float
     """Of one message."""
     bandwidth: float
-    sample: float = 3e-5
-    """To draw a task, which every process does for the whole batch, beside its other work."""
 
     def all_reduce(self, size: float, workers: int) -> float:
         """Of so many bytes: in a ring or, for a small buffer among many, up and down a tree."""
@@ -92,15 +90,12 @@ def work(folder: str) -> None:
 
     from metaframe import use_backend
     from metaframe.distributed import session
-    from metaframe.tasks import SinusoidTaskSampler
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with session("torch", timeout=120) as workers, use_backend("torch"):
         for tasks in (4, 8, 64):
             found[f"step {tasks}"] = timed(a_step(tasks))
-        sampler = SinusoidTaskSampler()
-        found["sample 64"] = timed(lambda: sampler.sample_batch(64))
         if workers.processes > 1:
             for size in ALL_REDUCED:
                 buffer = torch.zeros(size)
@@ -164,7 +159,7 @@ def fitted(found: dict[int, dict[str, float]]) -> Costs:
     per_byte = max(large - small, 1e-9) / (4 * (ALL_REDUCED[1] - ALL_REDUCED[0]))
     latency = max(small / 2 - 2 * ALL_REDUCED[0] * per_byte, 1e-6)
     fixed = max(alone["step 8"] - 8 * task, 0.0)
-    return Costs(task, fixed, latency, 1 / per_byte, alone["sample 64"] / 64)
+    return Costs(task, fixed, latency, 1 / per_byte)
 
 
 def compare(found: dict[int, dict[str, float]], costs: Costs, cores: int) -> list[dict[str, Any]]:
@@ -206,7 +201,6 @@ def table(tasks_of: Callable[[int], int], parameters: int) -> list[dict[str, Any
                 "workers": workers,
                 "tasks": tasks,
                 "compute ms": 1e3 * -(-tasks // workers) * CLUSTER.task,
-                "sampling ms": 1e3 * tasks * CLUSTER.sample,
                 "all-reduce ms": 1e3 * CLUSTER.all_reduce(size, workers),
                 "step ms": 1e3 * even,
                 "with stragglers ms": 1e3 * late,
@@ -231,8 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         costs, cores = fitted(found), len(os.sched_getaffinity(0))
         notes = [
             f"task {1e3 * costs.task:.2f} ms, fixed {1e3 * costs.fixed:.2f} ms, message "
-            f"{1e6 * costs.latency:.0f} us, {costs.bandwidth / 1e9:.2f} GB/s, drawing a task "
-            f"{1e6 * costs.sample:.0f} us; {cores} cores"
+            f"{1e6 * costs.latency:.0f} us, {costs.bandwidth / 1e9:.2f} GB/s; {cores} cores"
         ]
         rows = compare(found, costs, cores)
         report.publish("distributed_measured", "Steps and the model, torch, gloo", rows, notes)

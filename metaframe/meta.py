@@ -15,6 +15,8 @@ from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.sharding import sharded
+from metaframe.errors import InputError
+from metaframe.workers import Share
 
 TaskMap = Literal["vmap", "scan", "loop"]
 TASK_MAPS = ("vmap", "scan", "loop")
@@ -32,12 +34,20 @@ class Execution:
 
     task_map: TaskMap = "vmap"
     chunk_size: int | None = None
-    distributed: bool = False
+    distributed: bool | Share = False
 
     def __post_init__(self) -> None:
         checks.choice(self.task_map, "task_map", TASK_MAPS)
         checks.chunk_size(self.chunk_size)
-        checks.choice(self.distributed, "distributed", (False, True))
+        if self.share is None:
+            checks.choice(self.distributed, "distributed", (False, True))
+        else:
+            checks.steps(self.share.num_tasks, "Share(num_tasks)", at_least=1)
+
+    @property
+    def share(self) -> Share | None:
+        """Of what a process's tasks are a part, if it was given no more than them."""
+        return self.distributed if isinstance(self.distributed, Share) else None
 
 
 class MetaResult(NamedTuple):
@@ -60,7 +70,7 @@ def meta_value_and_grad(
     outer_v: Any = None,
     keep_outer_v: bool = True,
     check_finite: bool = False,
-    distributed: bool = False,
+    distributed: bool | Share = False,
 ) -> Callable[..., MetaResult]:
     """Turn the cost of one task into the mean cost of many, with its gradient.
 
@@ -78,6 +88,7 @@ def meta_value_and_grad(
         distributed: divide the tasks among the workers of the active torch process group, JAX mesh
             or tf.distribute strategy. Every process passes the same batch and gets the same result,
             bit for bit; see `metaframe.distributed`. Without an active engine it changes nothing.
+            `Share(num_tasks)` instead of True: every process passes its own tasks alone.
 
     Returns:
         A function `(v, tasks, num_tasks=None) -> MetaResult`; every leaf of `tasks` has a leading
@@ -124,6 +135,7 @@ def meta_value_and_grad(
             return grads, (costs, *aux)
 
         if distributed:
+            check_share(backend, how, count)
             agree(backend, task_cost=task_cost, how=how, v=v, chosen=flags, tasks=tasks, n=count)
         grads, (costs, *aux) = accumulate(
             backend, of_task, of_chunk, first_tasks(batch, count), wanted, how
@@ -249,10 +261,22 @@ def accumulate(
         return _in_python(backend, of_task, tasks)
 
     if how.distributed and (workers := backend.workers()).count > 1:
-        return sharded(workers, backend, summed, tasks)
+        return sharded(workers, backend, summed, tasks, how.share)
     count = tasks[0].shape[0]
     sums, stacked = summed(tasks)
     return tuple(x / count for x in sums) if count > 1 else sums, stacked
+
+
+def check_share(backend: Backend, how: Execution, count: int) -> None:
+    """A batch that is a process's share has as many tasks as that."""
+    if how.share is None:
+        return
+    expected = len(backend.workers().share(how.share.num_tasks))
+    if count != expected:
+        raise InputError(
+            f"this process's share of {how.share.num_tasks} tasks is {expected}, the batch has "
+            f"{count}. Pass those that workers.share({how.share.num_tasks}) names."
+        )
 
 
 def weighed(backend: Backend, x: Array, weight: Arrays) -> Array:

@@ -42,6 +42,16 @@ class Place:
     timeout: float
 
 
+@dataclass(frozen=True)
+class Share:
+    """Says that a batch holds one process's part of `num_tasks` tasks, as `Workers.share` gives it.
+
+    For `distributed=` where drawing or placing the whole batch in every process costs too much.
+    """
+
+    num_tasks: int
+
+
 class Workers(abc.ABC):
     """Who shares the work.
 
@@ -63,14 +73,24 @@ class Workers(abc.ABC):
         """Is this the process that writes files and reports?"""
         return self.process == 0
 
+    def padded(self, num_tasks: int) -> int:
+        """So many places for tasks are there when every worker has the same number of them."""
+        return -(-num_tasks // self.count) * self.count
+
+    def share(self, num_tasks: int) -> list[int]:
+        """The numbers of the tasks that this process runs; of places too many, the last one's."""
+        each = self.padded(num_tasks) // self.processes
+        return [min(self.process * each + i, num_tasks - 1) for i in range(each)]
+
     @abc.abstractmethod
-    def each(self, part: Part, tasks: Arrays) -> Arrays:
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         """Run `part` on every worker and return what it returns, which is the same on all.
 
         Args:
             part: pure, but for its `all_sum`.
-            tasks: the same arrays in every process. The length of their leading axis is a multiple
-                of `count`; every worker gets an equal, contiguous part of them.
+            tasks: arrays whose leading axis is divided evenly, in order.
+            shared: they hold the tasks of this process alone. Otherwise those of all, and are the
+                same in every process.
 
         Raises:
             InputError: within a gradient or vmap, where the sum would be differentiated too.
@@ -92,8 +112,9 @@ class Workers(abc.ABC):
 class Alone(Workers):
     """No engine is active: this process and nobody else."""
 
-    def each(self, part: Part, tasks: Arrays) -> Arrays:
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         """Run `part` here."""
+        del shared
         return part(tasks, 0, lambda x: x)
 
     def tell(self, text: str) -> list[str]:

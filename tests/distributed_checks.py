@@ -87,6 +87,25 @@ def spoilt(task: int) -> Any:
     return batch
 
 
+def gap_of_share(backend: Any, batch: Any, v: Any) -> float:
+    """The largest difference made by passing this process's own tasks instead of all."""
+    from metaframe import compile, inner_loop, meta_value_and_grad, tree
+    from metaframe.distributed import Share
+
+    def task_cost(v: Any, task: Any) -> Any:
+        adapted = inner_loop(problem.support_cost, v, task, steps=2, lr=problem.RATE)
+        return problem.query_cost(task, adapted)
+
+    whole = meta_value_and_grad(task_cost, distributed=True)
+    parts = meta_value_and_grad(task_cost, distributed=Share(7))
+    if backend.name != "torch":
+        whole, parts = compile(whole), compile(parts)
+    share = backend.workers().share(7)
+    own = tree.map(lambda x: backend.ops.stack([x[i] for i in share]), batch)
+    pairs = zip(tree.leaves(whole(v, batch)), tree.leaves(parts(v, own)), strict=True)
+    return max(float(np.abs(backend.to_numpy(a) - backend.to_numpy(b)).max()) for a, b in pairs)
+
+
 def checks(name: str) -> dict[str, Any]:
     from metaframe import use_backend
 
@@ -114,6 +133,7 @@ def checks(name: str) -> dict[str, Any]:
             return step(batch, {**v, "head": {**v["head"], "b": xs[0]}})[0], ()
 
         transformed = backend.value_and_grad(cost)
+        found["share"] = gap_of_share(backend, batch, v)
         found["within a gradient"] = refusal(lambda: transformed((v["head"]["b"],)))
         found["still well"] = refusal(lambda: step(batch, v))
     return found

@@ -139,6 +139,7 @@ def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
         assert found["batched"].startswith("InputError: distributed=True divides the tasks")
         assert found["nan"] == "NonFiniteError: the cost of task 5 is nan."
         assert found["within a gradient"].startswith("InputError: a distributed step within")
+        assert found["share"] <= 1e-14
         assert found["still well"] == "nothing raised"
         if engine.processes > 1:
             for part in ("process 0 has", "= 0.06", "process 1 has", "= 1.06"):

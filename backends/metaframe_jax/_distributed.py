@@ -50,20 +50,31 @@ class JaxWorkers(Workers):
         self._mesh = mesh
         self._told = 0
 
-    def each(self, part: Part, tasks: Arrays) -> Arrays:
+    def share(self, num_tasks: int) -> list[int]:
+        concrete: Any = _mesh() if core.trace_state_clean() else None
+        owners = [] if concrete is None else [d.process_index for d in concrete.devices.flat]
+        if owners != sorted(owners):
+            raise InputError(
+                "the devices of the active mesh are not in the order of their processes, whose "
+                "shares are therefore scattered. Make it of jax.devices() as they come."
+            )
+        return super().share(num_tasks)
+
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         (axis,) = self._mesh.axis_names
+        parts = self.count // self.processes if shared else self.count
 
         def on_device(*tasks: Array) -> Arrays:
             index = jax.lax.axis_index(axis)
 
             def mine(x: Array) -> Array:
-                length = x.shape[0] // self.count
-                return jax.lax.dynamic_slice_in_dim(x, index * length, length)
+                length = x.shape[0] // parts
+                return jax.lax.dynamic_slice_in_dim(x, index % parts * length, length)
 
             return part(tuple(map(mine, tasks)), index, lambda x: _all_sum(x, axis))
 
-        # Each device gets all tasks and takes its own. Were they divided at the door, XLA would
-        # divide what comes before it too, such as the padding, and exchange its pieces.
+        # Each device gets all tasks of its process and takes its own. Were they divided at the
+        # door, XLA would divide what comes before too, such as padding, and exchange its pieces.
         mapped: Any = jax.shard_map(
             on_device, mesh=self._mesh, in_specs=_spec(), out_specs=_spec(), check_vma=False
         )

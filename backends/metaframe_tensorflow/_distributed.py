@@ -29,15 +29,16 @@ class TensorFlowWorkers(Workers):
         self._strategy = strategy
         self._own = own
 
-    def each(self, part: Part, tasks: Arrays) -> Arrays:
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
+        parts = self._own if shared else self.count
         if tf.executing_eagerly():
-            graph = tf.function(lambda: list(self._each(part, tasks)), autograph=False)
+            graph = tf.function(lambda: list(self._each(part, tasks, parts)), autograph=False)
             graph._omit_frequent_tracing_warning = True
             return tuple(graph())
-        return self._each(part, tasks)
+        return self._each(part, tasks, parts)
 
-    def _each(self, part: Part, tasks: Arrays) -> Arrays:
-        length = tasks[0].shape[0] // self.count
+    def _each(self, part: Part, tasks: Arrays, parts: int) -> Arrays:
+        length = tasks[0].shape[0] // parts
         # Replicas run in threads of their own, which would not see what is selected here.
         contexts = iter([contextvars.copy_context() for _ in range(self.count)])
 
@@ -46,7 +47,9 @@ class TensorFlowWorkers(Workers):
             index = here.replica_id_in_sync_group
 
             def mine(x: Array) -> Array:
-                start = tf.concat([[index * length], tf.zeros(x.shape.rank - 1, tf.int32)], 0)
+                start = tf.concat(
+                    [[index % parts * length], tf.zeros(x.shape.rank - 1, tf.int32)], 0
+                )
                 return tf.slice(x, start, [length, *x.shape[1:]])
 
             run = next(contexts).run

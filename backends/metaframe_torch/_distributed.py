@@ -34,15 +34,17 @@ class TorchWorkers(Workers):
         super().__init__(dist.get_world_size(group), dist.get_rank(group), group.size())
         self.group = group
 
-    def each(self, part: Part, tasks: Arrays) -> Arrays:
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise InputError(
                 "a distributed step within torch.func.grad or vmap: the sum over processes would "
                 "be differentiated too, and wrong. Transform the cost, and leave the step outside."
             )
-        length = tasks[0].shape[0] // self.count
-        mine = slice(self.process * length, (self.process + 1) * length)
-        return part(tuple(x[mine] for x in tasks), self.process, self._all_sum)
+        if not shared:
+            length = tasks[0].shape[0] // self.count
+            mine = slice(self.process * length, (self.process + 1) * length)
+            tasks = tuple(x[mine] for x in tasks)
+        return part(tasks, self.process, self._all_sum)
 
     def _all_sum(self, x: Array) -> Array:
         if get_proxy_mode() is not None:

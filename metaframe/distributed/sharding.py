@@ -13,33 +13,38 @@ import math
 from collections.abc import Callable, Sequence
 
 from metaframe.boundary import Array, Arrays, Backend
-from metaframe.workers import AllSum, Workers
+from metaframe.workers import AllSum, Share, Workers
 
 SumOver = Callable[[Arrays], tuple[Arrays, Arrays]]
 """Tasks and, last, their weights -> (weighted sums over them, stacked results)."""
 
 
 def sharded(
-    workers: Workers, backend: Backend, sum_over: SumOver, tasks: Arrays
+    workers: Workers, backend: Backend, sum_over: SumOver, tasks: Arrays, share: Share | None
 ) -> tuple[Arrays, Arrays]:
     """The sums of `sum_over` over all tasks by their number, and the stacked results.
 
-    Every worker gets the same bits.
+    Every worker gets the same bits. With `share`, `tasks` are those of this process.
     """
-    count = tasks[0].shape[0]
-    length = -(-count // workers.count) * workers.count
-    weights = backend.ops.astype(backend.ops.arange(length, "int32", tasks[0]) < count, "float32")
+    ops = backend.ops
+    count = tasks[0].shape[0] if share is None else share.num_tasks
+    length = workers.padded(count)
+    each = length // workers.count
     how_many: list[int] = []
 
     def part(mine: Arrays, index: Array, all_sum: AllSum) -> Arrays:
-        sums, rows = sum_over(mine)
+        number = ops.arange(each, "int32", mine[0]) + index * each
+        weights = ops.astype(number < count, "float32")
+        sums, rows = sum_over((*mine, weights))
         how_many.append(len(sums))
         placed = tuple(_in_its_place(backend, x, index, workers.count) for x in rows)
-        return all_summed(backend, (*sums, backend.ops.sum(mine[-1]), *placed), all_sum)
+        return all_summed(backend, (*sums, ops.sum(weights), *placed), all_sum)
 
-    out = workers.each(part, (*(_padded(backend, x, length) for x in tasks), weights))
+    if share is None:
+        tasks = tuple(_padded(backend, x, length) for x in tasks)
+    out = workers.each(part, tasks, shared=share is not None)
     sums, total, rows = out[: how_many[0]], out[how_many[0]], out[how_many[0] + 1 :]
-    means = tuple(x / backend.ops.astype(total, backend.dtype_name(x)) for x in sums)
+    means = tuple(x / ops.astype(total, backend.dtype_name(x)) for x in sums)
     return means, tuple(x[:count] for x in rows)
 
 

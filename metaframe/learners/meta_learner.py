@@ -21,6 +21,7 @@ from metaframe.learners.wrapper import Wrapper
 from metaframe.meta import Execution, MetaResult, TaskMap
 from metaframe.models import ModelAdapter, NamedParameters
 from metaframe.models.values import live
+from metaframe.workers import Share
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -163,7 +164,7 @@ class MetaLearner(Wrapper):
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         metric: LossFn | None = None,
-        distributed: bool = False,
+        distributed: bool | Share = False,
     ) -> MetaGradient:
         """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
 

@@ -26,12 +26,16 @@ from metaframe.meta import Execution, TaskMap
 from metaframe.models.adapter import Params
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
+from metaframe.workers import Share
 
 Schedule = Callable[[int], float]
 """From the number of steps taken so far to the learning rate of the next one."""
 
-Gradient = Callable[[], MetaGradient]
-"""What the learner offers now; the training loop may change it, by a schedule or a flag."""
+Gradient = Callable[[int | None], MetaGradient]
+"""What the learner offers now; the training loop may change it, by a schedule or a flag.
+
+Its argument: how many tasks there are in all, where a batch holds this process's share of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class Outcome(NamedTuple):
 class OuterStep(Protocol):
     """Computes outer steps and holds the optimizer's state."""
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
-        """The next step."""
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
+        """The next step; `num_tasks` as for `Gradient`."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
@@ -112,17 +116,17 @@ def outer_step(
         InputTypeError: it is none that the model's framework or metaframe knows.
     """
 
-    def gradient() -> MetaGradient:
+    def gradient(num_tasks: int | None) -> MetaGradient:
         return maml.meta_gradient(
             loss_fn,
             task_map=settings.task_map,
             chunk_size=settings.chunk_size,
             mode=settings.mode,
             metric=metric,
-            distributed=settings.distributed,
+            distributed=False if num_tasks is None else Share(num_tasks),
         )
 
-    gradient()  # bad arguments are found here and not at the first step
+    gradient(None)  # bad arguments are found here and not at the first step
     compiled = bool(settings.for_learner(maml).compiled)
     native = maml.backend.native_optimizer(optimizer) or keras_optimizer(
         optimizer, maml.variables()
@@ -173,13 +177,13 @@ class _PureStep:
 
         self._run = compile(step) if compiled else step
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
         array = None if rate is None else _like(rate, params, maml)
         after, state, cost, aux, norm = self._run(
-            self._gradient(), params, self._state, maml.constants(), batch, array
+            self._gradient(num_tasks), params, self._state, maml.constants(), batch, array
         )
 
         def apply() -> None:
@@ -228,7 +232,7 @@ class _NativeStep:
 
         self._run = compile(step) if compiled else step
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
         if rate is not None:
             raise InputError(
                 "schedule= is for optimizers of metaframe.optim made without a learning rate. "
@@ -237,7 +241,9 @@ class _NativeStep:
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
-        grads, cost, aux, norm = self._run(self._gradient(), params, maml.constants(), batch)
+        grads, cost, aux, norm = self._run(
+            self._gradient(num_tasks), params, maml.constants(), batch
+        )
         report = _report(aux, cost, norm, backend.to_numpy)
         return Outcome(report, lambda: self._optimizer.step(maml.variables(), grads))
 

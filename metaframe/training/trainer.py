@@ -19,9 +19,10 @@ from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
-from metaframe.training.evaluation import Evaluation, Evaluator
+from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
+from metaframe.workers import Workers
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -96,7 +97,12 @@ class MetaTrainer:
             NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
                 was before the step.
         """
-        return self._advance(tasks).loss
+        batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+        if not self._distributed:
+            return self._advance(batch).loss
+        count = checks.tasks(batch, None)
+        share = self._workers().share(count)
+        return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 
     def fit(
         self,
@@ -135,17 +141,20 @@ class MetaTrainer:
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        share, num_tasks = None, None
         if self._distributed:
             self._agree(num_iterations, meta_batch_size)
-            first = self.maml.backend.workers().is_first
-            watchers = [w for w in watchers if w.everywhere or first]
+            share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
+            watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
         with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
-            source = batches(self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch)
+            source = batches(
+                self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
+            )
             with self._standing(), source as ahead:
                 for batch in ahead:
                     self._position = batch.position
-                    self._iterate(run, batch.tasks, watchers)
+                    self._iterate(run, batch.tasks, watchers, num_tasks)
                     if eval_every and (run.iteration + 1) % eval_every == 0:
                         self._evaluate_within(run, eval_tasks, watchers)
                     if run.history.stopped:
@@ -217,10 +226,12 @@ class MetaTrainer:
         finally:
             self._position = None
 
-    def _advance(self, tasks: Task | Sequence[Task]) -> StepReport:
-        batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+    def _workers(self) -> Workers:
+        return self.maml.backend.workers()
+
+    def _advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
         rate = None if self.schedule is None else float(self.schedule(self.step))
-        outcome = self._outer(batch, rate)
+        outcome = self._outer(batch, rate, num_tasks)
         self._check_finite(outcome.report, batch)
         outcome.apply()
         self.step += 1
@@ -242,6 +253,8 @@ class MetaTrainer:
 
     def _blame(self, batch: Task) -> str:
         """Which task's gradient it is; computed again, since a step only has the mean."""
+        if self._distributed and self._workers().processes > 1:
+            return "the batch as a whole"  # a process that does not have the task could not tell
         backend = self.maml.backend
         stacked = as_batch(batch, self.maml.meta_parameters(), backend)
         for i in range(len(tree.leaves(stacked)[0])):
@@ -251,9 +264,11 @@ class MetaTrainer:
                 return f"task {i} of the batch"
         return "the batch as a whole"
 
-    def _iterate(self, run: Run, tasks: Task, watchers: Sequence[Callback]) -> None:
+    def _iterate(
+        self, run: Run, tasks: Task, watchers: Sequence[Callback], num_tasks: int | None
+    ) -> None:
         run.iteration += 1
-        run.report = self._advance(tasks)
+        run.report = self._advance(tasks, num_tasks)
         run.history.meta_loss.append(run.report.loss)
         for watcher in watchers:
             watcher.on_step(run)
