@@ -136,7 +136,15 @@ def meta_value_and_grad(
 
         if distributed:
             check_share(backend, how, count)
-            agree(backend, task_cost=task_cost, how=how, v=v, chosen=flags, tasks=tasks, n=count)
+            agree(
+                backend,
+                task_cost=task_cost,
+                how=how,
+                v=v,
+                chosen=flags,
+                tasks=tasks,
+                num_tasks=count,
+            )
         grads, (costs, *aux) = accumulate(
             backend, of_task, of_chunk, first_tasks(batch, count), wanted, how
         )

@@ -133,6 +133,9 @@ def checks(name: str) -> dict[str, Any]:
             return step(batch, {**v, "head": {**v["head"], "b": xs[0]}})[0], ()
 
         transformed = backend.value_and_grad(cost)
+        around = importlib.import_module("jax").jit if name == "jax" else lambda fn: fn
+        compiled = backend.value_and_grad(around(cost))
+        found["within a compiled one"] = refusal(lambda: compiled((v["head"]["b"],)))
         found["share"] = gap_of_share(backend, batch, v)
         found["within a gradient"] = refusal(lambda: transformed((v["head"]["b"],)))
         found["still well"] = refusal(lambda: step(batch, v))

@@ -140,10 +140,11 @@ def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
         assert found["nan"] == "NonFiniteError: the cost of task 5 is nan."
         assert found["within a gradient"].startswith("InputError: a distributed step within")
         assert found["share"] <= 1e-14
+        assert found["within a compiled one"].startswith("InputError: a distributed step within")
         assert found["still well"] == "nothing raised"
         if engine.processes > 1:
             for part in ("process 0 has", "= 0.06", "process 1 has", "= 1.06"):
                 assert part in found["settings"]
-            for part in ("process 0 has", "(6, 6, 1)", "process 1 has", "(5, 6, 1)"):
+            for part in ("process 0 has", "num_tasks = 6", "process 1 has", "num_tasks = 5"):
                 assert part in found["shapes"]
         assert found == everyone[0]

@@ -21,12 +21,17 @@ from processes import environment
 RUN = [
     *("--iterations", "6", "--meta-batch-size", "5", "--eval-every", "3", "--validation-tasks"),
     *("4", "--eval-tasks", "4", "--eval-steps", "1", "--width", "8", "--checkpoint-every", "2"),
-    *("--precision", "float64", "--no-plots", "--no-compiled", "--timeout", "60"),
+    *("--precision", "float64", "--no-plots", "--timeout", "60"),
 ]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 LAUNCH = ("-m", "metaframe.cli", "launch", "--processes")
 CLI = ("-m", "metaframe.cli")
 LIMIT = 300
+
+
+def on(backend_name: str) -> list[str]:
+    """Flags for the backend: torch takes longer to compile than to run a few steps."""
+    return [*RUN, "--backend", backend_name, *(["--no-compiled"] * (backend_name == "torch"))]
 
 
 def run(command: Sequence[str], **own: str) -> str:
@@ -94,7 +99,7 @@ def test_shared_training_is_the_same_run(
 ) -> None:
     require(backend_name)
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    flags = [*RUN, "--backend", backend_name]
+    flags = on(backend_name)
     module = () if starter is LAUNCH else CLI
     said = run([*starter, "2", *module, "train", *flags, "--out", str(shared)])
     assert said.count("everything is in") == 1  # the first process alone reports
@@ -109,7 +114,7 @@ def test_shared_training_is_the_same_run(
 def test_resumes_with_fewer_processes(then: int, tmp_path: Path) -> None:
     require("torch")
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    flags = [*RUN, "--backend", "torch"]
+    flags = on("torch")
     first = [*LAUNCH, "4", "train", *flags, "--iterations", "4", "--out", str(shared)]
     run(first)
     run([*LAUNCH, str(then), "resume", str(shared), "--iterations", "6"])
@@ -123,12 +128,13 @@ def test_restarts_from_the_last_checkpoint(backend_name: str, tmp_path: Path) ->
     """What a job manager does when a process was killed: start all of them again, to resume."""
     require(backend_name)
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    flags = [*RUN, "--iterations", "40", "--backend", backend_name, "--timeout", "10"]
+    many = ["--iterations", "2000", "--eval-every", "0", "--checkpoint-every", "100"]
+    flags = [*on(backend_name), *many, "--timeout", "10"]
     command = [sys.executable, *LAUNCH, "2", "train", *flags, "--out", str(shared)]
     variables = environment({"JAX_ENABLE_X64": "1"})
     with subprocess.Popen(command, env=variables, start_new_session=True) as launcher:
         try:
-            kill_one(launcher, shared, at_step=4)
+            kill_one(launcher, shared, at_step=150)
             assert launcher.wait(LIMIT) != 0
         finally:
             for pid in [launcher.pid, *descendants(launcher.pid)]:
@@ -139,7 +145,7 @@ def test_restarts_from_the_last_checkpoint(backend_name: str, tmp_path: Path) ->
     assert_same(shared, alone)
 
 
-def kill_one(starter: subprocess.Popen[Any], folder: Path, at_step: int) -> None:
+def kill_one(starter: subprocess.Popen[Any], folder: Path, at_step: int, which: int = -1) -> None:
     """Kill -9 the last process that `starter` started, once so many steps are recorded."""
     end = time.monotonic() + LIMIT
     metrics = folder / "metrics.jsonl"
@@ -147,7 +153,7 @@ def kill_one(starter: subprocess.Popen[Any], folder: Path, at_step: int) -> None
         assert time.monotonic() < end
         assert starter.poll() is None
         time.sleep(0.05)
-    os.kill(descendants(starter.pid)[-1], signal.SIGKILL)
+    os.kill(descendants(starter.pid)[which], signal.SIGKILL)
 
 
 RESTARTS = 20
@@ -158,7 +164,7 @@ RESTARTS = 20
 def test_torchrun_restarts_end_alike(tmp_path: Path) -> None:
     """One process killed in each of 20 runs; all end with the bits of a run without a fault."""
     require("torch")
-    flags = [*RUN, "--iterations", "40", "--backend", "torch", "--eval-every", "0"]
+    flags = [*on("torch"), "--iterations", "80", "--eval-every", "0"]
     start = [*TORCHRUN, "2", "--max-restarts", "3", "--monitor-interval", "0.1", *CLI]
     # Without it a restarted process reads the address of a dead one (pytorch issue 135712).
     setting = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -169,7 +175,7 @@ def test_torchrun_restarts_end_alike(tmp_path: Path) -> None:
         command = [sys.executable, *start, "train", *flags, "--out", str(folder)]
         with subprocess.Popen(command, env=environment(setting), start_new_session=True) as agent:
             try:
-                kill_one(agent, folder, at_step=1 + i)
+                kill_one(agent, folder, at_step=1 + i, which=-1 - i % 2)
                 assert agent.wait(LIMIT) == 0
             finally:
                 for pid in [agent.pid, *descendants(agent.pid)]:

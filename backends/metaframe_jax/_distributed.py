@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import core, distributed
+from jax._src.interpreters.partial_eval import DynamicJaxprTrace
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaframe.backend import Array, Arrays, ArraysFn
@@ -29,6 +30,10 @@ SHUTDOWN = 10
 WATCH = 2.0
 """Seconds from one look for another process's last word to the next."""
 LAST_WORD = "metaframe/last_word"
+WITHIN = (
+    "a distributed step within a gradient or vmap: the sum over devices would be transformed too, "
+    "and be wrong. Transform the cost, and leave the step outside."
+)
 
 
 class JaxWorkers(Workers):
@@ -78,7 +83,10 @@ class JaxWorkers(Workers):
         mapped: Any = jax.shard_map(
             on_device, mesh=self._mesh, in_specs=_spec(), out_specs=_spec(), check_vma=False
         )
-        if core.trace_state_clean():
+        tracing = not core.trace_state_clean()
+        if tracing and not isinstance(core.trace_ctx.trace, DynamicJaxprTrace):
+            raise InputError(WITHIN)
+        if not tracing:
             return compiled(lambda xs: mapped(*xs), tasks)(tasks)
         _spanning.append(self.processes > 1)
         out: Arrays = mapped(*tasks)
@@ -121,10 +129,7 @@ def _all_sum(x: Array, axis: str) -> Array:
 
     @summed.defjvp
     def refused(*_: Any) -> Any:
-        raise InputError(
-            "a distributed step within a gradient: the sum over devices would be differentiated "
-            "too, and wrong. Differentiate the cost, and leave the step outside."
-        )
+        raise InputError(WITHIN)
 
     del refused
     total: Array = summed(x)

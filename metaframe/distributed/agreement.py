@@ -31,7 +31,7 @@ def agree(backend: Backend, **what: Any) -> None:
     workers = backend.workers()
     if workers.processes == 1:
         return
-    lines = [f"{path} = {value}" for path, value in described(what)]
+    lines = [f"{path[1:]} = {value}" for path, value in described(what)]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if digest in workers.agreed:
         return
