@@ -87,14 +87,17 @@ def spoilt(task: int) -> Any:
     return batch
 
 
+def task_cost(v: Any, task: Any) -> Any:
+    from metaframe import inner_loop
+
+    adapted = inner_loop(problem.support_cost, v, task, steps=2, lr=problem.RATE)
+    return problem.query_cost(task, adapted)
+
+
 def gap_of_share(backend: Any, batch: Any, v: Any) -> float:
     """The largest difference made by passing this process's own tasks instead of all."""
-    from metaframe import compile, inner_loop, meta_value_and_grad, tree
+    from metaframe import compile, meta_value_and_grad, tree
     from metaframe.distributed import Share
-
-    def task_cost(v: Any, task: Any) -> Any:
-        adapted = inner_loop(problem.support_cost, v, task, steps=2, lr=problem.RATE)
-        return problem.query_cost(task, adapted)
 
     whole = meta_value_and_grad(task_cost, distributed=True)
     parts = meta_value_and_grad(task_cost, distributed=Share(7))
@@ -107,7 +110,7 @@ def gap_of_share(backend: Any, batch: Any, v: Any) -> float:
 
 
 def checks(name: str) -> dict[str, Any]:
-    from metaframe import use_backend
+    from metaframe import meta_value_and_grad, use_backend
 
     found: dict[str, Any] = {}
     with use_backend(name, dtype="float64") as backend:
@@ -130,7 +133,8 @@ def checks(name: str) -> dict[str, Any]:
             found["shapes"] = refusal(lambda: step(fewer, v))
 
         def cost(xs: Any) -> Any:
-            return step(batch, {**v, "head": {**v["head"], "b": xs[0]}})[0], ()
+            inputs = {**v, "head": {**v["head"], "b": xs[0]}}
+            return meta_value_and_grad(task_cost, distributed=True)(inputs, batch).cost, ()
 
         transformed = backend.value_and_grad(cost)
         around = importlib.import_module("jax").jit if name == "jax" else lambda fn: fn

@@ -207,8 +207,10 @@ def join(place: Place) -> Iterator[None]:
         _left.set()
         _timeout.pop()
         _known.clear()
-        leave: Any = jax.distributed.shutdown
-        leave()
+    # Not after a failure: it waits for the others, and when they do not come it aborts this process
+    # before Python could say what happened.
+    leave: Any = jax.distributed.shutdown
+    leave()
 
 
 def _watch() -> None:

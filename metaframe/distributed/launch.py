@@ -52,18 +52,20 @@ def launch(command: Sequence[str], processes: int, *, grace: float = GRACE) -> i
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """The variables of each process, with ports of this machine that are free."""
+    """The variables of each process: free ports of this machine, and its share of the cores."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(processes + 1)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         port, *peers = (each.getsockname()[1] for each in sockets)
+    threads = max(1, (os.cpu_count() or 1) // processes)
     shared = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         PEERS: ",".join(f"127.0.0.1:{peer}" for peer in peers),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
