@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from metaframe.errors import InputTypeError
+from metaframe.errors import BackendError, InputTypeError
 from metaframe.required import Required
+from metaframe.workers import ALONE, Place, Workers
 
 if TYPE_CHECKING:
     from metaframe.models.adapter import ModelAdapter, NamedParameters
@@ -247,6 +248,25 @@ class Backend(Required):
     def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
         """Go on from what `random_state` returned."""
         del state
+
+    # -- many processes or devices ---------------------------------------------------------
+
+    def workers(self) -> Workers:
+        """Who shares the tasks of a sharded step, by what is active: a group, mesh or strategy."""
+        return ALONE
+
+    def join(self, place: Place) -> AbstractContextManager[object]:
+        """Start the framework's engine in this process, for a block of code.
+
+        Raises:
+            BackendError: it has none.
+        """
+        raise BackendError(f"backend {self.name!r} has no engine for several processes.")
+
+    def lost_others(self, error: Exception) -> bool:
+        """Was `error` raised because another process is gone or does not answer?"""
+        del error
+        return False
 
     # -- models --------------------------------------------------------------------------
 

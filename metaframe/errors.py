@@ -111,6 +111,10 @@ class CompileError(MetaframeError, RuntimeError):
     """
 
 
+class DistributedError(MetaframeError, RuntimeError):
+    """Another process failed, is gone, does not answer, or does not run the same program."""
+
+
 class CheckpointError(MetaframeError, ValueError):
     """A checkpoint is damaged, of another format, or of another model, optimizer or sampler.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.meta import Strategy, arrays_of
+from metaframe.meta import Execution, Strategy, arrays_of
 
 Batched = bool | Literal["vmap", "scan"]
 ReturnInner = bool | Literal["first", "all"]
@@ -38,7 +38,6 @@ class Layout:
         stop_gradients: bool,
     ) -> Layout:
         """Check one call's data and lay it out."""
-        checks.choice(batched, "batched", (True, False, "vmap", "scan"))
         variables, batch, backend = arrays_of(variables, batch)
         count = checks.tasks(batch, num_tasks)
         tiled = batched is True
@@ -57,7 +56,7 @@ class Layout:
             tree.map(prepare, variables),
             count,
             tiled,
-            "loop" if isinstance(batched, bool) else batched,
+            _task_map(batched),
             stop_gradients,
         )
 
@@ -86,6 +85,32 @@ class Layout:
         if which == "first":
             adapted = tree.map(lambda x: x[:1], adapted)
         return tree.map(self.backend.stop_gradient, adapted) if self.stop_gradients else adapted
+
+
+def execution(
+    batched: Batched, chunk_size: int | None, distributed: bool, stop_gradients: bool
+) -> Execution:
+    """How the tasks of a step run.
+
+    Raises:
+        InputError: an unknown setting, or two that do not go together.
+    """
+    checks.choice(batched, "batched", (True, False, "vmap", "scan"))
+    if distributed and batched is True:
+        raise InputError(
+            "distributed=True divides the tasks, and with batched=True the cost function sees all "
+            'of them in one call. Choose batched="vmap", "scan" or False.'
+        )
+    if distributed and not stop_gradients:
+        raise InputError(
+            "distributed=True with stop_gradients=False: the sum over workers is not "
+            "differentiable. Leave out one of them."
+        )
+    return Execution(_task_map(batched), chunk_size, distributed)
+
+
+def _task_map(batched: Batched) -> Strategy:
+    return "loop" if isinstance(batched, bool) else batched
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,47 @@ computed one after the other, in a sequential scan or a Python loop, or all at o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
+from metaframe.distributed.agreement import agree
+from metaframe.distributed.sharding import sharded
+from metaframe.errors import InputError
+from metaframe.workers import Share
 
 Strategy = Literal["vmap", "scan", "loop"]
 TaskMap = Literal["auto"] | Strategy
 TASK_MAPS = ("auto", "vmap", "scan", "loop")
 
 TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
-"""The arrays of one task, or of several -> (arrays to add up, arrays to stack)."""
+"""The arrays of one task, or of several -> (arrays to add up, arrays to stack).
+
+A task divided among workers comes with its weight, as the last array; see `weighed`.
+"""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the tasks of a batch run; the attributes are arguments of `meta_value_and_grad`."""
+
+    task_map: TaskMap = "vmap"
+    chunk_size: int | None = None
+    distributed: bool | Share = False
+
+    def __post_init__(self) -> None:
+        checks.choice(self.task_map, "task_map", TASK_MAPS)
+        checks.chunk_size(self.chunk_size)
+        if self.share is None:
+            checks.choice(self.distributed, "distributed", (False, True))
+        else:
+            checks.steps(self.share.num_tasks, "Share(num_tasks)", at_least=1)
+
+    @property
+    def share(self) -> Share | None:
+        """Of what a process's tasks are a part, if it was given no more than them."""
+        return self.distributed if isinstance(self.distributed, Share) else None
 
 
 class MetaResult(NamedTuple):
@@ -48,6 +78,7 @@ def meta_value_and_grad(
     outer_v: Any = None,
     keep_outer_v: bool = True,
     check_finite: bool = False,
+    distributed: bool | Share = False,
 ) -> Callable[..., MetaResult]:
     """Turn the cost of one task into the mean cost of many, with its gradient.
 
@@ -62,6 +93,10 @@ def meta_value_and_grad(
         keep_outer_v: False inverts `outer_v`.
         check_finite: raise when a cost or gradient is not finite, naming the task. Looks at the
             values, so it waits for an accelerator; not available inside `compile`.
+        distributed: divide the tasks among the workers of the active torch process group, JAX mesh
+            or tf.distribute strategy. Every process passes the same batch and gets the same result,
+            bit for bit; see `metaframe.distributed`. Without an active engine it changes nothing.
+            `Share(num_tasks)` instead of True: every process passes its own tasks alone.
 
     Returns:
         A function `(v, tasks, num_tasks=None) -> MetaResult`; every leaf of `tasks` has a leading
@@ -69,6 +104,7 @@ def meta_value_and_grad(
 
     Raises:
         InputError, InputTypeError, UnknownKeyError, NonFiniteError.
+        DistributedError: the processes do not agree on the variables, the batch or the settings.
 
     >>> import torch
     >>> def task_cost(v, task):
@@ -79,8 +115,7 @@ def meta_value_and_grad(
     (tensor(5.), {'w': tensor(-4.)})
     """
     checks.function(task_cost, "task_cost")
-    checks.choice(task_map, "task_map", TASK_MAPS)
-    checks.chunk_size(chunk_size)
+    how = Execution(task_map, chunk_size, distributed)
 
     def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
         count = checks.tasks(tasks, num_tasks)
@@ -91,12 +126,14 @@ def meta_value_and_grad(
         leaves, spec = tree.flatten(v)
         wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
         cost_of = _Checked(task_cost, has_aux, backend)
-        how = strategy(task_map, leaves)
+        settled = replace(how, task_map=strategy(how.task_map, leaves))
 
         def objective(xs: Arrays, task: Arrays) -> tuple[Array, Arrays]:
             fresh = iter(xs)
             full = [next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)]
-            return cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
+            task, weight = task[: len(batch)], task[len(batch) :]
+            cost, aux = cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
+            return weighed(backend, cost, weight), aux
 
         def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
             cost, aux, grads = backend.value_and_grad(lambda xs: objective(xs, task))(wanted)
@@ -106,8 +143,19 @@ def meta_value_and_grad(
             costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, tasks)
             return grads, (costs, *aux)
 
+        if distributed:
+            check_share(backend, how, count)
+            agree(
+                backend,
+                task_cost=task_cost,
+                how=how,
+                v=v,
+                chosen=flags,
+                tasks=tasks,
+                num_tasks=count,
+            )
         grads, (costs, *aux) = accumulate(
-            backend, of_task, of_chunk, first_tasks(batch, count), wanted, how, chunk_size
+            backend, of_task, of_chunk, first_tasks(batch, count), wanted, settled
         )
         if check_finite:
             checks.finite(costs, backend)
@@ -139,7 +187,7 @@ def map_tasks(
     """
     checks.function(fn, "fn")
     checks.choice(task_map, "task_map", TASK_MAPS[1:])
-    checks.chunk_size(chunk_size)
+    how = Execution(task_map, chunk_size)
 
     def call(*tasks: tree.Tree) -> tree.Tree:
         checks.tasks(tasks, None)
@@ -156,7 +204,7 @@ def map_tasks(
             return (), backend.vmap(lambda task: of_task(task)[1])(tasks)
 
         _, stacked = accumulate(
-            backend, of_task, of_chunk, convert_neutral(leaves, backend), (), task_map, chunk_size
+            backend, of_task, of_chunk, convert_neutral(leaves, backend), (), how
         )
         return tree.unflatten(results[-1], stacked)
 
@@ -222,8 +270,7 @@ def accumulate(
     of_chunk: TaskFn,
     tasks: Arrays,
     like: Arrays,
-    task_map: Strategy,
-    chunk_size: int | None = None,
+    how: Execution,
 ) -> tuple[Arrays, Arrays]:
     """Every task's contribution: (means over tasks, stacked over tasks).
 
@@ -232,16 +279,39 @@ def accumulate(
         of_chunk: the same for several tasks at once -> (sums over them, stacked).
         tasks: every task's arrays, with a leading task axis.
         like: the shapes and dtypes of what is averaged.
-        task_map, chunk_size: as for `map_tasks`.
+        how: how they run, without "auto".
     """
+
+    def summed(tasks: Arrays) -> tuple[Arrays, Arrays]:
+        count = tasks[0].shape[0]
+        if how.task_map == "vmap":
+            return _in_chunks(backend, of_chunk, tasks, like, min(how.chunk_size or count, count))
+        if how.task_map == "scan":
+            return backend.scan(_adding(of_task), _zeros(backend, like), tasks)
+        return _in_python(backend, of_task, tasks)
+
+    if how.distributed and (workers := backend.workers()).count > 1:
+        return sharded(workers, backend, summed, tasks, how.share)
     count = tasks[0].shape[0]
-    if task_map == "vmap":
-        sums, stacked = _in_chunks(backend, of_chunk, tasks, like, min(chunk_size or count, count))
-    elif task_map == "scan":
-        sums, stacked = backend.scan(_adding(of_task), _zeros(backend, like), tasks)
-    else:
-        sums, stacked = _in_python(backend, of_task, tasks)
+    sums, stacked = summed(tasks)
     return tuple(x / count for x in sums) if count > 1 else sums, stacked
+
+
+def check_share(backend: Backend, how: Execution, count: int) -> None:
+    """A batch that is a process's share has as many tasks as that."""
+    if how.share is None:
+        return
+    expected = len(backend.workers().share(how.share.num_tasks))
+    if count != expected:
+        raise InputError(
+            f"this process's share of {how.share.num_tasks} tasks is {expected}, the batch has "
+            f"{count}. Pass those that workers.share({how.share.num_tasks}) names."
+        )
+
+
+def weighed(backend: Backend, x: Array, weight: Arrays) -> Array:
+    """`x` of a task, times the task's weight if it has one; 1 changes no bit."""
+    return x * backend.ops.astype(weight[0], backend.dtype_name(x)) if weight else x
 
 
 def _in_python(backend: Backend, fn: TaskFn, tasks: Arrays) -> tuple[Arrays, Arrays]:

@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend
+from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
-from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner
-from metaframe.meta import MetaResult, accumulate, meta_value_and_grad
+from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
+from metaframe.meta import Execution, MetaResult, accumulate, meta_value_and_grad, weighed
 from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
 
@@ -51,6 +52,7 @@ def maml_step(
     chunk_size: int | None = None,
     mode: Mode = "reverse",
     check_finite: bool = False,
+    distributed: bool = False,
 ) -> tuple[Array, tree.Tree, Any]:
     """One step of MAML, with exact second-order gradients (Finn et al. 2017, arXiv 1703.03400).
 
@@ -86,6 +88,8 @@ def maml_step(
         chunk_size: with `batched="vmap"`, how many tasks at once.
         mode: how the inner loop is differentiated: "reverse", "remat" or "mixed".
         check_finite: raise on a cost or gradient that is not finite, naming the task.
+        distributed: divide the tasks among the active workers, see `meta_value_and_grad`; not
+            with `batched=True`.
 
     Returns:
         `(cost, grads, inner_v)`: a scalar; gradients in the structure and shapes of one task's
@@ -106,6 +110,7 @@ def maml_step(
     >>> round(float(cost), 5), round(float(grads.latent), 5)
     (1.4007, -1.13723)
     """
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     task = AdaptedCost(
         inner_cost_fn,
@@ -120,7 +125,7 @@ def maml_step(
         return_inner_v,
     )
     choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    cost, grads, adapted = _meta_step(layout, task, choices, chunk_size, check_finite)
+    cost, grads, adapted = _meta_step(layout, task, choices, how, check_finite)
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
 
@@ -147,6 +152,7 @@ def fomaml_step(
     stop_gradients: bool = True,
     chunk_size: int | None = None,
     check_finite: bool = False,
+    distributed: bool = False,
 ) -> tuple[Any, ...]:
     """One step of first-order MAML (Finn et al. 2017, section 5.2).
 
@@ -166,6 +172,7 @@ def fomaml_step(
     >>> fomaml_step(batch, cost_fn, None, {"w": torch.tensor(1.0)}, 1, 0.25, batched="vmap")
     (tensor(1.2500), {'w': tensor(-2.)})
     """
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     task = AdaptedCost(
         inner_cost_fn,
@@ -184,7 +191,7 @@ def fomaml_step(
         return_inner_v,
     )
     choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    cost, grads, adapted = _meta_step(layout, task, choices, chunk_size, check_finite)
+    cost, grads, adapted = _meta_step(layout, task, choices, how, check_finite)
     if not return_inner_v:
         return layout.cost(cost), grads
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
@@ -206,6 +213,7 @@ def reptile_step(
     direction: Literal["gradients", "displacement"] = "gradients",
     chunk_size: int | None = None,
     check_finite: bool = False,
+    distributed: bool = False,
 ) -> tuple[Any, ...]:
     """One step of Reptile (Nichol et al. 2018, arXiv 1803.02999).
 
@@ -243,9 +251,9 @@ def reptile_step(
     """
     checks.choice(direction, "direction", ("gradients", "displacement"))
     checks.steps(inner_grad_steps, "inner_grad_steps", at_least=1)
-    checks.chunk_size(chunk_size)
     checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
+    how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     settings = InnerSettings(
         inner_learning_rate,
@@ -258,7 +266,9 @@ def reptile_step(
     leaves, spec = tree.flatten(layout.batch)
 
     def of_task(xs: Arrays) -> tuple[Arrays, Arrays]:
-        return task(tree.unflatten(spec, xs))
+        direction, rows = task(tree.unflatten(spec, xs[: len(leaves)]))
+        weight = xs[len(leaves) :]
+        return tuple(weighed(layout.backend, x, weight) for x in direction), rows
 
     def of_chunk(xs: Arrays) -> tuple[Arrays, Arrays]:
         out = layout.backend.vmap(lambda row: (*(parts := of_task(row))[0], *parts[1]))(xs)
@@ -266,9 +276,9 @@ def reptile_step(
         return tuple(layout.backend.ops.sum(x, axis=0) for x in directions), stacked
 
     like = tree.leaves(layout.variables)
-    mean, (costs, *adapted) = accumulate(
-        layout.backend, of_task, of_chunk, leaves, like, layout.task_map, chunk_size
-    )
+    if distributed:
+        agree(layout.backend, reptile_step=(task, how), batch=layout.batch)
+    mean, (costs, *adapted) = accumulate(layout.backend, of_task, of_chunk, leaves, like, how)
     if check_finite:
         checks.finite(costs, layout.backend)
     v_spec = tree.structure(layout.variables)
@@ -285,19 +295,24 @@ def _meta_step(
     layout: Layout,
     task: AdaptedCost,
     choices: Choices,
-    chunk_size: int | None,
+    how: Execution,
     check_finite: bool,
 ) -> MetaResult:
     choices.check_count(layout)
     if choices.per_task:
+        if how.distributed:
+            raise InputError(
+                "inner_v or outer_v gives one choice a task, which distributed=True does not take."
+            )
         return _one_choice_a_task(layout, task, choices, check_finite)
     v = layout.variables
     inner = choices.inner(v)
     checks.variables(v, inner, layout.backend, "inner_v")
     cost, grads, adapted = meta_value_and_grad(
         task.bound(layout.backend, inner),
-        task_map=layout.task_map,
-        chunk_size=chunk_size,
+        task_map=how.task_map,
+        chunk_size=how.chunk_size,
+        distributed=how.distributed,
         has_aux=True,
         outer_v=choices.outer_v,
         keep_outer_v=choices.keep_outer_v,

@@ -15,6 +15,8 @@ import numpy as np
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
+from metaframe.workers import Place, Workers
+from metaframe_jax import _distributed
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
@@ -161,11 +163,7 @@ class JaxBackend(Backend):
         return final
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
-        jitted = jax.jit(fn)
-        # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
-        # than that of a compiled stage and finds the trace again.
-        jitted.trace(examples)
-        return jitted
+        return _distributed.compiled(fn, examples)
 
     def needed_a_value(self, error: Exception) -> bool:
         return isinstance(
@@ -190,6 +188,15 @@ class JaxBackend(Backend):
             return list(zip(named, children, strict=True)), metadata
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
+
+    def workers(self) -> Workers:
+        return _distributed.workers()
+
+    def join(self, place: Place) -> AbstractContextManager[object]:
+        return _distributed.join(place)
+
+    def lost_others(self, error: Exception) -> bool:
+        return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModelAdapter | None:
         return find_adapter(model, self)

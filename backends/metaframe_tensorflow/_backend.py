@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import tensorflow as tf
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
+from metaframe.workers import Place, Workers
+from metaframe_tensorflow import _distributed
 from metaframe_tensorflow._compile import compile_graph
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -185,6 +188,15 @@ class TensorFlowBackend(Backend):
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         return compile_graph(fn, examples)
+
+    def workers(self) -> Workers:
+        return _distributed.workers()
+
+    def join(self, place: Place) -> AbstractContextManager[object]:
+        return _distributed.join(place)
+
+    def lost_others(self, error: Exception) -> bool:
+        return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModuleAdapter | None:
         return ModuleAdapter(model, self) if isinstance(model, tf.Module) else None

@@ -17,13 +17,17 @@ from metaframe.backend import Arrays, ArraysFn
 logger = logging.getLogger("metaframe.compile")
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
+_IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
 
 
 def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one graph function for tensors like `examples`."""
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in examples]
     graph = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
-    if _has_operation(graph, _BETTER_WITHOUT_XLA) and not tf.config.list_physical_devices("GPU"):
+    # The replicas of a strategy lie on several devices, XLA's program on one.
+    divided = tf.distribute.has_strategy() or _has_operation(graph, _IMPOSSIBLE_WITH_XLA)
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    if divided or (on_cpu and _has_operation(graph, _BETTER_WITHOUT_XLA)):
         return lambda xs: tuple(graph(*xs))
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
+from metaframe.workers import Place, Workers
+from metaframe_torch import _distributed
 from metaframe_torch._compile import compile_traced
 from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
@@ -170,6 +173,15 @@ class TorchBackend(Backend):
             lambda children, metadata: unflatten(metadata, children),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
+
+    def workers(self) -> Workers:
+        return _distributed.workers()
+
+    def join(self, place: Place) -> AbstractContextManager[object]:
+        return _distributed.join(place)
+
+    def lost_others(self, error: Exception) -> bool:
+        return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> TorchAdapter | None:
         return TorchAdapter(model, self) if isinstance(model, torch.nn.Module) else None

@@ -201,6 +201,22 @@ def reproduce(
         sys.exit(FAILED)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--processes", "-n", type=click.IntRange(min=1), default=2, help="How many.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def launch(processes: int, command: tuple[str, ...]) -> None:
+    """Run a command of metaframe in several processes of this machine, which share its tasks.
+
+    For trying out on JAX and TensorFlow what torchrun does for torch: metaframe launch -n 2 train
+    --backend jax. When a process fails, so do the others.
+    """
+    from metaframe.distributed.launch import launch
+
+    code = launch([sys.executable, "-m", "metaframe.cli", *command], processes)
+    if code:
+        sys.exit(code)
+
+
 @cli.command()
 @click.option("--check", metavar="NAME", help="Run the conformance suite on this backend instead.")
 @click.option("--clauses", default="*", help="With --check: which, such as 'ops/*,vmap/*'.")

@@ -91,6 +91,7 @@ class RunConfig:
     chunk_size: int | None = setting(None, "With vmap, tasks at once.", at_least=1)
     mode: Mode = setting("reverse", "How the inner loop is differentiated.")
     compiled: bool | None = setting(None, "Compile whole steps; default: where that pays.")
+    timeout: float = setting(300.0, "With several: seconds to wait for a silent one.", at_least=1)
     checkpoint_every: int = setting(500, "Outer steps between checkpoints.", at_least=1)
     keep: int = setting(3, "Checkpoints kept, besides the best.", at_least=1)
 

@@ -15,6 +15,7 @@ from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
 from metaframe.training import Evaluation, MetaTrainer, Schedule, StepSettings, evaluate, schedules
@@ -117,17 +118,25 @@ def step_settings(c: RunConfig, *, convolutional: bool) -> StepSettings:
     """How steps run, with what is left to us decided."""
     # A run is long enough for any compiler, except for convolutions on one that is slow.
     compiled = c.compiled if convolutional else c.compiled is not False
-    return StepSettings(c.task_map, c.chunk_size, c.mode, compiled)
+    return StepSettings(c.task_map, c.chunk_size, c.mode, compiled, place() is not None)
 
 
 @contextmanager
-def selected(config: RunConfig) -> Iterator[None]:
-    """The run's backend, device and dtype, for a block of code."""
+def selected(config: RunConfig) -> Iterator[Workers]:
+    """The run's backend, device and dtype, and the other processes of the run, for a block of code.
+
+    Yields:
+        Who shares the work; this process alone if it was started alone.
+    """
     name = config.backend or _installed()
     load_backend(name)
     dtype = "float64" if config.precision == "float64" else "float32"
-    with use_backend(name, device=config.device, dtype=dtype):
-        yield
+    # First of all: JAX and TensorFlow join others only before they make an array.
+    with (
+        session(name, timeout=config.timeout) as workers,
+        use_backend(name, device=config.device, dtype=dtype),
+    ):
+        yield workers
 
 
 def _schedule(config: RunConfig) -> Schedule:

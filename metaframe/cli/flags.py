@@ -33,7 +33,7 @@ GROUPS = {
     ),
     "Execution": (
         *("backend", "device", "precision", "task_map", "chunk_size", "mode", "compiled"),
-        *("checkpoint_every", "keep"),
+        *("timeout", "checkpoint_every", "keep"),
     ),
 }
 """How the help page groups the settings."""

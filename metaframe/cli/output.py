@@ -9,9 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from metaframe.distributed import is_first
+
 
 class Output:
     """Prints for people, or with `as_json` one JSON document for machines.
+
+    Of several processes that run together only the first one prints.
 
     Args:
         as_json: print nothing but the result, as JSON.
@@ -20,7 +24,7 @@ class Output:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.quiet = quiet or as_json
+        self.quiet = quiet or as_json or not is_first()
         self._stdout = Console(highlight=False, soft_wrap=True)
         self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,6 +35,8 @@ class Output:
 
     def result(self, data: Any, lines: Sequence[str]) -> None:
         """The outcome: `data` for machines, `lines` for people."""
+        if not is_first():
+            return
         if self.as_json:
             print(json.dumps(data, indent=1))
             return

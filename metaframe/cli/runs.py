@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metaframe.backend import load_backend
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.output import Output
+from metaframe.distributed import is_first, is_restarted
+from metaframe.distributed.agreement import agree
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,
@@ -55,11 +58,13 @@ def default_folder(config: RunConfig) -> Path:
 
 
 def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
-    """Make a run folder.
+    """Make a run folder, in the first of the processes that share it.
 
     Raises:
         UsageError: there is a run in it already.
     """
+    if not is_first() or (is_restarted() and (folder / CONFIG).exists()):
+        return
     if (folder / CONFIG).exists():
         if not overwrite:
             raise UsageError(
@@ -90,13 +95,15 @@ def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
     A folder with checkpoints is continued from the last one.
     """
     started = time.perf_counter()
-    with selected(config):
+    with selected(config) as workers:
+        agree(load_backend(config.backend or ""), config=config.as_dict())
         experiment = Experiment(config)
         if checkpoint_files(folder / CHECKPOINTS):
             file = latest_checkpoint(folder / CHECKPOINTS)
             load_checkpoint(file, experiment.trainer)
             output.remark(f"continuing after {experiment.trainer.step} steps")
         stopped = _fit(experiment, folder, output, extras)
+        workers.tell("trained")  # and the first one has written its last checkpoint
         chosen = _choose(experiment, folder)
         result = {
             "stopped": stopped,
@@ -104,8 +111,9 @@ def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
             "seconds": round(time.perf_counter() - started, 1),
             **_measured(experiment, chosen, output),
         }
-        _write_result(folder, result)
-        if extras.plots:
+        if workers.is_first:
+            _write_result(folder, result)
+        if extras.plots and workers.is_first:
             draw(experiment, folder, output)
     return result
 
@@ -211,5 +219,6 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def extend(folder: Path, config: RunConfig, iterations: int) -> RunConfig:
     """Another number of outer steps for the run in `folder`, recorded there."""
     config = dataclasses.replace(config, iterations=iterations)
-    write_atomically(folder / CONFIG, config.to_toml().encode())
+    if is_first():
+        write_atomically(folder / CONFIG, config.to_toml().encode())
     return config

@@ -19,10 +19,11 @@ from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import MetaResult, TaskMap
+from metaframe.meta import Execution, MetaResult, TaskMap
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
+from metaframe.workers import Share
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -159,6 +160,7 @@ class MetaLearner(Wrapper):
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         compiled: bool | None = None,
+        distributed: bool = False,
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
@@ -172,6 +174,7 @@ class MetaLearner(Wrapper):
             chunk_size: with "vmap", how many tasks at once.
             mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
             compiled: compile the whole; default: where the backend compiles quickly.
+            distributed: divide the tasks among the active workers, see `metaframe.distributed`.
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
@@ -181,7 +184,12 @@ class MetaLearner(Wrapper):
             InputError, InputTypeError: bad arguments, before any work.
         """
         gradient = self.meta_gradient(
-            loss_fn, steps=steps, task_map=task_map, chunk_size=chunk_size, mode=mode
+            loss_fn,
+            steps=steps,
+            task_map=task_map,
+            chunk_size=chunk_size,
+            mode=mode,
+            distributed=distributed,
         )
         result: MetaResult = self._run(gradient, tasks, compiled)
         return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
@@ -195,11 +203,12 @@ class MetaLearner(Wrapper):
         chunk_size: int | None = None,
         mode: Mode = "reverse",
         metric: LossFn | None = None,
+        distributed: bool | Share = False,
     ) -> MetaGradient:
         """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
 
         Args:
-            loss_fn, steps, task_map, chunk_size, mode: as for `meta_value_and_grad`.
+            loss_fn, steps, task_map, chunk_size, mode, distributed: as for `meta_value_and_grad`.
             metric: a second function of prediction and target, not differentiated; each task's
                 value is in `aux["scores"]`.
 
@@ -209,7 +218,8 @@ class MetaLearner(Wrapper):
             hash, if one program serves for both.
         """
         setting = self._setting(loss_fn, steps, mode, metric)
-        return MetaGradient(setting, task_map, chunk_size, self._learned is not None, self._flags)
+        how = Execution(task_map, chunk_size, distributed)
+        return MetaGradient(setting, how, self._learned is not None, self._flags)
 
     @property
     def statistics(self) -> Params:

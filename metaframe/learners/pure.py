@@ -17,7 +17,7 @@ from metaframe.errors import MetaframeError
 from metaframe.inner import first_index
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, Setting, TaskRun
-from metaframe.meta import MetaResult, TaskMap, meta_value_and_grad
+from metaframe.meta import Execution, MetaResult, meta_value_and_grad
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -40,8 +40,7 @@ class MetaGradient:
     """
 
     setting: Setting
-    task_map: TaskMap
-    chunk_size: int | None
+    how: Execution
     learned: bool
     """Are there meta-parameters of the update rule?"""
     flags: Hashable
@@ -54,14 +53,18 @@ class MetaGradient:
             return self.setting.task_cost(divided(meta, self.learned), constants, task)
 
         transformed = meta_value_and_grad(
-            task_cost, task_map=self.task_map, chunk_size=self.chunk_size, has_aux=True
+            task_cost,
+            task_map=self.how.task_map,
+            chunk_size=self.how.chunk_size,
+            has_aux=True,
+            distributed=self.how.distributed,
         )
         try:
             return transformed(meta, batch)
         except MetaframeError:
             raise
         except Exception as error:
-            if self.task_map in ("auto", "vmap"):
+            if self.how.task_map in ("auto", "vmap"):
                 error.add_note(NOT_VECTORISED)
             raise
 

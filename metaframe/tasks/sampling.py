@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -188,11 +188,18 @@ class IndexedSampler(abc.ABC):
         self._position += count
         return tasks
 
-    def sample_batch(self, meta_batch_size: int) -> Task:
-        """The tasks of `sample` as one stacked Task: stacked in NumPy, then placed at once."""
+    def sample_batch(self, meta_batch_size: int, share: Sequence[int] | None = None) -> Task:
+        """The tasks of `sample` as one stacked Task: stacked in NumPy, then placed at once.
+
+        Args:
+            meta_batch_size: tasks in the batch.
+            share: the numbers, from 0, of those to draw of them; default: all. `position` moves on
+                by the whole batch all the same.
+        """
         count = _checks.integer("meta_batch_size", meta_batch_size, 1)
         start = self._position
-        drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in range(count)]
+        numbers = range(count) if share is None else share
+        drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in numbers]
         batch = self._place(stack_tasks(drawn))
         self._position += count
         return batch

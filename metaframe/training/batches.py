@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from metaframe.tasks import Task, TaskSampler, stack_tasks
+from metaframe.tasks import IndexedSampler, Task, TaskSampler, stack_tasks
 
 AHEAD = 2
 """Batches kept ready."""
@@ -27,10 +27,15 @@ class Batch(NamedTuple):
     position: Mapping[str, Any] | None
 
 
-def sample_batch(sampler: TaskSampler, count: int) -> Task:
-    """The sampler's next `count` tasks, stacked."""
+def sample_batch(sampler: TaskSampler, count: int, share: Sequence[int] | None = None) -> Task:
+    """The sampler's next `count` tasks, stacked; with `share`, those of them with these numbers."""
     at_once = getattr(sampler, "sample_batch", None)
-    return stack_tasks(sampler.sample(count)) if at_once is None else at_once(count)
+    if share is None:
+        return stack_tasks(sampler.sample(count)) if at_once is None else at_once(count)
+    if isinstance(sampler, IndexedSampler):
+        return sampler.sample_batch(count, share)
+    tasks = sampler.sample(count)
+    return stack_tasks([tasks[i] for i in share])
 
 
 def is_restorable(sampler: object) -> bool:
@@ -40,9 +45,14 @@ def is_restorable(sampler: object) -> bool:
 
 @contextmanager
 def batches(
-    sampler: TaskSampler, size: int, count: int, *, prefetch: bool = True
+    sampler: TaskSampler,
+    size: int,
+    count: int,
+    *,
+    prefetch: bool = True,
+    share: Sequence[int] | None = None,
 ) -> Iterator[Iterator[Batch]]:
-    """`count` batches of `size` tasks.
+    """`count` batches of `size` tasks; with `share`, of those of them with these numbers.
 
     On leaving, a sampler that can is back at the last batch that was taken. One that cannot is
     never sampled ahead.
@@ -50,7 +60,7 @@ def batches(
     restorable = is_restorable(sampler)
 
     def make() -> Batch:
-        tasks = sample_batch(sampler, size)
+        tasks = sample_batch(sampler, size, share)
         return Batch(tasks, dict(sampler.state()) if restorable else None)  # type: ignore[attr-defined]
 
     if not (prefetch and restorable and count > 1):

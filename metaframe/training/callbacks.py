@@ -71,6 +71,10 @@ class Run:
 class Callback:
     """Does nothing; override what is of interest.
 
+    Attributes:
+        everywhere: in a run of several processes, is it called in all of them? Otherwise in the
+            first alone, as suits what writes files.
+
     >>> class StopAt(Callback):
     ...     def __init__(self, loss):
     ...         self.loss = loss
@@ -81,6 +85,8 @@ class Callback:
     >>> StopAt(0.5).loss
     0.5
     """
+
+    everywhere: bool = True
 
     def on_start(self, run: Run) -> None:
         """Before the first iteration."""

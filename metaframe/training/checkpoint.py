@@ -293,6 +293,8 @@ class Checkpoints(Callback):
     ['step-00000004.safetensors', 'step-00000005.safetensors']
     """
 
+    everywhere = False
+
     def __init__(
         self,
         folder: str | Path,

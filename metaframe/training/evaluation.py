@@ -275,7 +275,7 @@ def _chunks(tasks: Any, num_tasks: int) -> Iterator[tuple[Task, int]]:
 def _source(tasks: Any, num_tasks: int) -> tuple[Callable[[list[int]], Task], int]:
     if isinstance(tasks, Task):
         total = checks.tasks(tasks, None)
-        return lambda rows: tree.map(lambda x: _rows(x, rows), tasks), total
+        return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
         checks.steps(num_tasks, "num_tasks", at_least=1)
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
@@ -289,5 +289,6 @@ def _source(tasks: Any, num_tasks: int) -> tuple[Callable[[list[int]], Task], in
     return lambda rows: stack_tasks([tasks[i] for i in rows]), len(tasks)
 
 
-def _rows(x: Any, rows: list[int]) -> Any:
+def rows_of(x: Any, rows: list[int]) -> Any:
+    """These rows of an array, NumPy's or a framework's."""
     return x[rows] if isinstance(x, np.ndarray) else backend_of(x).ops.stack([x[i] for i in rows])

@@ -29,6 +29,8 @@ class MetricsLog(Callback):
         MissingDependencyError: `tensorboard` without the package tensorboardX.
     """
 
+    everywhere = False
+
     def __init__(self, folder: str | Path, *, tensorboard: bool = False) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

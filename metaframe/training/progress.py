@@ -22,6 +22,8 @@ class ProgressBar(Callback):
         console: where to; default: a new one on standard error.
     """
 
+    everywhere = False
+
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 

@@ -22,16 +22,20 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import MetaGradient
-from metaframe.meta import TASK_MAPS, TaskMap
+from metaframe.meta import Execution, TaskMap
 from metaframe.models.adapter import Params
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
+from metaframe.workers import Share
 
 Schedule = Callable[[int], float]
 """From the number of steps taken so far to the learning rate of the next one."""
 
-Gradient = Callable[[], MetaGradient]
-"""What the learner offers now; the training loop may change it, by a schedule or a flag."""
+Gradient = Callable[[int | None], MetaGradient]
+"""What the learner offers now; the training loop may change it, by a schedule or a flag.
+
+Its argument: how many tasks there are in all, where a batch holds this process's share of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class StepSettings:
         chunk_size: with "vmap", how many tasks at once.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
+        distributed: divide the tasks of a step among the active workers, see
+            `metaframe.distributed`. Every process calls the trainer alike.
 
     >>> StepSettings(task_map="scan", mode="remat").compiled is None
     True
@@ -53,10 +59,10 @@ class StepSettings:
     chunk_size: int | None = None
     mode: Mode = "reverse"
     compiled: bool | None = None
+    distributed: bool = False
 
     def __post_init__(self) -> None:
-        checks.choice(self.task_map, "task_map", TASK_MAPS)
-        checks.chunk_size(self.chunk_size)
+        Execution(self.task_map, self.chunk_size, self.distributed)
         checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
@@ -91,8 +97,8 @@ class Outcome(NamedTuple):
 class OuterStep(Protocol):
     """Computes outer steps and holds the optimizer's state."""
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
-        """The next step."""
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
+        """The next step; `num_tasks` as for `Gradient`."""
         ...
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
@@ -117,16 +123,17 @@ def outer_step(
         InputTypeError: it is none that the model's framework or metaframe knows.
     """
 
-    def gradient() -> MetaGradient:
+    def gradient(num_tasks: int | None) -> MetaGradient:
         return maml.meta_gradient(
             loss_fn,
             task_map=settings.task_map,
             chunk_size=settings.chunk_size,
             mode=settings.mode,
             metric=metric,
+            distributed=False if num_tasks is None else Share(num_tasks),
         )
 
-    gradient()  # bad arguments are found here and not at the first step
+    gradient(None)  # bad arguments are found here and not at the first step
     compiled = bool(settings.for_learner(maml).compiled)
     native = maml.backend.native_optimizer(optimizer) or keras_optimizer(
         optimizer, maml.variables()
@@ -177,13 +184,13 @@ class _PureStep:
 
         self._run = compile(step) if compiled else step
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
         array = None if rate is None else _like(rate, params, maml)
         after, state, cost, aux, norm = self._run(
-            self._gradient(), params, self._state, maml.constants(), batch, array
+            self._gradient(num_tasks), params, self._state, maml.constants(), batch, array
         )
 
         def apply() -> None:
@@ -232,7 +239,7 @@ class _NativeStep:
 
         self._run = compile(step) if compiled else step
 
-    def __call__(self, batch: Task, rate: float | None) -> Outcome:
+    def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
         if rate is not None:
             raise InputError(
                 "schedule= is for optimizers of metaframe.optim made without a learning rate. "
@@ -241,7 +248,9 @@ class _NativeStep:
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
-        grads, cost, aux, norm = self._run(self._gradient(), params, maml.constants(), batch)
+        grads, cost, aux, norm = self._run(
+            self._gradient(num_tasks), params, maml.constants(), batch
+        )
         report = _report(aux, cost, norm, backend.to_numpy)
         return Outcome(report, lambda: self._optimizer.step(maml.variables(), grads))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, tree
+from metaframe.distributed.agreement import agree
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
@@ -17,9 +19,10 @@ from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
-from metaframe.training.evaluation import Evaluation, Evaluator
+from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
+from metaframe.workers import Workers
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 STATISTICS_DECAY = 0.9
@@ -90,6 +93,12 @@ class MetaTrainer:
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self._settings = settings = settings or StepSettings()
+        self._distributed = settings.distributed
+        if settings.distributed and maml.statistics:
+            raise InputError(
+                "norm='per-step' collects statistics over the tasks of one process, and processes "
+                "would drift apart: train without distributed=True, or with another norm."
+            )
         self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
         self._position: Mapping[str, Any] | None = None
@@ -101,7 +110,12 @@ class MetaTrainer:
             NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
                 was before the step.
         """
-        return self._advance(tasks).loss
+        batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+        if not self._distributed:
+            return self._advance(batch).loss
+        count = checks.tasks(batch, None)
+        share = self._workers().share(count)
+        return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 
     def fit(
         self,
@@ -140,13 +154,20 @@ class MetaTrainer:
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        share, num_tasks = None, None
+        if self._distributed:
+            self._agree(num_iterations, meta_batch_size)
+            share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
+            watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
         with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
-            source = batches(self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch)
+            source = batches(
+                self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
+            )
             with self._standing(), source as ahead:
                 for batch in ahead:
                     self._position = batch.position
-                    self._iterate(run, batch.tasks, watchers)
+                    self._iterate(run, batch.tasks, watchers, num_tasks)
                     if eval_every and (run.iteration + 1) % eval_every == 0:
                         self._evaluate_within(run, eval_tasks, watchers)
                     if run.history.stopped:
@@ -200,6 +221,17 @@ class MetaTrainer:
             backend.restore_random_state(random)
         self.step = int(plain["step"])
 
+    def _agree(self, num_iterations: int, meta_batch_size: int) -> None:
+        """All processes start from the same place, down to the values of the parameters."""
+        arrays, plain = self.state()
+        digests = {
+            name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+            for name, x in arrays.items()
+            if not name.startswith("rng.")
+        }
+        sizes = {"num_iterations": num_iterations, "meta_batch_size": meta_batch_size}
+        agree(self.maml.backend, plain=plain, values=digests, **sizes)
+
     @contextmanager
     def _standing(self) -> Iterator[None]:
         """Batches are sampled ahead inside; outside the sampler itself says where training is."""
@@ -208,14 +240,16 @@ class MetaTrainer:
         finally:
             self._position = None
 
-    def _advance(self, tasks: Task | Sequence[Task]) -> StepReport:
-        batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
+    def _workers(self) -> Workers:
+        return self.maml.backend.workers()
+
+    def _advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
         self.maml.epoch = self.step // self.steps_per_epoch
         rate = None if self.schedule is None else float(self.schedule(self.step))
         statistics = self.maml.statistics
         if statistics:
             self._collect(batch)
-        outcome = self._outer(batch, rate)
+        outcome = self._outer(batch, rate, num_tasks)
         try:
             self._check_finite(outcome.report, batch)
         except NonFiniteError:
@@ -252,6 +286,8 @@ class MetaTrainer:
 
     def _blame(self, batch: Task) -> str:
         """Which task's gradient it is; computed again, since a step only has the mean."""
+        if self._distributed and self._workers().processes > 1:
+            return "the batch as a whole"  # a process that does not have the task could not tell
         backend = self.maml.backend
         stacked = as_batch(batch, self.maml.meta_parameters(), backend)
         for i in range(len(tree.leaves(stacked)[0])):
@@ -261,9 +297,11 @@ class MetaTrainer:
                 return f"task {i} of the batch"
         return "the batch as a whole"
 
-    def _iterate(self, run: Run, tasks: Task, watchers: Sequence[Callback]) -> None:
+    def _iterate(
+        self, run: Run, tasks: Task, watchers: Sequence[Callback], num_tasks: int | None
+    ) -> None:
         run.iteration += 1
-        run.report = self._advance(tasks)
+        run.report = self._advance(tasks, num_tasks)
         run.history.meta_loss.append(run.report.loss)
         for watcher in watchers:
             watcher.on_step(run)

@@ -1,0 +1,237 @@
+"""jax.distributed and meshes: one worker a device, over all processes.
+
+Each device runs its tasks by `shard_map`, in which nothing is exchanged but by the one `psum`.
+JAX's check of what varies over devices has to be off: with it on, JAX sums the gradient of
+replicated parameters over devices by itself, within every inner step, and the result is silently
+wrong (compare JAX issue 36886).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import core, distributed
+from jax._src.interpreters.partial_eval import DynamicJaxprTrace
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.errors import InputError
+from metaframe.workers import ALONE, Part, Place, Workers
+
+SHUTDOWN = 10
+"""Seconds that a process which ends waits for the others, at the most."""
+WATCH = 2.0
+"""Seconds from one look for another process's last word to the next."""
+LAST_WORD = "metaframe/last_word"
+WITHIN = (
+    "a distributed step within a gradient or vmap: the sum over devices would be transformed too, "
+    "and be wrong. Transform the cost, and leave the step outside."
+)
+
+
+class JaxWorkers(Workers):
+    """The devices of a mesh with one axis.
+
+    A step closes over arrays, in the user's functions too, which `shard_map` does not take on an
+    axis of type Explicit.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        if mesh.axis_types != (jax.sharding.AxisType.Auto,):
+            raise InputError(
+                f"the active mesh has the axes {mesh.axis_names} of types {mesh.axis_types}; a "
+                "distributed step needs one, of type Auto: jax.make_mesh((devices,), "
+                '("tasks",), axis_types=(jax.sharding.AxisType.Auto,)). Or leave the mesh out: all '
+                "devices of all processes are then used."
+            )
+        super().__init__(mesh.size, jax.process_index(), jax.process_count())
+        self._mesh = mesh
+        self._told = 0
+
+    def share(self, num_tasks: int) -> list[int]:
+        concrete: Any = _mesh() if core.trace_state_clean() else None
+        owners = [] if concrete is None else [d.process_index for d in concrete.devices.flat]
+        if owners != sorted(owners):
+            raise InputError(
+                "the devices of the active mesh are not in the order of their processes, whose "
+                "shares are therefore scattered. Make it of jax.devices() as they come."
+            )
+        return super().share(num_tasks)
+
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
+        (axis,) = self._mesh.axis_names
+        parts = self.count // self.processes if shared else self.count
+
+        def on_device(*tasks: Array) -> Arrays:
+            index = jax.lax.axis_index(axis)
+
+            def mine(x: Array) -> Array:
+                length = x.shape[0] // parts
+                return jax.lax.dynamic_slice_in_dim(x, index % parts * length, length)
+
+            return part(tuple(map(mine, tasks)), index, lambda x: _all_sum(x, axis))
+
+        # Each device gets all tasks of its process and takes its own. Were they divided at the
+        # door, XLA would divide what comes before too, such as padding, and exchange its pieces.
+        mapped: Any = jax.shard_map(
+            on_device, mesh=self._mesh, in_specs=_spec(), out_specs=_spec(), check_vma=False
+        )
+        tracing = not core.trace_state_clean()
+        if tracing and not isinstance(core.trace_ctx.trace, DynamicJaxprTrace):
+            raise InputError(WITHIN)
+        if not tracing:
+            return compiled(lambda xs: mapped(*xs), tasks)(tasks)
+        _spanning.append(self.processes > 1)
+        out: Arrays = mapped(*tasks)
+        return out
+
+    def tell(self, text: str) -> list[str]:
+        client: Any = distributed.global_state.client
+        if client is None:
+            return [text]
+        self._told += 1
+        prefix = f"metaframe/told/{self._told}"
+        client.key_value_set(f"{prefix}/{self.process}", text)
+        limit = 1000 * round(_timeout[-1])
+        client.wait_at_barrier(f"{prefix}/all", limit)
+        return [
+            client.blocking_key_value_get(f"{prefix}/{process}", limit)
+            for process in range(self.processes)
+        ]
+
+    def leave_word(self, text: str) -> None:
+        _left.set()
+        client: Any = distributed.global_state.client
+        with suppress(jax.errors.JaxRuntimeError):  # the first one may be gone, or was faster
+            client.key_value_set(LAST_WORD, text)
+
+
+_left = threading.Event()
+"""Has this process left the run, or is it about to?"""
+_spanning: list[bool] = []
+"""For every sharded step traced since this was last emptied: does it span processes?"""
+_timeout = [300.0]
+_known: dict[Any, JaxWorkers] = {}
+
+
+def _all_sum(x: Array, axis: str) -> Array:
+    @jax.custom_jvp
+    def summed(x: Array) -> Array:
+        add_up: Any = jax.lax.psum
+        return add_up(x, axis)
+
+    @summed.defjvp
+    def refused(*_: Any) -> Any:
+        raise InputError(WITHIN)
+
+    del refused
+    total: Array = summed(x)
+    return total
+
+
+def _spec(*axes: str) -> Any:
+    make: Any = PartitionSpec
+    return make(*axes)
+
+
+def workers() -> Workers:
+    """The devices of the active mesh, and without one all devices of all processes."""
+    mesh = _mesh()
+    if mesh.size == 1:
+        return ALONE
+    if mesh not in _known:
+        _known[mesh] = JaxWorkers(mesh)
+    return _known[mesh]
+
+
+def _mesh() -> Any:
+    active = jax.sharding.get_abstract_mesh()
+    if active.empty:
+        return Mesh(np.array(jax.devices()), ("tasks",))
+    return jax.sharding.get_mesh() if core.trace_state_clean() else active
+
+
+def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
+    """`jax.jit`, also for a function that runs on the devices of several processes.
+
+    Such a program takes and returns arrays that lie on all those devices. Outside of it everyone
+    goes on with arrays of its own process.
+    """
+    jitted = jax.jit(fn)
+    _spanning.clear()
+    # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
+    # than that of a compiled stage and finds the trace again.
+    jitted.trace(examples)
+    return _across(jitted) if any(_spanning) else jitted
+
+
+def _across(jitted: Callable[..., Arrays]) -> ArraysFn:
+    everywhere = NamedSharding(_mesh(), _spec())
+    devices: Any = everywhere.addressable_devices
+    mine = sorted(devices, key=lambda device: device.id)
+
+    def spread(x: Array) -> Array:
+        copies = [jax.device_put(x, device) for device in mine]
+        return jax.make_array_from_single_device_arrays(x.shape, everywhere, copies)
+
+    def call(xs: Arrays) -> Arrays:
+        return tuple(y.addressable_data(0) for y in jitted(tuple(map(spread, xs))))
+
+    return call
+
+
+@contextmanager
+def join(place: Place) -> Iterator[None]:
+    """jax.distributed for a block of code."""
+    jax.distributed.initialize(
+        place.address,
+        place.processes,
+        place.process,
+        heartbeat_timeout_seconds=round(place.timeout),
+        shutdown_timeout_seconds=SHUTDOWN,
+        initialization_timeout=round(place.timeout),
+    )
+    _timeout.append(place.timeout)
+    _left.clear()
+    threading.Thread(target=_watch, name="metaframe-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        _left.set()
+        _timeout.pop()
+        _known.clear()
+    # Not after a failure: it waits for the others, and when they do not come it aborts this process
+    # before Python could say what happened.
+    leave: Any = jax.distributed.shutdown
+    leave()
+
+
+def _watch() -> None:
+    """End this process when another one left its last word.
+
+    JAX itself would end it a while later from C++ and could not say why; the main thread waits
+    in a collective, where no exception reaches it.
+    """
+    client: Any = distributed.global_state.client
+    while not _left.wait(WATCH):
+        try:
+            word = client.key_value_try_get(LAST_WORD)
+        except jax.errors.JaxRuntimeError:  # there is none
+            continue
+        if not _left.is_set():
+            sys.stderr.write(f"metaframe: {word}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def lost_others(error: Exception) -> bool:
+    """Did a collective or the coordination service fail because of another process?"""
+    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "coordination")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in words)

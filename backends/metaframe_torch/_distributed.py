@@ -1,0 +1,140 @@
+"""torch.distributed: one worker a process, over the default process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+
+from metaframe.backend import Array, Arrays
+from metaframe.errors import BackendError, InputError
+from metaframe.workers import ALONE, Part, Place, Workers
+
+LAST_WORD = "metaframe/last_word"
+
+_WORDS_OF_GLOO = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out",
+    "pair closure",
+)
+
+
+class TorchWorkers(Workers):
+    """The processes of the default process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(dist.get_world_size(group), dist.get_rank(group), group.size())
+        self.group = group
+
+    def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise InputError(
+                "a distributed step within torch.func.grad or vmap: the sum over processes would "
+                "be differentiated too, and wrong. Transform the cost, and leave the step outside."
+            )
+        if not shared:
+            length = tasks[0].shape[0] // self.count
+            mine = slice(self.process * length, (self.process + 1) * length)
+            tasks = tuple(x[mine] for x in tasks)
+        return part(tasks, self.process, self._all_sum)
+
+    def _all_sum(self, x: Array) -> Array:
+        if get_proxy_mode() is not None:
+            # The form that a graph can hold; it returns a new tensor.
+            from torch.distributed import _functional_collectives as functional
+
+            return functional.all_reduce(x, "sum", self.group)
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        return x
+
+    def tell(self, text: str) -> list[str]:
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+            sizes = self._gathered(torch.tensor([data.numel()], device=device))
+            longest = max(int(size) for size in sizes)
+            padded = torch.nn.functional.pad(data, (0, longest - data.numel()))
+            rows = self._gathered(padded)
+        return [
+            bytes(row[: int(size)].tolist()).decode() for row, size in zip(rows, sizes, strict=True)
+        ]
+
+    def _gathered(self, x: Array) -> list[Array]:
+        rows = [torch.empty_like(x) for _ in range(self.processes)]
+        dist.all_gather(rows, x, self.group)
+        return rows
+
+    def leave_word(self, text: str) -> None:
+        with suppress(RuntimeError):  # it may be the store's own process that is gone
+            self._store().set(LAST_WORD, text)
+
+    def last_word(self) -> str | None:
+        try:
+            store = self._store()
+            store.set_timeout(timedelta(seconds=1))
+            return store.get(LAST_WORD).decode() if store.check([LAST_WORD]) else None
+        except RuntimeError:
+            return None
+
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_default_store()
+
+
+_known: list[TorchWorkers] = []
+"""The workers of the current group; they remember what was agreed on."""
+
+
+def workers() -> Workers:
+    """Those of the default process group; nobody else if there is none.
+
+    Raises:
+        BackendError: this is one of several processes, and they have not been joined.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BackendError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group. Enter "
+                "`with metaframe.distributed.session():`, or call "
+                "torch.distributed.init_process_group() first."
+            )
+        return ALONE
+    group = dist.group.WORLD
+    assert group is not None, "an initialised group"
+    if not _known or _known[0].group is not group:
+        _known[:] = [TorchWorkers(group)]
+    return _known[0]
+
+
+@contextmanager
+def join(place: Place) -> Iterator[None]:
+    """The default process group for a block of code."""
+    engine = "gloo"
+    if torch.cuda.is_available() and torch.cuda.device_count() > place.local_process:
+        engine = "nccl"
+        torch.cuda.set_device(place.local_process)
+    dist.init_process_group(
+        engine,
+        timeout=timedelta(seconds=place.timeout),
+        rank=place.process,
+        world_size=place.processes,
+    )
+    try:
+        yield
+    finally:
+        _known.clear()
+        dist.destroy_process_group()
+
+
+def lost_others(error: Exception) -> bool:
+    """Did a collective fail because of another process?"""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in _WORDS_OF_GLOO)

@@ -1,0 +1,122 @@
+"""Before the first step: do all processes have the same algorithm, settings, keys and shapes?
+
+Processes that disagree would add up arrays that do not belong together, some of them silently. So
+they compare a digest of a description of everything but the arrays' values, once for each
+description, and if it differs find out where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+
+from metaframe import tree
+from metaframe.backend import Backend, is_neutral, owner
+from metaframe.errors import DistributedError
+
+
+def agree(backend: Backend, **what: Any) -> None:
+    """All processes call this with the same things, up to the values of arrays.
+
+    Raises:
+        DistributedError: on every process, if one of them differs, with the first difference.
+    """
+    workers = backend.workers()
+    if workers.processes == 1:
+        return
+    lines = [f"{path[1:]} = {value}" for path, value in described(what)]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if digest in workers.agreed:
+        return
+    if len(set(workers.tell(digest))) > 1:
+        everyone = [json.loads(text) for text in workers.tell(json.dumps(lines))]
+        raise DistributedError(_disagreement(everyone))
+    workers.agreed.add(digest)
+
+
+def _disagreement(everyone: list[list[str]]) -> str:
+    for process, lines in enumerate(everyone):
+        for i in range(max(len(lines), len(everyone[0]))):
+            first, other = (
+                each[i] if i < len(each) else "nothing" for each in (everyone[0], lines)
+            )
+            if first != other:
+                return (
+                    f"the {len(everyone)} processes do not agree: process 0 has {first}, process "
+                    f"{process} has {other}. Start all of them with the same program, settings and "
+                    "data."
+                )
+    return f"the {len(everyone)} processes do not agree."
+
+
+def described(
+    x: Any, path: str = "", seen: dict[int, Any] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Everything about `x` that is the same in every process, as pairs of a path and a text.
+
+    Of an array dtype and shape; of a function its name, code and what it closes over; of a
+    structure its parts; of any other object its class.
+
+    >>> dict(described({"lr": 0.1, "steps": (1, 2)}))
+    {'/lr': '0.1', '/steps': 'tuple', '/steps/0': '1', '/steps/1': '2'}
+    """
+    seen = {} if seen is None else seen
+    backend = owner(x)
+    if backend is not None:
+        yield path, f"{backend.dtype_name(x)} {tuple(x.shape)}"
+    elif isinstance(x, (str, bytes, type(None))):
+        yield path, repr(x)
+    elif is_neutral(x):
+        yield path, f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else repr(x)
+    else:
+        if path:
+            yield path, _kind(x)
+        if id(x) not in seen:
+            seen[id(x)] = x
+            for name, value in _parts(x):
+                yield from described(value, f"{path}/{name}", seen)
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, FunctionType):
+        code = hashlib.sha256(x.__code__.co_code).hexdigest()[:16]
+        return f"{x.__module__}.{x.__qualname__} {code}"
+    if isinstance(x, type):
+        return f"{x.__module__}.{x.__qualname__}"
+    return type(x).__qualname__
+
+
+def _parts(x: Any) -> list[tuple[str, Any]]:
+    if isinstance(x, FunctionType):
+        names, cells = x.__code__.co_freevars, x.__closure__ or ()
+        captured = [(n, _content(c)) for n, c in zip(names, cells, strict=True)]
+        constants = [(f"constant {i}", c) for i, c in enumerate(x.__code__.co_consts)]
+        return [*captured, *[(n, c) for n, c in constants if isinstance(c, (int, float, str))]]
+    if isinstance(x, MethodType):
+        return [("function", x.__func__), ("self", x.__self__)]
+    if isinstance(x, functools.partial):
+        return [("function", x.func), ("arguments", x.args), ("keywords", x.keywords)]
+    if isinstance(x, type):
+        return []
+    if dataclasses.is_dataclass(x):
+        return [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
+    if isinstance(x, Mapping):
+        return sorted((str(key), value) for key, value in x.items())
+    if isinstance(x, (list, tuple)):
+        return [(str(i), value) for i, value in enumerate(x)]
+    leaves = tree.leaves(x)
+    return [] if leaves[:1] == (x,) else list(zip(tree.key_chains(x), leaves, strict=True))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None

@@ -1,0 +1,150 @@
+"""A step divided among workers against the step of one, on every engine, over loopback."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distributed_problem import ALGORITHMS, ALL, DTYPES, FEW, ONE, Case, batch, step, variables
+from frameworks import require, slow
+from metaframe import tree, use_backend
+from processes import run_together
+
+WORKER, CHECKS = (
+    str(Path(__file__).with_name(f"distributed_{name}.py")) for name in ("worker", "checks")
+)
+LIMIT = 400
+"""Seconds. Nearly all of them are imports and compilers, on a machine that may be busy."""
+TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is active, in how many processes, with how many devices in each."""
+
+    name: str
+    processes: int
+    devices: int = 1
+    cases: tuple[Case, ...] = ALL
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.processes}x{self.devices}"
+
+    @property
+    def backend(self) -> str:
+        return self.name.split("-")[0]
+
+
+TORCH, MESH = Engine("torch", 2), Engine("jax-mesh", 1, 4, FEW)
+MIRRORED = Engine("tensorflow-mirrored", 1, 2, FEW)
+SLOW = (
+    Engine("torch", 1),
+    Engine("torch", 4),
+    Engine("jax-mesh", 1, 4),
+    Engine("jax", 2),
+    Engine("jax", 2, 2, FEW),
+    Engine("tensorflow-mirrored", 1, 2),
+    Engine("tensorflow-mirrored", 1, 4, FEW),
+    Engine("tensorflow", 2),
+)
+Results = list[dict[str, np.ndarray[Any, Any]]]
+_found: dict[Engine, Results] = {}
+
+
+def results(engine: Engine, folder: Path) -> Results:
+    """What every process of the engine found; all its cases run in one start of the processes."""
+    require(engine.backend)
+    if engine not in _found:
+        labels = [str(case) for case in engine.cases]
+        command = [WORKER, engine.name, str(folder), str(engine.devices), *labels]
+        run_together(command, engine.processes, folder, LIMIT)
+        files = [np.load(folder / f"{i}.npz") for i in range(engine.processes)]
+        _found[engine] = [dict(file) for file in files]
+    return _found[engine]
+
+
+@functools.cache
+def task_norm(algorithm: str, tasks: int) -> float:
+    """The mean norm of the tasks' gradients, which cancel in their sum."""
+    require("torch")
+    norms = []
+    with use_backend("torch", dtype="float64"):
+        for i in range(tasks):
+            one = tree.map(lambda x, i=i: x[i : i + 1], batch(tasks, "float64"))
+            _, grads = step(algorithm)(one, variables("float64"))
+            norms.append(np.sqrt(sum(float((g**2).sum()) for g in tree.leaves(grads))))
+    return float(np.mean(norms))
+
+
+def worst(found: dict[str, Any], case: Case, one: str, other: dict[str, Any], two: str) -> float:
+    """The largest difference of a gradient, by the mean norm of the tasks' gradients."""
+    start = f"{case}/{one}/grads/"
+    names = [n.removeprefix(start) for n in found if n.startswith(start)]
+    assert len(names) == 4
+    gaps = [np.linalg.norm(found[f"{start}{n}"] - other[f"{case}/{two}/grads/{n}"]) for n in names]
+    return float(max(gaps)) / task_norm(case.algorithm, case.tasks)
+
+
+@pytest.mark.parametrize("engine", [TORCH, MESH, MIRRORED, *map(slow, SLOW)], ids=str)
+def test_sharded_equals_alone(engine: Engine, tmp_path: Path) -> None:
+    processes = results(engine, tmp_path)
+    misses = {}
+    for case in engine.cases:
+        found = processes[0]
+        gap = worst(found, case, "sharded", found, "alone")
+        cost, alone = (found[f"{case}/{how}/cost"] for how in ("sharded", "alone"))
+        if not (gap <= TOLERANCE[case.dtype] and abs(cost / alone - 1) <= TOLERANCE[case.dtype]):
+            misses[str(case)] = (gap, float(cost), float(alone))
+    assert not misses
+    assert worst(processes[0], ONE, "otherwise", processes[0], "alone") <= 1e-12
+    for other in processes[1:]:
+        for name, value in other.items():
+            np.testing.assert_array_equal(processes[0][name], value, err_msg=name)
+
+
+def test_engines_agree(tmp_path: Path) -> None:
+    """What all engines share, such as a rate in the wrong precision, only other ones can see."""
+    engines = (TORCH, MESH, MIRRORED)
+    folders = [tmp_path / str(engine) for engine in engines]
+    for folder in folders:
+        folder.mkdir()
+    first, *others = (results(e, f)[0] for e, f in zip(engines, folders, strict=True))
+    for case in FEW:
+        for other in others:
+            gap = worst(first, case, "sharded", other, "sharded")
+            assert gap <= {"float64": 1e-12, "float32": 2e-6}[case.dtype], case
+
+
+def test_every_case_is_there() -> None:
+    assert len(ALL) == len(ALGORITHMS) * 4 * len(DTYPES)
+
+
+CHECKED = (TORCH, Engine("jax-mesh", 1, 2), Engine("jax", 2), Engine("tensorflow", 2))
+
+
+@pytest.mark.parametrize("engine", [TORCH, *map(slow, CHECKED[1:])], ids=str)
+def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
+    require(engine.backend)
+    command = [CHECKS, engine.name, str(tmp_path), str(engine.devices)]
+    run_together(command, engine.processes, tmp_path, LIMIT)
+    everyone = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(engine.processes)]
+    for found in everyone:
+        assert found["collectives"] == 1
+        assert found["batched"].startswith("InputError: distributed=True divides the tasks")
+        assert found["nan"] == "NonFiniteError: the cost of task 5 is nan."
+        assert found["within a gradient"].startswith("InputError: a distributed step within")
+        assert found["share"] <= 1e-14
+        assert found["within a compiled one"].startswith("InputError: a distributed step within")
+        assert found["still well"] == "nothing raised"
+        if engine.processes > 1:
+            for part in ("process 0 has", "= 0.06", "process 1 has", "= 1.06"):
+                assert part in found["settings"]
+            for part in ("process 0 has", "num_tasks = 6", "process 1 has", "num_tasks = 5"):
+                assert part in found["shapes"]
+        assert found == everyone[0]
