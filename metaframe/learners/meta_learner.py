@@ -268,6 +268,15 @@ class MetaLearner(Wrapper):
 
         Raises:
             InputError: another policy, or a decay out of range.
+
+        >>> import torch
+        >>> from metaframe import MAML
+        >>> from metaframe.tasks import Task
+        >>> maml = MAML(torch.nn.BatchNorm1d(1), inner_steps=2, norm="per-step")
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> maml.collect_statistics(torch.nn.functional.mse_loss, [Task(x, x, x, x)], decay=0.5)
+        >>> maml.statistics["running_mean"].tolist()
+        [[1.0], [1.0], [1.0]]
         """
         if not self.statistics:
             raise InputError(

@@ -135,7 +135,13 @@ _recorder: ContextVar[list[Statistics] | None] = ContextVar("_recorder", default
 
 @contextmanager
 def recorded_statistics() -> Iterator[list[Statistics]]:
-    """The mean and variance of every `batch_norm` inside that took its inputs' own, in order."""
+    """The mean and variance of every `batch_norm` inside that took its inputs' own, in order.
+
+    >>> with recorded_statistics() as found:
+    ...     _ = nn.batch_norm(ops.asarray([[1.0], [3.0]]))
+    >>> [[ops.to_numpy(x).tolist() for x in pair] for pair in found]
+    [[[2.0], [1.0]]]
+    """
     found: list[Statistics] = []
     token = _recorder.set(found)
     try:

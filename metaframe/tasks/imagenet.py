@@ -82,6 +82,10 @@ def load_mini_imagenet(path: str | Path, split: Split = "train", *, size: int = 
             of pickles; says which and what to do.
         MissingDependencyError: Pillow is not installed.
 
+    >>> load_mini_imagenet("/nowhere")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    metaframe.errors.InputError: /nowhere has no train.csv. Get it from https://github.com/...
+
     Sources: Vinyals et al. 2016, arXiv 1606.04080; the split: Ravi and Larochelle, ICLR 2017.
     """
     root, size = Path(path).resolve(), _check_size(size)
@@ -124,6 +128,10 @@ def load_tiered_imagenet(
         InputError: a missing, damaged or unexpected file, one with another checksum, or a folder
             of pickles; says which and what to do.
         MissingDependencyError: Pillow is not installed, which images in folders need.
+
+    >>> load_tiered_imagenet("/nowhere", "test")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    metaframe.errors.InputError: /nowhere has none of test_images.npz, test, test.zip. See https...
 
     Source: Ren et al. 2018, arXiv 1803.00676.
     """
