@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import compile as compile_whole
 from metaframe import (
+    Container,
     fomaml_step,
     inner_loop,
     maml_step,
@@ -18,6 +18,7 @@ from metaframe import (
     tree,
     use_backend,
 )
+from metaframe import compile as compile_whole
 from metaframe.testing.conformance.clause import Bench, Chapter, equal
 from metaframe.testing.conformance.closed_form import (
     RATE,
@@ -201,6 +202,21 @@ for _layout, _batched in LAYOUTS.items():
                 compiles=True,
                 heavy=True,
             )
+
+
+@STEPS.clause("documented")
+def _documented(b: Bench) -> None:
+    """The documented example of maml_step prints its documented numbers."""
+
+    def cost_fn(sub_batch: Any, v: Any) -> Any:
+        return sub_batch.mean().x / v.mean().latent
+
+    batch, variables = b.arr(Container(x=np.array([1.0, 2.0]))), Container(latent=np.ones((2, 1)))
+    found = maml_step(batch, cost_fn, cost_fn, b.arr(variables), 5, 0.01)
+    cost, grads, _ = b.to_np(found)
+    equal(type(grads), Container)
+    # They were printed in float32, and are right to 8 digits.
+    assert_close([cost, grads.latent], [np.array(1.40069818), np.array([-1.13723135])], 2e-7)
 
 
 @STEPS.clause("float32")
