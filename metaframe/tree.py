@@ -355,7 +355,7 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
     [<class 'dict'>, <class 'list'>]
     """
     for spec in specs:
-        if not spec.is_leaf():
+        if spec.type is not None:  # a leaf
             yield spec.type
             yield from node_types(*spec.children())
 

@@ -139,7 +139,7 @@ class MLXBackend(Backend):
                 mx.zeros_like(x) if g is None else g for x, g in zip(xs, found, strict=True)
             )
 
-        rule = mx.custom_function(_flat(forward))
+        rule: Any = mx.custom_function(_flat(forward))
 
         @rule.vjp
         def pull_back(xs: Any, cotangents: Any, outputs: Any) -> list[Array]:
@@ -200,7 +200,7 @@ def _joined(fn: Callable[[Arrays, Arrays], Arrays], count: int) -> ArraysFn:
 
 def _watched(xs: Sequence[Array], reached: list[bool]) -> Arrays:
     """`xs` through an identity that notes when a cotangent comes back to it."""
-    identity = mx.custom_function(lambda *xs: list(xs))
+    identity: Any = mx.custom_function(lambda *xs: list(xs))
 
     @identity.vjp
     def note(primals: Any, cotangents: Any, outputs: Any) -> list[Array]:
