@@ -139,7 +139,7 @@ class MLXBackend(Backend):
                 mx.zeros_like(x) if g is None else g for x, g in zip(xs, found, strict=True)
             )
 
-        rule: Any = mx.custom_function(_flat(forward))
+        rule = mx.custom_function(_flat(forward))
 
         @rule.vjp
         def pull_back(xs: Any, cotangents: Any, outputs: Any) -> list[Array]:
@@ -159,7 +159,7 @@ class MLXBackend(Backend):
             outputs = self.custom_vjp(rows_forward, lambda xs, c: rows_back((*xs, *c)))(rows)
             return list(outputs), [0] * len(outputs)
 
-        return lambda xs: tuple(rule(*xs))
+        return lambda xs: _several(rule(*xs))
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         mapped = mx.vmap(_flat(fn))
@@ -200,7 +200,7 @@ def _joined(fn: Callable[[Arrays, Arrays], Arrays], count: int) -> ArraysFn:
 
 def _watched(xs: Sequence[Array], reached: list[bool]) -> Arrays:
     """`xs` through an identity that notes when a cotangent comes back to it."""
-    identity: Any = mx.custom_function(lambda *xs: list(xs))
+    identity = mx.custom_function(lambda *xs: list(xs))
 
     @identity.vjp
     def note(primals: Any, cotangents: Any, outputs: Any) -> list[Array]:
@@ -208,4 +208,4 @@ def _watched(xs: Sequence[Array], reached: list[bool]) -> Arrays:
         reached.append(True)
         return list(cotangents)
 
-    return tuple(identity(*xs))
+    return _several(identity(*xs))
