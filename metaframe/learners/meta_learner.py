@@ -19,7 +19,7 @@ from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import Execution, MetaResult, TaskMap
+from metaframe.meta import Execution, MetaResult, TaskMap, strategy
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
@@ -251,7 +251,7 @@ class MetaLearner(Wrapper):
         tasks: Task | Sequence[Task],
         *,
         decay: float = 0.9,
-        task_map: TaskMap = "vmap",
+        task_map: TaskMap = "auto",
         chunk_size: int | None = None,
         compiled: bool | None = None,
     ) -> None:
@@ -284,9 +284,9 @@ class MetaLearner(Wrapper):
             )
         if not 0 <= decay <= 1:
             raise InputError(f"decay must be in [0, 1], received {decay!r}.")
-        setting = self._setting(loss_fn)
+        how = strategy(task_map, tuple(self.meta_parameters().values()))
         collect = StatisticsOfTasks(
-            setting, task_map, chunk_size, self._learned is not None, self._flags
+            self._setting(loss_fn), how, chunk_size, self._learned is not None, self._flags
         )
         found = self._run(collect, tasks, compiled)
         old = self.statistics

@@ -12,7 +12,7 @@ from metaframe.inner import StepView
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, Setting, TaskRun
 from metaframe.learners.pure import divided
-from metaframe.meta import TaskMap, map_tasks
+from metaframe.meta import Strategy, map_tasks
 from metaframe.models.per_step import StepStatistics, placed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class StatisticsOfTasks:
     """
 
     setting: Setting
-    task_map: TaskMap
+    task_map: Strategy
     chunk_size: int | None
     learned: bool
     flags: Hashable
