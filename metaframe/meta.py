@@ -19,7 +19,7 @@ from metaframe.errors import InputError
 from metaframe.workers import Share
 
 Strategy = Literal["vmap", "scan", "loop"]
-TaskMap = Literal["auto"] | Strategy
+TaskMap = Literal["auto", Strategy]
 TASK_MAPS = ("auto", "vmap", "scan", "loop")
 
 TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]

@@ -13,6 +13,7 @@ from metaframe.cli.config import RunConfig
 from metaframe.cli.experiment import step_settings
 from metaframe.cli.workloads import SEED, Workload
 from metaframe.learners import MAML
+from metaframe.meta import strategy
 from metaframe.tasks import Task
 from metaframe.training import MetaTrainer
 
@@ -43,7 +44,7 @@ def time_steps(workload: Workload, config: RunConfig, steps: int) -> dict[str, A
         "parameters": sum(int(np.prod(p.shape)) for p in maml.meta_parameters().values()),
         "tasks": len(workload.tasks[0]),
         "inner_steps": config.inner_steps,
-        "task_map": settings.task_map,
+        "task_map": strategy(settings.task_map, tuple(maml.meta_parameters().values())),
         "compiled": settings.for_learner(maml).compiled,
         "steps": steps,
         "first_s": round(first, 3),

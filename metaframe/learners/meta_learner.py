@@ -284,10 +284,9 @@ class MetaLearner(Wrapper):
             )
         if not 0 <= decay <= 1:
             raise InputError(f"decay must be in [0, 1], received {decay!r}.")
-        setting = self._setting(loss_fn)
         how = strategy(task_map, tuple(self.meta_parameters().values()))
         collect = StatisticsOfTasks(
-            setting, how, chunk_size, self._learned is not None, self._flags
+            self._setting(loss_fn), how, chunk_size, self._learned is not None, self._flags
         )
         found = self._run(collect, tasks, compiled)
         old = self.statistics
