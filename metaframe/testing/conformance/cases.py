@@ -78,7 +78,7 @@ class Case:
             moved[k][index] += t
             return float(np.sum(self.weight * self.expected(moved)))
 
-        gradient = np.zeros_like(xs[k])
+        gradient: Values = np.zeros(xs[k].shape)
         for index in np.ndindex(xs[k].shape):
             gradient[index] = slope(functools.partial(along, index=index))
         return gradient

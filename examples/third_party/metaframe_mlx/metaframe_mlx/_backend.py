@@ -139,14 +139,14 @@ class MLXBackend(Backend):
                 mx.zeros_like(x) if g is None else g for x, g in zip(xs, found, strict=True)
             )
 
-        rule = mx.custom_function(_flat(forward))
+        rule: Any = mx.custom_function(_flat(forward))
 
-        @rule.vjp
+        @rule.vjp  # type: ignore[untyped-decorator]
         def pull_back(xs: Any, cotangents: Any, outputs: Any) -> list[Array]:
             del outputs
             return list(transposed(_several(xs), _several(cotangents)))
 
-        @rule.vmap
+        @rule.vmap  # type: ignore[untyped-decorator]
         def mapped(xs: Any, axes: Any) -> tuple[list[Array], list[int]]:
             # By default the mapped function would not know the rule any more.
             pairs = list(zip(_several(xs), _several(axes), strict=True))
@@ -200,9 +200,9 @@ def _joined(fn: Callable[[Arrays, Arrays], Arrays], count: int) -> ArraysFn:
 
 def _watched(xs: Sequence[Array], reached: list[bool]) -> Arrays:
     """`xs` through an identity that notes when a cotangent comes back to it."""
-    identity = mx.custom_function(lambda *xs: list(xs))
+    identity: Any = mx.custom_function(lambda *xs: list(xs))
 
-    @identity.vjp
+    @identity.vjp  # type: ignore[untyped-decorator]
     def note(primals: Any, cotangents: Any, outputs: Any) -> list[Array]:
         del primals, outputs
         reached.append(True)
