@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from distributed_problem import ALGORITHMS, batch, step, variables
+from frameworks import hardly_depends_on_the_backend
 from metaframe import meta_value_and_grad, tree
 from metaframe.distributed import Share
 from metaframe.distributed.agreement import agree, described
@@ -56,6 +57,7 @@ def play(backend: Any, monkeypatch: pytest.MonkeyPatch) -> Call:
     return start
 
 
+@hardly_depends_on_the_backend
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("tasks", [8, 3, 1])
 def test_divided_equals_whole(
@@ -96,6 +98,7 @@ def test_every_task_keeps_its_place(backend: Any, arr: Call, to_np: Call, play: 
     np.testing.assert_allclose(to_np(divided(arr({"w": 0.5}), fine).grads)["w"], expected)
 
 
+@hardly_depends_on_the_backend
 def test_one_buffer_in_single_precision(backend: Any, arr: Call, play: Call) -> None:
     data, v = arr(batch(3, "float32"), "float32"), arr(variables("float32"), "float32")
     played = play(2)
@@ -114,6 +117,7 @@ def test_share(num_tasks: int, share: list[int]) -> None:
     assert two.share(num_tasks) == last
 
 
+@hardly_depends_on_the_backend
 def test_refused(backend: Any, arr: Call, play: Call) -> None:
     data, v = arr(batch(3, "float64")), arr(variables("float64"))
     play(2)
@@ -127,6 +131,7 @@ def test_refused(backend: Any, arr: Call, play: Call) -> None:
         meta_value_and_grad(lambda v, task: v, distributed=Share(8))(v, data)
 
 
+@hardly_depends_on_the_backend
 def test_disagreement_says_where(backend: Any, play: Call) -> None:
     digest, lines = "another", '["settings/lr = 0.2"]'
     told = iter([[digest], [lines]])
