@@ -65,6 +65,9 @@ lint: .venv/.installed
 types: .venv/.installed
 	$(test_python) -m mypy
 
+# The theme advertises its successor at every start unless told not to.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
 docs: .venv/.installed
 	$(test_python) -m mkdocs build --strict
 

@@ -60,7 +60,7 @@ class Backend(Required):
     >>> square = backend.value_and_grad(lambda xs: (xs[0] ** 2, ()))
     >>> value, aux, grads = square((backend.asarray(3.0),))
     >>> value, grads
-    (tensor(9., grad_fn=<PowBackward0>), (tensor(6.),))
+    (tensor(9.), (tensor(6.),))
     """
 
     name: str

@@ -103,7 +103,8 @@ def meta_value_and_grad(
         task axis, of which the first `num_tasks` are used.
 
     Raises:
-        InputError, InputTypeError, UnknownKeyError, NonFiniteError.
+        InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
+        NonFiniteError: with `check_finite`, a cost or gradient that is NaN or infinite.
         DistributedError: the processes do not agree on the variables, the batch or the settings.
 
     >>> import torch

@@ -55,7 +55,7 @@ def apply_updates(params: Params, updates: Params) -> Params:
     """`params + updates`, leaf by leaf.
 
     >>> apply_updates({"w": 1.0, "b": 2.0}, {"w": -0.5, "b": 0.25})
-    {'b': 2.25, 'w': 0.5}
+    {'w': 0.5, 'b': 2.25}
     """
     return tree.map(lambda p, u: p + u, params, updates)
 
@@ -293,7 +293,7 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
 
     >>> import torch
     >>> clip_by_global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
-    {'b': tensor([0.8000]), 'w': tensor([0.6000])}
+    {'w': tensor([0.6000]), 'b': tensor([0.8000])}
     """
     norm = global_norm(grads)
     scale = limit / ops.maximum(norm, limit)

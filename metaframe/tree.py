@@ -18,34 +18,22 @@ public functions flatten once and hand them flat tuples of arrays.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import optree
 
 from metaframe.errors import InputError, UnknownKeyError, nearest
-
-NAMESPACE = "metaframe"
+from metaframe.wrappers import NAMESPACE as NAMESPACE
+from metaframe.wrappers import Inside, adapt_imported_libraries, adapters, is_wrapper
+from metaframe.wrappers import register_wrapper as register_wrapper
+from metaframe.wrappers import unwrapped as unwrapped
+from metaframe.wrappers import wrapped_as as wrapped_as
 
 Tree = Any
 Leaves = tuple[Any, ...]
 TreeSpec = optree.PyTreeSpec
 T = TypeVar("T")
-
-_adapters = {"ivy": "metaframe.interop.ivy"}
-"""Libraries whose containers and arrays become nodes when a user has imported them, and how."""
-
-
-def _adapt_imported_libraries() -> None:
-    for name in tuple(_adapters):
-        library = sys.modules.get(name)
-        # While it is being imported its classes are not there yet.
-        if library is not None and not getattr(library.__spec__, "_initializing", False):
-            adapter = _adapters.pop(name, None)
-            if adapter is not None:  # another thread was faster
-                importlib.import_module(adapter).adapt(library)
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
@@ -57,8 +45,8 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
     >>> unflatten(spec, leaves)
     {'b': 2, 'a': [1, None]}
     """
-    if _adapters:
-        _adapt_imported_libraries()
+    if adapters:
+        adapt_imported_libraries()
     leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
 
@@ -88,7 +76,9 @@ def structure(tree: Tree) -> TreeSpec:
     >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
     True
     """
-    return flatten(tree)[1]
+    if adapters:
+        adapt_imported_libraries()
+    return optree.tree_structure(tree, namespace=NAMESPACE)
 
 
 def is_leaf(node: Tree) -> bool:
@@ -97,9 +87,9 @@ def is_leaf(node: Tree) -> bool:
     >>> is_leaf(1.0), is_leaf({"w": 1.0}), is_leaf(None)
     (True, False, False)
     """
-    if _adapters:
-        _adapt_imported_libraries()
-    return type(node) in _wrappers or optree.tree_is_leaf(node, namespace=NAMESPACE)
+    if adapters:
+        adapt_imported_libraries()
+    return is_wrapper(node) or optree.tree_is_leaf(node, namespace=NAMESPACE)
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -160,7 +150,7 @@ def _one_level(node: Tree) -> tuple[Leaves, TreeSpec]:
 
 def _chains_of(spec: TreeSpec) -> tuple[str, ...]:
     return tuple(
-        "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, _Inside))
+        "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, Inside))
         for accessor in spec.accessors()
     )
 
@@ -283,69 +273,6 @@ def register(
         path_entry_type=optree.MappingEntry,
         namespace=NAMESPACE,
     )
-
-
-class _Inside(optree.PyTreeEntry):
-    """The step from a wrapper to its array, which has no name in a key chain."""
-
-
-class _Wrapper(NamedTuple):
-    unwrap: Callable[[Any], Any]
-    wrap: Callable[[Any], Any]
-
-
-_wrappers: dict[type, _Wrapper] = {}
-
-
-def register_wrapper(
-    cls: type[T], unwrap: Callable[[T], Any], wrap: Callable[[Any], T | Any]
-) -> None:
-    """Make `cls`, another library's class around one array of a framework, transparent.
-
-    Args:
-        unwrap: the array in a `cls`.
-        wrap: the way back. What cannot be wrapped (a placeholder, a name) it returns as it is.
-
-    >>> class Quantity:
-    ...     def __init__(self, value):
-    ...         self.value = value
-    >>> register_wrapper(Quantity, lambda q: q.value, Quantity)
-    >>> leaves({"length": Quantity(2.0)}), key_chains({"length": Quantity(2.0)})
-    ((2.0,), ('length',))
-    >>> map(lambda x: 2 * x, Quantity(2.0)).value
-    4.0
-    """
-    register_node: Any = optree.register_pytree_node
-    register_node(
-        cls,
-        lambda node: ((unwrap(node),), None, (0,)),
-        lambda _, children: wrap(*children),
-        path_entry_type=_Inside,
-        namespace=NAMESPACE,
-    )
-    _wrappers[cls] = _Wrapper(unwrap, wrap)
-
-
-def unwrapped(x: Any) -> Any:
-    """The array in another library's wrapper; anything else as it is.
-
-    >>> unwrapped(2.0)
-    2.0
-    """
-    wrapper = _wrappers.get(type(x))
-    return x if wrapper is None else wrapper.unwrap(x)
-
-
-def wrapped_as(spec: TreeSpec, x: Any) -> Any:
-    """`x` in the wrapper that the first leaf of `spec` is in, if it is in one.
-
-    >>> wrapped_as(structure({"w": 0}), 2.0)
-    2.0
-    """
-    if not _wrappers or not spec.num_leaves:
-        return x
-    first = tuple(spec.accessors()[0])
-    return _wrappers[first[-1].type].wrap(x) if first and isinstance(first[-1], _Inside) else x
 
 
 def node_types(*specs: TreeSpec) -> Iterator[type]:

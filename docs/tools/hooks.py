@@ -37,7 +37,12 @@ def formulas(text: str) -> str:
 
 def _mathml(latex: str, display: str) -> str:
     converted = latex2mathml.converter.convert(latex.replace("\n", " "), display=display)
-    return f'<div class="formula">{converted}</div>' if display == "block" else converted
+    # In a line of text Markdown takes a bare <math> for a block.
+    return (
+        f'<div class="formula">{converted}</div>'
+        if display == "block"
+        else f"<span>{converted}</span>"
+    )
 
 
 def commands() -> str:

@@ -120,6 +120,7 @@ class EarlyStopping(Callback):
         patience: evaluations without an improvement before the run stops, at least 1.
         min_delta: what counts as an improvement, in the metric's unit.
 
+    >>> import numpy as np
     >>> from metaframe.training import Evaluation
     >>> run, watch = Run(None, num_iterations=9, tasks_per_step=4), EarlyStopping(patience=2)
     >>> for loss in (1.0, 1.5, 1.25):

@@ -1,0 +1,103 @@
+"""Other libraries' classes around one array, and which of these libraries are known.
+
+A wrapper is a node with one child, the array, so that functions of leaves see arrays and whatever
+puts a structure together again wraps them. To a reader it is a leaf: the step into it has no name
+in a key chain, and it is chosen or left out as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import optree
+
+NAMESPACE = "metaframe"
+T = TypeVar("T")
+
+adapters = {"ivy": "metaframe.interop.ivy"}
+"""Libraries not yet seen, and the module that makes their classes nodes once a user has imported
+them."""
+
+
+def adapt_imported_libraries() -> None:
+    """Let the adapters of libraries that are imported by now do their work, once."""
+    for name in tuple(adapters):
+        library = sys.modules.get(name)
+        # While it is being imported its classes are not there yet.
+        if library is not None and not getattr(library.__spec__, "_initializing", False):
+            adapter = adapters.pop(name, None)
+            if adapter is not None:  # no other thread was faster
+                importlib.import_module(adapter).adapt(library)
+
+
+class Inside(optree.PyTreeEntry):
+    """The step from a wrapper to its array."""
+
+
+class _Wrapper(NamedTuple):
+    unwrap: Callable[[Any], Any]
+    wrap: Callable[[Any], Any]
+
+
+_wrappers: dict[type, _Wrapper] = {}
+
+
+def register_wrapper(
+    cls: type[T], unwrap: Callable[[T], Any], wrap: Callable[[Any], T | Any]
+) -> None:
+    """Make `cls`, another library's class around one array of a framework, transparent.
+
+    Args:
+        unwrap: the array in a `cls`.
+        wrap: the way back. What cannot be wrapped (a placeholder, a name) it returns as it is.
+
+    >>> from metaframe import tree
+    >>> class Quantity:
+    ...     def __init__(self, value):
+    ...         self.value = value
+    >>> tree.register_wrapper(Quantity, lambda q: q.value, Quantity)
+    >>> tree.leaves({"length": Quantity(2.0)}), tree.key_chains({"length": Quantity(2.0)})
+    ((2.0,), ('length',))
+    >>> tree.map(lambda x: 2 * x, Quantity(2.0)).value
+    4.0
+    """
+    register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
+    register_node(
+        cls,
+        lambda node: ((unwrap(node),), None, (0,)),
+        lambda _, children: wrap(*children),
+        path_entry_type=Inside,
+        namespace=NAMESPACE,
+    )
+    _wrappers[cls] = _Wrapper(unwrap, wrap)
+
+
+def is_wrapper(x: object) -> bool:
+    """Is `x` of a registered class?"""
+    return type(x) in _wrappers
+
+
+def unwrapped(x: Any) -> Any:
+    """The array in another library's wrapper; anything else as it is.
+
+    >>> unwrapped(2.0)
+    2.0
+    """
+    wrapper = _wrappers.get(type(x))
+    return x if wrapper is None else wrapper.unwrap(x)
+
+
+def wrapped_as(spec: optree.PyTreeSpec, x: Any) -> Any:
+    """`x` in the wrapper that the first leaf of `spec` is in, if it is in one.
+
+    >>> from metaframe import tree
+    >>> wrapped_as(tree.structure({"w": 0}), 2.0)
+    2.0
+    """
+    if not _wrappers or not spec.num_leaves:
+        return x
+    first = tuple(spec.accessors()[0])
+    return _wrappers[first[-1].type].wrap(x) if first and isinstance(first[-1], Inside) else x
