@@ -94,7 +94,7 @@ def label(name: str, inputs: Sequence[Values], options: Mapping[str, Any]) -> st
 
 def weights(like: Values, seed: int = 1) -> Values:
     """Random numbers of the shape of `like`."""
-    return np.random.default_rng(seed).normal(size=like.shape)
+    return np.asarray(np.random.default_rng(seed).normal(size=like.shape))
 
 
 def slope(fn: Callable[[float], Any], step: float = STEP) -> Any:
