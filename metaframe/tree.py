@@ -282,7 +282,7 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
     [<class 'dict'>, <class 'list'>]
     """
     for spec in specs:
-        if not spec.is_leaf():
+        if spec.type is not None:  # no leaf
             yield spec.type
             yield from node_types(*spec.children())
 
