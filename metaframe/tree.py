@@ -282,7 +282,7 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
     [<class 'dict'>, <class 'list'>]
     """
     for spec in specs:
-        if spec.type is not None:  # a leaf
+        if spec.type is not None:  # no leaf
             yield spec.type
             yield from node_types(*spec.children())
 
@@ -344,8 +344,6 @@ class Packed:
 
     def unpack(self, arrays: Iterable[Any]) -> Tree:
         """The tree with `arrays` in the places of `self.arrays`."""
-        if len(self.places) == len(self._aside):
-            return unflatten(self._spec, arrays)
         leaves = list(self._aside)
         for i, array in zip(self.places, arrays, strict=True):
             leaves[i] = array
