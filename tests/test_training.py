@@ -319,6 +319,29 @@ def test_a_loss_that_is_not_finite_names_step_and_task(backend: Backend) -> None
         np.testing.assert_array_equal(value, before[name])
 
 
+class SpoiltLater(SinusoidTaskSampler):
+    """The third batch of three tasks, and all after it, have targets that are no numbers."""
+
+    def sample_batch(self, meta_batch_size: int, share: Any = None) -> Task:
+        batch = super().sample_batch(meta_batch_size, share)
+        if self.position <= 6:
+            return batch
+        return Task(batch.support_x, batch.support_y, batch.query_x, batch.query_y * np.nan)
+
+
+@hardly_depends_on_the_backend
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_the_batch_of_a_failed_step_is_not_used_up(backend: Backend, prefetch: bool) -> None:
+    """So that what is saved then goes on with it."""
+    model = nn.mlp([1, 4, 1])
+    maml = MAML((model, model.init(0)), 0.01)
+    runner = MetaTrainer(maml, optim.sgd(0.01), nn.mse, SpoiltLater(seed=0))
+    with pytest.raises(NonFiniteError, match="step 2"):
+        runner.fit(5, 3, prefetch=prefetch)
+    assert runner.step == 2
+    assert runner.state()[1]["sampler"]["position"] == 6
+
+
 def test_a_gradient_that_is_not_finite_names_step_and_task(backend: Backend) -> None:
     def root(prediction: Any, target: Any) -> Any:
         # Its slope at zero is infinite, and times the slope of the square there, 0, it is NaN.

@@ -17,7 +17,7 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
-from metaframe.training.batches import batches, is_restorable
+from metaframe.training.batches import Batch, batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.interrupt import held_interrupt
@@ -166,8 +166,7 @@ class MetaTrainer:
             )
             with self._standing(), source as ahead:
                 for batch in ahead:
-                    self._position = batch.position
-                    self._iterate(run, batch.tasks, watchers, num_tasks)
+                    self._iterate(run, batch, watchers, num_tasks)
                     if eval_every and (run.iteration + 1) % eval_every == 0:
                         self._evaluate_within(run, eval_tasks, watchers)
                     if run.history.stopped:
@@ -234,10 +233,17 @@ class MetaTrainer:
 
     @contextmanager
     def _standing(self) -> Iterator[None]:
-        """Batches are sampled ahead inside; outside the sampler itself says where training is."""
+        """Batches are sampled ahead inside; outside the sampler itself says where training is.
+
+        That is after the last step that was taken: the batch of one that failed comes again.
+        """
+        sampler: Any = self.task_sampler
+        self._position = dict(sampler.state()) if is_restorable(sampler) else None
         try:
             yield
         finally:
+            if self._position is not None:
+                sampler.restore(self._position)
             self._position = None
 
     def _workers(self) -> Workers:
@@ -298,10 +304,11 @@ class MetaTrainer:
         return "the batch as a whole"
 
     def _iterate(
-        self, run: Run, tasks: Task, watchers: Sequence[Callback], num_tasks: int | None
+        self, run: Run, batch: Batch, watchers: Sequence[Callback], num_tasks: int | None
     ) -> None:
         run.iteration += 1
-        run.report = self._advance(tasks, num_tasks)
+        run.report = self._advance(batch.tasks, num_tasks)
+        self._position = batch.position
         run.history.meta_loss.append(run.report.loss)
         for watcher in watchers:
             watcher.on_step(run)
