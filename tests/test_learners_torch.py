@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import slope
 
 import zoo
 from frameworks import require
@@ -17,6 +16,7 @@ from metaframe import ANIL, MAML, MetaSGD, adapt, functional_forward, inner_step
 from metaframe.errors import InputError
 from metaframe.learners import named_buffers
 from metaframe.tasks import Task
+from metaframe.testing.conformance.cases import slope
 
 require("torch")
 import torch  # noqa: E402

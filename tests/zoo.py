@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import slope
 
 from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import use_backend
 from metaframe.tasks import Task
+from metaframe.testing.conformance.cases import slope
 
 Values = dict[str, np.ndarray[Any, Any]]
 NAMES = ("w1", "b1", "w2", "b2")
