@@ -2,9 +2,10 @@
 
     python -m benchmarks.distributed
 
-Measures what the cost model of docs/scaling.md needs: the time of a task, of a step's fixed part
-and of an all-reduce, with torch and gloo over loopback, one thread a process. Then the model is
-compared with whole steps, and workers that are late now and then are simulated.
+Measures what the cost model of docs/scaling.md needs, with torch and gloo over loopback, one thread
+a process: the processor time of a task and of a step's fixed part, and the time of an all-reduce.
+Then the model is compared with a worker's processor time in whole steps (several workers on one
+machine wait for each other), and workers that are late now and then are simulated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.harness import ONE_THREAD
-from metaframe import nn
 
 SEED = 0
 STEPS = 5
+TASKS = (4, 16, 32)
+REPEATS = 5
 ALL_REDUCED = (10_000, 1_000_000)
 """Floats."""
 
@@ -94,12 +96,14 @@ def work(folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with session("torch", timeout=120) as workers, use_backend("torch"):
-        for tasks in (4, 8, 64):
-            found[f"step {tasks}"] = timed(a_step(tasks))
+        for tasks in TASKS:
+            found[f"step {tasks}"] = timed(a_step(tasks), time.process_time)
         if workers.processes > 1:
             for size in ALL_REDUCED:
                 buffer = torch.zeros(size)
-                found[f"reduce {size}"] = timed(lambda b=buffer: dist.all_reduce(b), 20)
+                found[f"reduce {size}"] = timed(
+                    lambda b=buffer: dist.all_reduce(b), time.perf_counter
+                )
     if workers.is_first:
         Path(folder, f"{workers.processes}.json").write_text(json.dumps(found))
 
@@ -110,32 +114,27 @@ def a_step(tasks: int) -> Callable[[], Any]:
     from metaframe import fomaml_step
 
     work = w1(tasks)
-    data = tuple(np.asarray(x, np.float32) for x in work.data)
-    params = work.model.init(SEED)
-
-    def cost(x: Any, y: Any, v: Any) -> Any:
-        return nn.mse(work.model.apply(v, x), y)
-
+    data, params = work.arrays("torch", "float32"), work.params("torch", "float32")
     return lambda: fomaml_step(
         data,
-        lambda task, v: cost(task[0], task[1], v),
-        lambda task, v: cost(task[2], task[3], v),
+        lambda task, v: work.cost(task[:2], v),
+        lambda task, v: work.cost(task[2:], v),
         params,
         STEPS,
-        0.01,
+        work.inner_lr,
         batched="scan",
         distributed=True,
     )
 
 
-def timed(run: Callable[[], Any], times: int = 5) -> float:
+def timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
     """Seconds: the least of several, which others' work on the machine disturbs least."""
     run()
     found = []
-    for _ in range(times):
-        start = time.perf_counter()
+    for _ in range(REPEATS):
+        start = clock()
         run()
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return min(found)
 
 
@@ -154,29 +153,27 @@ def measure(processes: Sequence[int]) -> dict[int, dict[str, float]]:
 def fitted(found: dict[int, dict[str, float]]) -> Costs:
     """The model's constants, from one process and from two."""
     alone, two = found[1], found[2]
-    task = (alone["step 64"] - alone["step 8"]) / 56
+    few, middle, many = TASKS
+    task = (alone[f"step {many}"] - alone[f"step {middle}"]) / (many - middle)
     small, large = (two[f"reduce {size}"] for size in ALL_REDUCED)
     per_byte = max(large - small, 1e-9) / (4 * (ALL_REDUCED[1] - ALL_REDUCED[0]))
     latency = max(small / 2 - 2 * ALL_REDUCED[0] * per_byte, 1e-6)
-    fixed = max(alone["step 8"] - 8 * task, 0.0)
+    fixed = max(alone[f"step {few}"] - few * task, 0.0)
     return Costs(task, fixed, latency, 1 / per_byte)
 
 
-def compare(found: dict[int, dict[str, float]], costs: Costs, cores: int) -> list[dict[str, Any]]:
-    """Whole steps next to the model, in which workers share the cores there are."""
+def compare(found: dict[int, dict[str, float]], costs: Costs) -> list[dict[str, Any]]:
+    """A worker's processor time of whole steps next to the model's, which waits for no one."""
     rows = []
-    size = 4 * (1761 + 64)
     for workers, times in found.items():
-        shared = max(1.0, workers / cores)
-        for tasks in (4, 8, 64):
-            model = replace(costs, task=shared * costs.task, fixed=shared * costs.fixed)
+        for tasks in TASKS:
             measured = times[f"step {tasks}"]
-            expected = model.step(tasks, workers, size)
+            expected = costs.fixed + -(-tasks // workers) * costs.task
             rows.append(
                 {
                     "workers": workers,
                     "tasks": tasks,
-                    "measured ms": 1e3 * measured,
+                    "measured CPU ms": 1e3 * measured,
                     "model ms": 1e3 * expected,
                     "measured / model": measured / expected,
                 }
@@ -222,12 +219,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not options.no_measure:
         found = measure(sorted({1, 2, *options.processes}))
-        costs, cores = fitted(found), len(os.sched_getaffinity(0))
+        costs = fitted(found)
         notes = [
             f"task {1e3 * costs.task:.2f} ms, fixed {1e3 * costs.fixed:.2f} ms, message "
-            f"{1e6 * costs.latency:.0f} us, {costs.bandwidth / 1e9:.2f} GB/s; {cores} cores"
+            f"{1e6 * costs.latency:.0f} us, {costs.bandwidth / 1e9:.2f} GB/s"
         ]
-        rows = compare(found, costs, cores)
+        rows = compare(found, costs)
         report.publish("distributed_measured", "Steps and the model, torch, gloo", rows, notes)
     for name, parameters in (("MLP, 1,761 parameters", 1761), ("ResNet-12, 8M", 8_000_000)):
         about = f"{name}: 4 tasks a worker, 5 ms a task, 10 Gbit/s"

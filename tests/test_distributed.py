@@ -34,17 +34,19 @@ class Engine:
     cases: tuple[Case, ...] = ALL
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.processes}x{self.devices}"
+        few = "" if self.cases == ALL else "-few"
+        return f"{self.name}-{self.processes}x{self.devices}{few}"
 
     @property
     def backend(self) -> str:
         return self.name.split("-")[0]
 
 
-TORCH, MESH = Engine("torch", 2), Engine("jax-mesh", 1, 4, FEW)
+TORCH, MESH = Engine("torch", 2, 1, FEW), Engine("jax-mesh", 1, 4, FEW)
 MIRRORED = Engine("tensorflow-mirrored", 1, 2, FEW)
 SLOW = (
     Engine("torch", 1),
+    Engine("torch", 2),
     Engine("torch", 4),
     Engine("jax-mesh", 1, 4),
     Engine("jax", 2),
@@ -102,7 +104,8 @@ def test_sharded_equals_alone(engine: Engine, tmp_path: Path) -> None:
         if not (gap <= TOLERANCE[case.dtype] and abs(cost / alone - 1) <= TOLERANCE[case.dtype]):
             misses[str(case)] = (gap, float(cost), float(alone))
     assert not misses
-    assert worst(processes[0], ONE, "otherwise", processes[0], "alone") <= 1e-12
+    if engine.cases == ALL:
+        assert worst(processes[0], ONE, "otherwise", processes[0], "alone") <= 1e-12
     for other in processes[1:]:
         for name, value in other.items():
             np.testing.assert_array_equal(processes[0][name], value, err_msg=name)
@@ -125,10 +128,10 @@ def test_every_case_is_there() -> None:
     assert len(ALL) == len(ALGORITHMS) * 4 * len(DTYPES)
 
 
-CHECKED = (TORCH, Engine("jax-mesh", 1, 2), Engine("jax", 2), Engine("tensorflow", 2))
+CHECKED = (Engine("torch", 2), Engine("jax-mesh", 1, 2), Engine("jax", 2), Engine("tensorflow", 2))
 
 
-@pytest.mark.parametrize("engine", [TORCH, *map(slow, CHECKED[1:])], ids=str)
+@pytest.mark.parametrize("engine", list(map(slow, CHECKED)), ids=str)
 def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
     require(engine.backend)
     command = [CHECKS, engine.name, str(tmp_path), str(engine.devices)]

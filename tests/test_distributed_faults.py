@@ -34,7 +34,7 @@ SAID = {
 
 @pytest.mark.parametrize(
     ("backend_name", "fault"),
-    [case if case == ("torch", "raise") else slow(*case) for case in SAID],
+    [slow(*case) for case in SAID],
 )
 def test_the_survivor_ends(backend_name: str, fault: str, tmp_path: Path) -> None:
     require(backend_name)

@@ -1,7 +1,7 @@
-"""Hugging Face Accelerate starts the processes, metaframe shares the tasks among them.
+"""Hugging Face Accelerate joins the processes, metaframe shares the tasks among them.
 
     pip install accelerate
-    accelerate launch --cpu --num_processes 2 examples/cluster/with_accelerate.py
+    torchrun --nproc-per-node 2 examples/cluster/with_accelerate.py
 
 Do not hand the model to `accelerator.prepare`: it would wrap it in DDP, whose hooks see
 `backward()` alone.
