@@ -112,7 +112,11 @@ class CompileError(MetaframeError, RuntimeError):
 
 
 class DistributedError(MetaframeError, RuntimeError):
-    """Another process failed, is gone, does not answer, or does not run the same program."""
+    """Another process failed, is gone, does not answer, or does not run the same program.
+
+    >>> isinstance(DistributedError("process 1 failed"), RuntimeError)
+    True
+    """
 
 
 class CheckpointError(MetaframeError, ValueError):

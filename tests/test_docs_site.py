@@ -20,8 +20,9 @@ from metaframe.cli.app import cli
 REFERENCE = ROOT / "docs" / "reference"
 PUBLIC = (
     "metaframe",
-    *(f"metaframe.{name}" for name in ("errors", "interop", "learners", "models", "nn", "ops")),
-    *(f"metaframe.{name}" for name in ("optim", "tasks", "testing", "training", "tree")),
+    *(f"metaframe.{name}" for name in ("distributed", "errors", "interop", "learners", "models")),
+    *(f"metaframe.{name}" for name in ("nn", "ops", "optim", "tasks", "testing", "training")),
+    *(f"metaframe.{name}" for name in ("testing.conformance", "tree")),
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

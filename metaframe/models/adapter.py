@@ -56,7 +56,11 @@ class Inputs:
 
 
 class BatchNorm(NamedTuple):
-    """What the arrays of a batch normalisation are called in the state and the parameters."""
+    """What the arrays of a batch normalisation are called in the state and the parameters.
+
+    >>> BatchNorm("bn.running_mean", "bn.running_var", "bn.weight", "bn.bias").scale
+    'bn.weight'
+    """
 
     mean: str
     var: str

@@ -50,6 +50,10 @@ class ImageClasses:
             have them.
         split: which split it is.
         sha256: of the names and contents of all files that were read, in hexadecimal digits.
+
+    >>> images, labels = np.zeros((2, 84, 84, 3), "uint8"), np.array([0, 1])
+    >>> ImageClasses(images, labels, ("cat", "dog"), "test", sha256="").class_split.test
+    (0, 1)
     """
 
     images: np.ndarray[Any, np.dtype[np.uint8]]
