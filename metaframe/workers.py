@@ -32,6 +32,9 @@ class Place:
         peers: "host:port" of every process, for an engine that wants to know them all; may be
             empty for the others.
         timeout: seconds after which a process that does not answer is given up.
+
+    >>> Place(1, 2, 1, address="node0:29500", peers=(), timeout=300).processes
+    2
     """
 
     process: int
@@ -47,6 +50,9 @@ class Share:
     """Says that a batch holds one process's part of `num_tasks` tasks, as `Workers.share` gives it.
 
     For `distributed=` where drawing or placing the whole batch in every process costs too much.
+
+    >>> Share(num_tasks=32).num_tasks
+    32
     """
 
     num_tasks: int
@@ -60,6 +66,11 @@ class Workers(abc.ABC):
         process: which process this is, from 0.
         processes: processes in all.
         agreed: digests of what the processes found equal.
+
+    >>> from metaframe.distributed import session
+    >>> with session("torch") as workers:
+    ...     workers.processes, workers.is_first, workers.share(3)
+    (1, True, [0, 1, 2])
     """
 
     def __init__(self, count: int = 1, process: int = 0, processes: int = 1) -> None:

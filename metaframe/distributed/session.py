@@ -56,12 +56,20 @@ def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ)
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Is this the process that writes files and reports? Also if it runs alone."""
+    """Is this the process that writes files and reports? Also if it runs alone.
+
+    >>> is_first({"RANK": "0"}), is_first({"RANK": "1"}), is_first({})
+    (True, False, True)
+    """
     return int(environment.get("RANK", "0")) == 0
 
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Did torchrun start this process after others failed, to go on where they were?"""
+    """Did torchrun start this process after others failed, to go on where they were?
+
+    >>> is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}), is_restarted({})
+    (True, False)
+    """
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -83,6 +91,10 @@ def session(backend: str | None = None, *, timeout: float = TIMEOUT) -> Iterator
     Raises:
         DistributedError: another process failed, is gone or does not answer.
         BackendError: no backend, or one without an engine; or an incomplete environment.
+
+    >>> with session("torch") as workers:
+    ...     workers.processes
+    1
     """
     here, chosen = place(timeout), _chosen(backend)
     if here is None:

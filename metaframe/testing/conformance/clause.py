@@ -71,7 +71,13 @@ def on_the_bench(backend: Backend) -> Iterator[Bench]:
 
 @dataclass(frozen=True)
 class Clause:
-    """One promise and its check."""
+    """One promise and its check.
+
+    >>> from metaframe.testing.conformance import CLAUSES
+    >>> clause = next(c for c in CLAUSES if c.id == "arrays/devices")
+    >>> clause.promise
+    'Every device that is listed takes arrays, `on_cpu` knows it; another is a BackendError.'
+    """
 
     id: str
     promise: str

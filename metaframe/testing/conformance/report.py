@@ -74,7 +74,11 @@ def gaps(backend: Backend) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The outcome of `check_backend`; `str` makes it a text."""
+    """The outcome of `check_backend`; `str` makes it a text.
+
+    >>> print(ConformanceReport("mine", kept=("vmap/sum",), broken={}, gaps={}, closed=()))
+    backend 'mine' keeps 1 of 1 clauses: conforms
+    """
 
     backend: str
     kept: tuple[str, ...]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class ConformanceSuite:
     """Subclass it with the name of a backend, and pytest runs every clause as a test of its own.
 
-        class TestMLX(ConformanceSuite):
-            backend = "mlx"
+    >>> class TestMLX(ConformanceSuite):
+    ...     backend = "mlx"
 
     The ids are those of the clauses: `pytest -k "vmap"`. A gap that the backend declares in
     `conformance_gaps` is a strict expected failure with its reason. Without the framework the tests
