@@ -124,7 +124,7 @@ class ModelAdapter(NamedParameters):
     >>> from metaframe.models import adapter_of
     >>> adapter = adapter_of(torch.nn.Linear(2, 1))
     >>> values = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
-    >>> adapter.call(values, {}, Forward(), (torch.tensor([[1.0, 2.0]]),), {})[0].item()
+    >>> adapter.call(values, {}, Inputs((torch.tensor([[1.0, 2.0]]),)))[0].item()
     3.0
     """
 
