@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from frameworks import BACKENDS, compiles_on_torch, require
+from frameworks import BACKENDS, require, slow
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -26,7 +26,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@compiles_on_torch
+@pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
 def test_digits(backend_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = example("digits").main(["--backend", backend_name, "--quick"])
     before, after = found.curve[0], found.curve[-1]

@@ -10,7 +10,7 @@ import pytest
 
 import metaframe
 import zoo
-from frameworks import slow
+from frameworks import hardly_depends_on_the_backend, slow
 from metaframe import (
     CAVIA,
     MAML,
@@ -144,6 +144,7 @@ def test_first_order_before_its_epoch(model: Any, backend: Backend) -> None:
             )
 
 
+@hardly_depends_on_the_backend
 def test_more_steps_than_rates_take_the_last(model: Any, backend: Backend) -> None:
     maml = MAMLPlusPlus(model, LR, 1, multi_step_epochs=10)
     task = metaframe.tree.map(backend.asarray, zoo.tasks()[0])
@@ -206,6 +207,7 @@ def test_curvature_of_a_convolution(arr: Any, to_np: Any) -> None:
     np.testing.assert_allclose(last, expected.transpose(2, 3, 1, 0), rtol=0, atol=1e-12)
 
 
+@hardly_depends_on_the_backend
 def test_curvature_starts_at_maml(model: Any, backend: Backend) -> None:
     found = MetaCurvature(model, LR, STEPS).meta_value_and_grad(nn.mse, zoo.tasks())
     expected = zoo.meta_cost(zoo.weights(), RATES, STEPS, zoo.tasks())
@@ -247,10 +249,7 @@ def test_implicit_gradient_at_the_solution(model: Any, check: Check) -> None:
 
 @pytest.mark.parametrize(
     "library",
-    [
-        library if library.id in ("keras", "tf_module") else slow(library)
-        for library in zoo.LIBRARIES
-    ],
+    [library if library.id == "keras" else slow(library) for library in zoo.LIBRARIES],
     ids=lambda library: library.id,
 )
 def test_implicit_gradient_of_every_library(library: zoo.Library) -> None:

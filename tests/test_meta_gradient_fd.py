@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frameworks import BACKENDS
+from frameworks import BACKENDS, hardly_depends_on_the_backend
 from meta_problems import (
     OPTIMIZERS,
     MetaProblem,
@@ -87,6 +87,7 @@ def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("smooth")
+@hardly_depends_on_the_backend  # `test_backends_agree.py` compares the other two with torch
 @pytest.mark.parametrize("steps", [1, *(pytest.param(k, marks=SLOW) for k in (2, 5))])
 def test_conv4_with_batch_statistics(backend: Any, arr: Call, steps: int) -> None:
     problem = classification()

@@ -165,7 +165,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_compute_their_formula(backend: Backend, name: str, dtype: str) -> None:
     model, formula, shape = MODELS[name]

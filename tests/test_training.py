@@ -200,6 +200,7 @@ def test_parameters_of_the_reference() -> None:
     assert History().eval_loss == []
 
 
+@hardly_depends_on_the_backend
 def test_fit_records_and_calls_back(backend: Backend) -> None:
     seen: list[tuple[int, float]] = []
     runner = trainer(learner(backend))
@@ -413,6 +414,7 @@ def by_the_authors_code(steps: int, epoch: int, epochs: int) -> list[float]:
     return [*first, min(1.0 / steps + epoch * (steps - 1) * fall, 1.0 - (steps - 1) * least)]
 
 
+@hardly_depends_on_the_backend
 def test_training_anneals_the_multi_step_loss(backend: Backend) -> None:
     maml = MAMLPlusPlus(
         zoo.pair(zoo.weights(), backend.name), RATE, 3, learn_rates=False, multi_step_epochs=4
@@ -429,6 +431,7 @@ def test_training_anneals_the_multi_step_loss(backend: Backend) -> None:
     assert len(set(np.round(losses, 12))) == 5
 
 
+@hardly_depends_on_the_backend
 def test_training_anneals_the_order_and_a_resumed_one_too(backend: Backend) -> None:
     def annealed() -> MAMLPlusPlus:
         pair = zoo.pair(zoo.weights(), backend.name)

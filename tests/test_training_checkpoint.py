@@ -75,6 +75,7 @@ def test_resume_is_exact(backend: Backend, tmp_path: Path, wrapper: Any) -> None
     same(whole, second)
 
 
+@hardly_depends_on_the_backend
 def test_a_checkpoint_in_the_middle_of_a_run_knows_its_tasks(
     backend: Backend, tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_another_format_is_refused() -> None:
         decode(other[:at] + _digest(other, at) + other[at + 64 :])
 
 
+@hardly_depends_on_the_backend
 def test_last_and_best_are_kept(backend: Backend, tmp_path: Path) -> None:
     del backend
     tasks = SinusoidTaskSampler(seed=0, split="validation").sample(5)
@@ -265,6 +267,7 @@ class Interrupted(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@hardly_depends_on_the_backend
 def test_ctrl_c_ends_after_the_step_and_saves(backend: Backend, tmp_path: Path) -> None:
     del backend
     before = signal.getsignal(signal.SIGINT)

@@ -15,6 +15,7 @@ import pytest
 
 import metaframe
 import zoo
+from frameworks import hardly_depends_on_the_backend
 from metaframe import MAML, nn, ops, optim
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import InputError
@@ -87,6 +88,7 @@ class _Fixed:
         return zoo.tasks(meta_batch_size)
 
 
+@hardly_depends_on_the_backend
 def test_metrics_are_the_history(backend: Backend, tmp_path: Path) -> None:
     del backend
     runner = trainer(metric=lambda p, y: ops.max(ops.abs(p - y)))
@@ -141,6 +143,7 @@ def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     assert "step 3: validation loss" in lines[-1]
 
 
+@hardly_depends_on_the_backend
 def test_permuted_labels_leave_nothing_to_know_before_adaptation(
     backend: Backend,
 ) -> None:

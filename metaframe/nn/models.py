@@ -108,8 +108,11 @@ def conv4(
 
     Finn, Abbeel and Levine, 2017, arXiv 1703.03400.
 
-    >>> model = nn.conv4(ways=5, channels=8)
-    >>> model.apply(model.init(0), ops.zeros((2, 28, 28, 1))).shape == (2, 5)
+    >>> model = nn.conv4(ways=5, channels=8, image_size=16)
+    >>> v = model.init(0)
+    >>> v.block4.kernel.shape == (3, 3, 8, 8), v.head.w.shape == (8, 5)
+    (True, True)
+    >>> model.apply(v, ops.zeros((1, 16, 16, 1))).shape == (1, 5)
     True
     """
     if min(ways, channels, in_channels, image_size, context + 1) < 1 or pooling not in POOLINGS:
