@@ -169,7 +169,7 @@ def test_context_of_a_convolutional_model() -> None:
 
 
 WRONG = [
-    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, mini"),
+    (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
     (["train", "--backend", "jaxx"], "Did you mean 'jax'? There are jax, tensorflow, torch"),
     (["train", "--iner-lr", "1"], "--inner-lr"),
@@ -197,6 +197,7 @@ def test_mistakes_say_what_is_meant_and_what_exists(
     captured = capsys.readouterr()
     assert says in " ".join(captured.err.split())
     assert captured.out == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_by_accident(

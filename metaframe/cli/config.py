@@ -41,7 +41,7 @@ class RunConfig:
     data: str | None = setting(None, "Folder with the data set's files.")
     parts: tuple[str, ...] = setting((), "Parts of the data set to train and test on.")
     held_out: tuple[str, ...] = setting(
-        (), "Omniglot: alphabets to test on; default: a random split of the characters."
+        (), "omniglot, folder: alphabets or folders to test on; default: a random split."
     )
     protocol: Protocol = setting(
         "random", "Omniglot: test on random tasks, or on the 20 official one-shot runs."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from metaframe.backend import load_backend
+from metaframe.cli import tables
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
@@ -62,7 +63,9 @@ def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         UsageError: there is a run in it already.
+        UsageError, InputError: the data set cannot be used; the folder stays as it is.
     """
+    tables.check_tasks(config)
     if not is_first() or (is_restarted() and (folder / CONFIG).exists()):
         return
     if (folder / CONFIG).exists():

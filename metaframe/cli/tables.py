@@ -15,9 +15,11 @@ from metaframe.tasks import (
     FewShotSampler,
     ImageClasses,
     IndexedSampler,
+    LabelledImages,
     SinusoidTaskSampler,
     Task,
     digits_sampler,
+    load_image_folder,
     load_mini_imagenet,
     load_omniglot,
     load_tiered_imagenet,
@@ -78,10 +80,7 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         classes = ClassSplit(train=tuple(range(len(data.characters))))
     if config.held_out:
         classes = data.split_alphabets(config.held_out)
-    if config.eval_every and not classes.validation:
-        # Never the classes that are tested on: every tenth of the others.
-        train, held = classes.train, classes.train[::10]
-        classes = ClassSplit(tuple(c for c in train if c not in held), held, classes.test)
+    classes = _with_validation(classes, config)
     return FewShotSampler(
         data.images,
         data.labels,
@@ -93,6 +92,41 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         rotations=True,
         seed=seed,
     )
+
+
+def _with_validation(classes: ClassSplit, config: RunConfig) -> ClassSplit:
+    """With classes to validate on, never those that are tested on: every tenth of the others."""
+    if classes.validation or not config.eval_every:
+        return classes
+    train, held = classes.train, classes.train[::10]
+    return ClassSplit(tuple(c for c in train if c not in held), held, classes.test)
+
+
+def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    if config.data is None:
+        raise UsageError("dataset folder needs its files: --data FOLDER, with one for each class.")
+    data = _folder_of_images(config.data)
+    classes = data.own_split or data.split_classes()
+    if config.held_out:
+        classes = data.hold_out(config.held_out)
+    return FewShotSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        split=split,
+        classes=_with_validation(classes, config),
+        seed=seed,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _folder_of_images(path: str) -> LabelledImages:
+    """The images of a folder, all read, so that a broken one ends no run within."""
+    data = load_image_folder(path)
+    data.images.verify()
+    return data
 
 
 def _imagenet(
@@ -141,6 +175,19 @@ def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
     if config.dataset != "omniglot":
         raise UsageError(f"protocol runs is for omniglot, received dataset={config.dataset}.")
     return _official_runs(config)
+
+
+def check_tasks(config: RunConfig) -> None:
+    """The data set's files are there, and have the classes and examples that tasks need.
+
+    Raises:
+        UsageError, InputError: they do not.
+    """
+    source = dataset(config.dataset)
+    source.sampler(config, "train", config.seed)
+    if config.eval_every:
+        source.sampler(config, "validation", config.eval_seed)
+    test_tasks(config)
 
 
 def _omniglot_model(config: RunConfig) -> nn.Model:
@@ -193,6 +240,13 @@ DATASETS = {
     "tiered-imagenet": Dataset(
         "photographs of 608 classes, unlike between splits; needs --data with npz files or folders",
         functools.partial(_imagenet, load_tiered_imagenet),
+        _imagenet_model,
+        convolutional=True,
+        defaults=_AS_MAML,
+    ),
+    "folder": Dataset(
+        "images of your own; needs --data with a folder for each class, also within others",
+        _folder,
         _imagenet_model,
         convolutional=True,
         defaults=_AS_MAML,

@@ -7,11 +7,15 @@ from metaframe.tasks.digits import load_digits as load_digits
 from metaframe.tasks.few_shot import ClassSplit as ClassSplit
 from metaframe.tasks.few_shot import FewShotSampler as FewShotSampler
 from metaframe.tasks.few_shot import split_classes as split_classes
+from metaframe.tasks.image_dataset import load_image_dataset as load_image_dataset
+from metaframe.tasks.image_folder import load_image_folder as load_image_folder
 from metaframe.tasks.imagenet import ImageClasses as ImageClasses
 from metaframe.tasks.imagenet import load_mini_imagenet as load_mini_imagenet
 from metaframe.tasks.imagenet import load_tiered_imagenet as load_tiered_imagenet
 from metaframe.tasks.interval import Estimate as Estimate
 from metaframe.tasks.interval import mean_and_ci95 as mean_and_ci95
+from metaframe.tasks.labelled import LabelledImages as LabelledImages
+from metaframe.tasks.lazy import LazyImages as LazyImages
 from metaframe.tasks.omniglot import Omniglot as Omniglot
 from metaframe.tasks.omniglot import OneShotRun as OneShotRun
 from metaframe.tasks.omniglot import load_omniglot as load_omniglot

@@ -25,15 +25,19 @@ class Source:
     Attributes:
         url: named by every error.
         max_bytes: of one file, so that a small archive cannot fill the memory.
+        remedy: what to do about a bad file; default: download it again.
     """
 
     url: str
     max_bytes: int
+    remedy: str = ""
 
     @property
     def again(self) -> str:
         """What to do about a bad file."""
-        return f"The file is damaged or incomplete; download it again from {self.url}."
+        return (
+            self.remedy or f"The file is damaged or incomplete; download it again from {self.url}."
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def _read_member(archive: zipfile.ZipFile, location: Path, name: str, source: So
 def _check_bytes(where: str, size: int, source: Source) -> None:
     if size > source.max_bytes:
         raise InputError(
-            f"{where}: {size} bytes, no official file has over {source.max_bytes}. {source.again}"
+            f"{where}: {size} bytes, expected at most {source.max_bytes}. {source.again}"
         )
 
 

@@ -7,9 +7,8 @@ import hashlib
 import io
 import math
 import re
-import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaframe.errors import InputError
-from metaframe.tasks._checks import MissingDependencyError
 from metaframe.tasks._files import Files, Source, read_file, reporting
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+from metaframe.tasks._pictures import Pixels, decoder
 
 CHECKSUMS = "SHA256SUMS"
 KEYS = ("images", "labels")
@@ -32,7 +29,6 @@ MINI = Source(
 )
 TIERED = Source("https://github.com/renmengye/few-shot-ssl-public", 32 * 2**20)
 
-_LARGEST_SIDE = 8192
 _LARGEST_ARRAY = 20 * 2**30
 """Bytes; the 448,695 training images of tieredImageNet have half of that."""
 _FILENAME = re.compile(r"[\w-][\w.-]*\.(?:jpe?g|png)", re.IGNORECASE)
@@ -157,7 +153,7 @@ def read_folders(files: Files, size: int, checksums: Checksums, root: Path) -> L
 def _load(
     files: Files, names: list[str], size: int, checksums: Checksums, root: Path, source: Source
 ) -> Pixels:
-    decode = _decoder(size)
+    decode = decoder("ImageNet", size)
     images = np.empty((len(names), size, size, 3), np.uint8)
     folder = Path(files.where)
     for image, name in zip(images, names, strict=True):
@@ -167,37 +163,6 @@ def _load(
         with reporting(f"{files.where}, {name}", source):
             image[...] = decode(data)
     return images
-
-
-def _decoder(size: int) -> Callable[[bytes], Pixels]:
-    """JPEG or PNG bytes to `(size, size, 3)`, by Lanczos' filter as MAML's authors do."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingDependencyError("ImageNet", "Pillow", "pip install pillow") from None
-
-    def decode(data: bytes) -> Pixels:
-        with warnings.catch_warnings(), Image.open(_header_checked(data)) as picture:
-            colours = picture.convert("RGB")
-        if colours.size != (size, size):
-            colours = colours.resize((size, size), Image.Resampling.LANCZOS)
-        pixels: Pixels = np.asarray(colours)
-        return pixels
-
-    def _header_checked(data: bytes) -> io.BytesIO:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            try:
-                # Reads the header alone.
-                with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-                    width, height = picture.size
-            except Image.DecompressionBombError as error:
-                raise ValueError(str(error)) from error
-        if max(width, height) > _LARGEST_SIDE:
-            raise ValueError(f"{width}x{height} pixels, expected at most {_LARGEST_SIDE} a side")
-        return io.BytesIO(data)
-
-    return decode
 
 
 def read_arrays(folder: Path, stem: str, checksums: Checksums) -> Labelled:

@@ -15,6 +15,7 @@ import numpy as np
 
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks import _checks
+from metaframe.tasks.lazy import LazyImages
 from metaframe.tasks.sampling import SPLITS, IndexedSampler, Split, division_rng, permutation
 from metaframe.tasks.task import Task
 
@@ -132,6 +133,7 @@ class FewShotSampler(IndexedSampler):
     Args:
         images: `(N, ...)`, for rotations `(N, S, S)` or `(N, S, S, C)`. uint8 becomes
             floating in [0, 1] (divided by 255), booleans 0 and 1; floats are taken as they are.
+            `LazyImages` are read as tasks ask for them.
         labels: `(N,)` integers or strings.
         ways, shots, queries: classes a task, and support and query examples a class.
         split: which classes are used, and which stream of tasks.
@@ -156,7 +158,7 @@ class FewShotSampler(IndexedSampler):
 
     def __init__(
         self,
-        images: np.ndarray[Any, Any],
+        images: np.ndarray[Any, Any] | LazyImages,
         labels: Iterable[Label],
         *,
         ways: int = 5,
@@ -230,8 +232,9 @@ class FewShotSampler(IndexedSampler):
 
 def _check_examples(
     images: Any, labels: Iterable[Label], rotations: bool
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    pictures, names = np.asarray(images), _as_labels(labels)
+) -> tuple[np.ndarray[Any, Any] | LazyImages, np.ndarray[Any, Any]]:
+    pictures = images if isinstance(images, LazyImages) else np.asarray(images)
+    names = _as_labels(labels)
     if pictures.dtype.kind not in "fb" and pictures.dtype != np.uint8:
         raise InputTypeError(
             f"images must be floating, uint8 or boolean, received dtype {pictures.dtype}. Scale "

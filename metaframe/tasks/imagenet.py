@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from metaframe.errors import InputError
-from metaframe.tasks import _checks
 from metaframe.tasks._files import locate, open_files
 from metaframe.tasks._imagenet_files import (
     CHECKSUMS,
@@ -29,13 +28,12 @@ from metaframe.tasks._imagenet_files import (
     read_list,
     read_listed,
 )
+from metaframe.tasks._pictures import check_size
 from metaframe.tasks.few_shot import ClassSplit
 from metaframe.tasks.sampling import Split, check_split
 
 STEMS = {"train": "train", "validation": "val", "test": "test"}
 """What the files call our splits."""
-
-_LARGEST_SIZE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def load_mini_imagenet(path: str | Path, split: Split = "train", *, size: int = 
 
     Sources: Vinyals et al. 2016, arXiv 1606.04080; the split: Ravi and Larochelle, ICLR 2017.
     """
-    root, size = Path(path).resolve(), _check_size(size)
+    root, size = Path(path).resolve(), check_size(size)
     stem = STEMS[check_split(split)]
     file = root / f"{stem}.csv"
     if not file.is_file():
@@ -139,7 +137,7 @@ def load_tiered_imagenet(
 
     Source: Ren et al. 2018, arXiv 1803.00676.
     """
-    root, size = Path(path).resolve(), _check_size(size)
+    root, size = Path(path).resolve(), check_size(size)
     stem = STEMS[check_split(split)]
     candidates = [root / f"{stem}_images.npz", root / stem, root / f"{stem}.zip"]
     location = next((c for c in candidates if c.exists()), None)
@@ -188,10 +186,3 @@ def _pickles(root: Path) -> str:
 
 def _stamp(*files: Path) -> tuple[int | None, ...]:
     return tuple(file.stat().st_mtime_ns if file.exists() else None for file in files)
-
-
-def _check_size(size: int) -> int:
-    size = _checks.integer("size", size, 1)
-    if size > _LARGEST_SIZE:
-        raise InputError(f"size must be at most {_LARGEST_SIZE}, received size={size}.")
-    return size
