@@ -20,10 +20,12 @@ from metaframe.errors import InputError, UnknownKeyError
 from metaframe.tasks import (
     FewShotSampler,
     MissingDependencyError,
+    Omniglot,
     load_omniglot,
     one_shot_runs,
 )
 from metaframe.tasks._omniglot_files import SIDE, reduce_ink
+from metaframe.tasks.sampling import SPLITS
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -194,6 +196,69 @@ def test_alphabets_are_held_out_whole(tmp_path, small1):
         data.images, data.labels, ways=4, queries=3, split="test", classes=split, rotations=True
     )
     assert sampler.task(0).query_x.shape == (12, 28, 28, 1)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Omniglot:
+    """As many characters as there are, each drawn twice, as its number in a corner."""
+    characters = tuple(f"alphabet{i // 33:02d}/character{i % 33 + 1:02d}" for i in range(1623))
+    drawings = np.zeros((2 * 1623, 2, 2, 1))
+    labels = np.repeat(np.arange(1623), 2)
+    drawings[:, 0, 0, 0] = labels
+    return Omniglot(drawings, labels, characters)
+
+
+def test_the_published_division_of_characters(whole):
+    """1200 characters to train with, of which 100 to validate, and 423 to test."""
+    split = whole.split_characters()
+    parts = [split[name] for name in SPLITS]
+    assert [len(part) for part in parts] == [1100, 100, 423]
+    assert sorted(itertools.chain(*parts)) == list(range(1623))
+    for part in parts:  # at random, whatever the alphabet
+        alphabets = {whole.characters[label].partition("/")[0] for label in part}
+        assert len(alphabets) > 40
+
+
+@pytest.mark.parametrize(
+    ("seed", "validation", "test"),
+    [
+        (0, (41, 62, 67, 82, 120, 122), (27, 28, 29, 32, 37, 38, 39, 48)),
+        (1, (7, 9, 40, 41, 81, 94), (8, 10, 14, 15, 20, 25, 27, 31)),
+    ],
+)
+def test_the_division_of_characters_is_fixed_by_its_seed(whole, seed, validation, test):
+    """Published results name it by its seed, so it never changes."""
+    split = whole.split_characters(seed)
+    assert (split.validation[:6], split.test[:8]) == (validation, test)
+    assert sum(split.test) == {0: 350599, 1: 350145}[seed]
+    assert split == whole.split_characters(seed)
+
+
+def test_other_parts_are_divided_in_proportion(whole):
+    part = Omniglot(whole.images[:200], whole.labels[:200], whole.characters[:100])
+    split = part.split_characters()
+    assert [len(split[name]) for name in SPLITS] == [60, 20, 20]
+
+
+def test_rotations_stay_in_the_split_of_their_character(whole):
+    split = whole.split_characters()
+    for name in SPLITS:
+        sampler = FewShotSampler(
+            whole.images,
+            whole.labels,
+            ways=40,
+            queries=1,
+            split=name,
+            classes=split,
+            rotations=True,
+        )
+        assert sampler.num_classes == 4 * len(split[name])
+        corners = set()
+        for task in sampler.sample(20):
+            numbers = task.query_x.max((1, 2, 3)).astype(int)
+            assert set(numbers) <= set(split[name])
+            corners |= {tuple(x) for x in np.argwhere(task.query_x[..., 0])[:, 1:].tolist()}
+        assert len(corners) == 4, "all four rotations occur"
 
 
 # -- runs ----------------------------------------------------------------------------------
