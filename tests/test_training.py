@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -179,23 +178,7 @@ def test_metric_is_reported_next_to_the_loss(backend: Backend) -> None:
     assert last.transductive.mean > last.loss.mean
 
 
-def test_parameters_of_the_reference() -> None:
-    documented = {
-        MetaTrainer: ["maml", "meta_optimizer", "loss_fn", "task_sampler"],
-        MetaTrainer.meta_step: ["self", "tasks"],
-        MetaTrainer.fit: [
-            *("self", "num_iterations", "meta_batch_size"),
-            *("eval_every", "eval_tasks", "callback"),
-        ],
-        MetaTrainer.evaluate: ["self", "tasks"],
-    }
-    for function, names in documented.items():
-        parameters = inspect.signature(function).parameters
-        assert list(parameters)[: len(names)] == names
-    fit = inspect.signature(MetaTrainer.fit).parameters
-    for name in ("eval_every", "eval_tasks", "callback"):
-        assert fit[name].default is None
-        assert fit[name].kind is inspect.Parameter.KEYWORD_ONLY
+def test_a_history_begins_empty() -> None:
     assert History().meta_loss == []
     assert History().eval_loss == []
 
