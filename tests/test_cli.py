@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from frameworks import hardly_depends_on_the_backend
-from metaframe import nn, ops
+from metaframe import MetaTrainer, nn, ops, optim
 from metaframe.cli import main, plots
 from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
@@ -166,6 +166,26 @@ def test_context_of_a_convolutional_model() -> None:
     assert learner.config.names == ("context",)
     assert "film/w" in learner.meta_parameters()
     assert np.abs(ops.to_numpy(shifted - plain)).max() > 1e-3
+
+
+def test_the_flags_of_clipping_reach_the_optimizer() -> None:
+    flags = {"backend": "torch", "compiled": False, "width": 4, "precision": "float64"}
+    limits = {"clip_norm": 0.05, "clip_value": 0.01}
+    found = []
+    with selected(config := resolve({**flags, **limits})):
+        by_hand = Experiment(resolve(flags))
+        clipped = optim.clipped(optim.adam(config.outer_lr), norm=0.05, value=0.01)
+        for trainer in (
+            Experiment(config).trainer,
+            MetaTrainer(by_hand.learner, clipped, nn.mse, by_hand.sampler("train")),
+            Experiment(resolve(flags)).trainer,
+        ):
+            for _ in range(3):
+                trainer.meta_step(by_hand.sampler("train").sample(4))
+            values = trainer.maml.meta_parameters()
+            found.append(np.concatenate([ops.to_numpy(x).ravel() for x in values.values()]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
+    assert np.abs(found[0] - found[2]).max() > 1e-6
 
 
 WRONG = [

@@ -82,6 +82,77 @@ def test_a_step_is_gradient_descent_on_the_meta_cost(backend: Backend, compiled:
         assert np.abs(found[name] - (value - OUTER * slopes[name])).max() <= OUTER * scale * 1e-10
 
 
+def by_hand(grads: zoo.Values, norm: float | None, value: float | None) -> zoo.Values:
+    """Elements first, then the norm of all of them together."""
+    if value is not None:
+        grads = {n: np.minimum(np.maximum(g, -value), value) for n, g in grads.items()}
+    length = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    if norm is not None and length > norm:
+        grads = {n: g * (norm / length) for n, g in grads.items()}
+    return grads
+
+
+@pytest.mark.parametrize("settings", [{"norm": 0.05}, {"norm": 50.0}, {"value": 0.02}, "both"])
+def test_clipping_of_the_outer_gradient(backend: Backend, settings: Any) -> None:
+    """What the trainer takes off is the clipped gradient of the meta-cost."""
+    limits = {"norm": 0.05, "value": 0.02} if settings == "both" else settings
+    v, maml = zoo.weights(), learner(backend)
+    slopes = zoo.differences(lambda at: zoo.meta_cost(at, rates(), 2, zoo.tasks()), v)
+    clipped = by_hand(slopes, limits.get("norm"), limits.get("value"))
+    changed = max(np.abs(clipped[n] - slopes[n]).max() for n in v)
+    assert (changed > 1e-2) == (limits.get("norm") != 50.0)
+    optimizer = optim.clipped(optim.sgd(OUTER), **limits)
+    loss = trainer(maml, optimizer, settings=StepSettings(compiled=False)).meta_step(zoo.tasks())
+    assert loss == pytest.approx(zoo.meta_cost(v, rates(), 2, zoo.tasks()), rel=1e-12)
+    found = zoo.PAIRS[backend.name].canonical(maml.meta_parameters(), backend)
+    for name, value in v.items():
+        np.testing.assert_allclose(found[name], value - OUTER * clipped[name], atol=1e-10)
+
+
+TASKS = 7
+CHUNKS = [1, 2, 3, 6, 7, 100]
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "chunk_size", "compiled"),
+    [
+        *(("torch", size, False) for size in CHUNKS),
+        slow("torch", 3, True),
+        *(
+            (name, size, True) if (name, size) == ("jax", 3) else slow(name, size, True)
+            for name in ("jax", "tensorflow")
+            for size in CHUNKS
+        ),
+        *(slow(name, 3, False) for name in ("jax", "tensorflow")),
+    ],
+    indirect=["backend_name"],
+)
+def test_tasks_in_chunks_change_nothing(backend: Backend, chunk_size: int, compiled: bool) -> None:
+    """Beyond rounding: neither what is trained nor what is measured."""
+    found, calls = [], []
+    for chunk in (None, chunk_size):
+        count = 0
+
+        def counted(prediction: Any, target: Any) -> Any:
+            nonlocal count
+            count += 1
+            return nn.mse(prediction, target)
+
+        how = StepSettings(task_map="vmap", chunk_size=chunk, compiled=compiled)
+        maml = learner(backend)
+        runner = MetaTrainer(maml, optim.adam(1e-2), counted, Fixed(), settings=how)
+        history = runner.fit(3, TASKS)
+        calls.append(count)
+        measured = evaluate(maml, nn.mse, zoo.tasks(TASKS), steps=2, settings=how)
+        found.append({**numbers(maml, backend), "measured": measured.losses})
+        found[-1]["meta_loss"] = np.array(history.meta_loss)
+    whole, parted = found
+    for name, value in whole.items():
+        np.testing.assert_allclose(parted[name], value, rtol=1e-12, atol=1e-14, err_msg=name)
+    # The cost is called for every chunk, and in compiled form for those of each size.
+    assert (calls[1] > calls[0]) == (chunk_size < TASKS)
+
+
 def test_evaluation_follows_the_adaptation(backend: Backend) -> None:
     tasks = zoo.tasks(5)
     found = evaluate(learner(backend), nn.mse, tasks, steps=3)
