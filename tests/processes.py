@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import signal
 import subprocess
@@ -81,3 +82,40 @@ def run_together(command: Sequence[str], processes: int, folder: Path, limit: fl
     each = environments(processes) if processes > 1 else [{}]
     with running(command, each, folder) as found:
         assert codes(found, limit) == [0] * processes, logs(folder)
+
+
+class Terminal:
+    """A command of metaframe in a pseudo-terminal."""
+
+    def __init__(self, *args: str, cwd: Path | None = None) -> None:
+        import pty
+
+        self._screen, inside = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "metaframe.cli", *args],
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            cwd=cwd,
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.shown = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def expect(self, text: str) -> None:
+        """Read until `text` is shown."""
+        while text not in self.shown:
+            try:
+                self.shown += self._decode(os.read(self._screen, 4096))
+            except OSError:  # the command has ended
+                raise AssertionError(f"{text!r} never came:\n{self.shown}") from None
+
+    def wait(self) -> int:
+        """Read to the end; the exit code."""
+        with suppress(OSError):
+            while data := os.read(self._screen, 4096):
+                self.shown += self._decode(data)
+        os.close(self._screen)
+        return self.process.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from metaframe.cli.presets import PRESETS
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
+from processes import Terminal
 
 QUICK = [
     *("--iterations", "4", "--meta-batch-size", "2", "--eval-every", "2"),
@@ -340,41 +340,6 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
     assert done.stdout.startswith("mean squared error before adaptation: ")
     assert "step 4: loss" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-
-
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, *args: str) -> None:
-        import pty
-
-        self._screen, inside = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "metaframe.cli", *args],
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "150"},
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-        )
-        os.close(inside)
-        self.shown = ""
-
-    def expect(self, text: str) -> None:
-        """Read until `text` is shown."""
-        while text not in self.shown:
-            try:
-                self.shown += os.read(self._screen, 4096).decode(errors="replace")
-            except OSError:  # the command has ended
-                raise AssertionError(f"{text!r} never came:\n{self.shown}") from None
-
-    def wait(self) -> int:
-        """Read to the end; the exit code."""
-        with contextlib.suppress(OSError):
-            while data := os.read(self._screen, 4096):
-                self.shown += data.decode(errors="replace")
-        os.close(self._screen)
-        return self.process.wait()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
