@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metaframe.backend import use_backend
@@ -43,7 +43,6 @@ def sampler_of(numbered, **settings) -> FewShotSampler:
 # -- what a task consists of ---------------------------------------------------------------
 
 
-@settings(max_examples=50)
 @given(
     ways=st.integers(1, CLASSES),
     shots=st.integers(1, 5),

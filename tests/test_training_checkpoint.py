@@ -185,7 +185,6 @@ DTYPES = ("float16", "float32", "float64", "int8", "int32", "int64", "uint8", "u
     ),
     layout=st.sampled_from(("as it is", "transposed", "reversed", "strided", "fortran")),
 )
-@hypothesis.settings(max_examples=100)
 def test_every_layout_keeps_its_values(x: np.ndarray[Any, Any], layout: str) -> None:
     odd = {
         "as it is": lambda: x,
