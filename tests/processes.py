@@ -17,6 +17,9 @@ from metaframe.distributed.launch import environments
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [str(ROOT), str(ROOT / "backends"), str(ROOT / "tests")]
 
+LIMIT = 300
+"""Seconds that `run` waits."""
+
 Process = subprocess.Popen[bytes]
 
 
@@ -82,6 +85,43 @@ def run_together(command: Sequence[str], processes: int, folder: Path, limit: fl
     each = environments(processes) if processes > 1 else [{}]
     with running(command, each, folder) as found:
         assert codes(found, limit) == [0] * processes, logs(folder)
+
+
+def run(command: Sequence[str], **own: str) -> str:
+    """Run Python with these arguments, which must succeed within `LIMIT`; what it said."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment({"JAX_ENABLE_X64": "1", **own}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    finally:
+        _end(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and theirs."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 class Terminal:

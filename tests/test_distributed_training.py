@@ -16,7 +16,7 @@ import pytest
 
 from frameworks import require, slow
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
-from processes import environment
+from processes import LIMIT, descendants, environment, run
 
 RUN = [
     *("--iterations", "6", "--meta-batch-size", "5", "--eval-every", "3", "--validation-tasks"),
@@ -26,49 +26,11 @@ RUN = [
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 LAUNCH = ("-m", "metaframe.cli", "launch", "--processes")
 CLI = ("-m", "metaframe.cli")
-LIMIT = 300
 
 
 def on(backend_name: str) -> list[str]:
     """Flags for the backend: torch takes longer to compile than to run a few steps."""
     return [*RUN, "--backend", backend_name, *(["--no-compiled"] * (backend_name == "torch"))]
-
-
-def run(command: Sequence[str], **own: str) -> str:
-    """Run Python with these arguments, which must succeed; what it said."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=environment({"JAX_ENABLE_X64": "1", **own}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT)
-    finally:
-        _end(process)
-    assert process.returncode == 0, output
-    return output
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that `pid` started, and theirs."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, path.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
 
 
 def last(folder: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from frameworks import BACKENDS, require, slow
+from metaframe import MAML, MetaTrainer, optim
+from metaframe.tasks import SinusoidTaskSampler
+from processes import run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -72,3 +75,44 @@ def test_omniglot(backend_name: str, omniglot_dir: Path) -> None:
     found = example("omniglot").main(options)
     assert abs(found.curve[0].mean - 0.2) < 0.04
     assert found.curve[-1].mean - found.curve[-1].ci95 > 0.22
+
+
+# The library, and how two processes of its example are started.
+CLUSTER = {
+    "with_fabric": ("lightning_fabric", (), ("--processes", "2")),
+    "with_accelerate": (
+        "accelerate",
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        (),
+    ),
+    "with_ray": ("ray", (), ("--processes", "2")),
+}
+
+
+def test_every_example_for_a_cluster_is_run() -> None:
+    assert set(CLUSTER) == {path.stem for path in (EXAMPLES / "cluster").glob("*.py")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLUSTER)
+def test_started_by_other_libraries(name: str) -> None:
+    """Two processes end at the loss that one process ends at, whoever starts them."""
+    require("torch")
+    library, starter, flags = CLUSTER[name]
+    pytest.importorskip(library, reason=f"{library} is optional, for examples/cluster/{name}.py")
+    said = run(
+        [*starter, str(EXAMPLES / "cluster" / f"{name}.py"), *flags, "--iterations", "5"],
+        RAY_USAGE_STATS_ENABLED="0",
+    )
+    found = re.findall(r"loss (\d+\.\d+) with 2 processes", said)
+    assert len(found) == 1, said
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1))
+    loss_fn = torch.nn.functional.mse_loss
+    alone = MetaTrainer(
+        MAML(model, inner_lr=0.01), optim.adam(1e-3), loss_fn, SinusoidTaskSampler(seed=0)
+    )
+    expected = alone.fit(5, meta_batch_size=5).meta_loss[-1]
+    assert float(found[0]) == pytest.approx(expected, rel=1e-5)
