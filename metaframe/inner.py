@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
+from metaframe.errors import InputError
 from metaframe.update import update_rule
 
 Cost = Callable[..., Array]
@@ -181,6 +182,8 @@ class InnerLoop:
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
             return (*after, *state, *(i + 1 for i in index), *total)
 
+        if steps and self._recomputes:
+            self._check_repeatable(self._context_of(*index))
         carry = (*start, *self._state.arrays, *index)
         if observe is not None and steps:
             # The first step runs outside the loop, so that the totals start from values and not
@@ -226,6 +229,26 @@ class InnerLoop:
         else:
             rule = modes.mixed(self._backend, self._gradient, self._apply, self._scaled_cost)
         return lambda params, state, context: (*rule(params, state, context), None)
+
+    def _check_repeatable(self, context: Arrays) -> None:
+        """What is not among a step's arguments is lost when it is run again to be differentiated.
+
+        Raises:
+            InputError: it is, and the framework would not say so.
+        """
+        start, state = self._start, self._state.arrays
+
+        def first_step(xs: Arrays) -> Arrays:
+            params, state_, context_, _ = modes.split(xs, (len(start), len(state), len(context)))
+            after, state_, _ = self._plain_step(params, state_, context_)
+            return (*after, *state_)
+
+        if found := self._backend.hidden_inputs(first_step, (*start, *state, *context)):
+            raise InputError(
+                f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
+                f"the inner cost {found}. Make it an argument, in the variables or the batch, or "
+                'use mode="reverse".'
+            )
 
     def _plain_step(
         self, params: Arrays, state: Arrays, context: Arrays

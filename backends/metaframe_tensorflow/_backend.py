@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
@@ -132,6 +133,12 @@ class TensorFlowBackend(Backend):
             return list(forward(xs)), pull_back
 
         return lambda xs: tuple(rule(*xs))
+
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        found = fn(tuple(map(self.stop_gradient, xs)))
+        if record.should_record_backprop(list(found)):
+            return "depends on a tensor that it closes over, whose gradient would be lost"
+        return ""
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:
