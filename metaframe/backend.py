@@ -222,10 +222,18 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
             )
         else:
             floating = np.asarray(x).dtype.kind == "f"
-            result.append(
-                backend.asarray(x, selection.dtype if floating else None, selection.device)
-            )
+            array = backend.asarray(x, selection.dtype if floating else None, selection.device)
+            result.append(array if floating else _kept(np.asarray(x), array, backend))
     return tuple(result)
+
+
+def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array:
+    dtype = backend.dtype_name(array)
+    if dtype != values.dtype.name and not np.array_equal(values.astype(dtype), values):
+        raise InputError(
+            f"received {values.dtype} with values that {backend.name}'s {dtype} cannot hold."
+        )
+    return array
 
 
 def current_selection() -> Selection | None:

@@ -114,6 +114,10 @@ class Backend(Required):
     def devices(self) -> tuple[str, ...]:
         """The names `device=` accepts here."""
 
+    def device_of(self, x: Array) -> str:
+        """Which of `devices` `x` lies on."""
+        return str(x.device)
+
     @abc.abstractmethod
     def on_cpu(self, x: Array) -> bool:
         """Does work on `x` run on a CPU? For a traced array: unless it is told otherwise."""

@@ -177,8 +177,11 @@ def cost_ignores_variables() -> None:
     )
 
 
-def finite(costs: Array, backend: Backend) -> None:
-    """Every task's cost is finite; the error names the first task whose cost is not."""
+def finite(costs: Array, backend: Backend, *, tiled: bool = False) -> None:
+    """Every task's cost is finite; the error names the first task whose cost is not.
+
+    With `tiled`, `costs` is the mean over all tasks, which only their cost function has seen.
+    """
     if backend.is_traced(costs):
         raise InputError(
             "check_finite looks at values, which do not exist yet inside a compiled or transformed "
@@ -188,7 +191,8 @@ def finite(costs: Array, backend: Backend) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         index = int(bad[0])
-        raise NonFiniteError(f"the cost of task {index} is {values[index]}.")
+        whose = "the mean cost of all tasks" if tiled else f"the cost of task {index}"
+        raise NonFiniteError(f"{whose} is {values[index]}.")
 
 
 def finite_leaves(grads: tree.Tree, backend: Backend) -> None:

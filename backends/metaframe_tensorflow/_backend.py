@@ -84,6 +84,9 @@ class TensorFlowBackend(Backend):
             for device in tf.config.list_logical_devices()
         )
 
+    def device_of(self, x: Array) -> str:
+        return str(x.device).rpartition("/device:")[2]
+
     def on_cpu(self, x: Array) -> bool:
         # In a tf.function a tensor has no device yet; it goes to an accelerator if there is one.
         return "CPU" in x.device if x.device else not tf.config.list_logical_devices("GPU")

@@ -89,6 +89,9 @@ class TorchBackend(Backend):
             found.append("mps")
         return ("cpu", *found)
 
+    def device_of(self, x: Array) -> str:
+        return "mps" if x.device.type == "mps" else str(x.device)  # there is one, without a number
+
     def on_cpu(self, x: Array) -> bool:
         return bool(x.device.type == "cpu")
 

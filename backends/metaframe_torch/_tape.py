@@ -18,15 +18,16 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from metaframe.backend import Array, Arrays, ArraysFn
 
 
-def recordable(mapped: ArraysFn, one_by_one: ArraysFn) -> ArraysFn:
-    """What `mapped` computes, with the derivatives of `one_by_one`, which computes the same."""
+def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
+    """The values of `quick` with the derivatives of `exact`, which computes the same."""
 
     def call(xs: Arrays) -> Arrays:
-        if inside_a_gradient():
-            return one_by_one(xs)
-        if not torch.is_grad_enabled() or _transforming():
-            return mapped(xs)
-        found = mapped(detached(xs))
+        if transforming():
+            return exact(xs) if inside_a_gradient() else quick(xs)
+        if not torch.is_grad_enabled():
+            return quick(xs)
+        taped = any(x.requires_grad for x in xs)
+        found = quick(detached(xs) if taped else xs)
         if any(y.requires_grad for y in found):
             warnings.warn(
                 "a function of one task uses tensors that require grad and are not among its "
@@ -34,11 +35,11 @@ def recordable(mapped: ArraysFn, one_by_one: ArraysFn) -> ArraysFn:
                 "pass them as variables, or call this under torch.no_grad().",
                 stacklevel=2,
             )
-            return one_by_one(xs)
-        if not any(x.requires_grad for x in xs):
+            return exact(xs)
+        if not taped:
             return found
         apply: Any = _Recorded.apply
-        return tuple(apply(one_by_one, found, *xs))
+        return tuple(apply(exact, found, *xs))
 
     return call
 
@@ -47,8 +48,8 @@ class _Recorded(torch.autograd.Function):
     """Results that are there already; whoever goes back through them computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, one_by_one: ArraysFn, found: Arrays, *xs: Array) -> Arrays:
-        ctx.one_by_one = one_by_one
+    def forward(ctx: Any, exact: ArraysFn, found: Arrays, *xs: Array) -> Arrays:
+        ctx.exact = exact
         ctx.save_for_backward(*xs)
         ctx.mark_non_differentiable(*(y for y in found if not y.is_floating_point()))
         ctx.set_materialize_grads(False)
@@ -65,7 +66,7 @@ class _Recorded(torch.autograd.Function):
                 for x, needed in zip(xs, ctx.needs_input_grad[2:], strict=True)
                 if needed
             ]
-            pairs = zip(ctx.one_by_one(xs), cotangents, strict=True)
+            pairs = zip(ctx.exact(xs), cotangents, strict=True)
             used = [(y, c) for y, c in pairs if c is not None and y.requires_grad]
             grads = torch.autograd.grad(
                 [y for y, _ in used],
@@ -96,5 +97,6 @@ def records(x: Array) -> bool:
     return bool(x.requires_grad)
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
+    """Is a transform of torch.func or a trace active?"""
     return torch._C._functorch.peek_interpreter_stack() is not None or get_proxy_mode() is not None

@@ -175,8 +175,10 @@ def assert_compiled_once(fn: Callable[..., Any]) -> None:
 
 
 def _changes(signatures: Sequence[tuple[Any, ...]]) -> Iterable[str]:
-    (first_spec, *first), *others = signatures
-    for i, (spec, *kinds) in enumerate(others, start=2):
+    (first_spec, first_selection, *first), *others = signatures
+    for i, (spec, selection, *kinds) in enumerate(others, start=2):
+        if selection != first_selection:
+            yield f"  program {i}: another selection: {selection}, not {first_selection}"
         if spec != first_spec:
             yield f"  program {i}: the arguments have another structure: {spec}, not {first_spec}"
             continue
