@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -101,9 +102,23 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         trained(maml, _torch_adam(other), 1)
 
 
-def test_a_schedule_is_for_our_optimizers() -> None:
-    require("torch")
-    maml = MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1)
-    runner = MetaTrainer(maml, _torch_adam(maml), nn.mse, Fixed(), schedule=lambda step: 0.1)
+@pytest.mark.parametrize(("name", "make"), [("torch", _torch_adam), ("equinox", _optax_adam)])
+def test_a_schedule_is_for_our_optimizers(name: str, make: Callable[[MAML], Any]) -> None:
+    library = BY_ID[name]
+    require(library.backend)
+    maml = MAML(library.build(zoo.weights()), 0.1, 1)
+    runner = MetaTrainer(maml, make(maml), nn.mse, Fixed(), schedule=lambda step: 0.1)
     with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())
+
+
+def test_a_schedule_is_not_ignored_by_another_pair() -> None:
+    """Neither optax's nor anyone else's: such a pair has nowhere to put a rate."""
+    require("torch")
+    ours = optim.sgd(0.1)
+    pair = types.SimpleNamespace(init=ours.init, update=lambda g, s, p: ours.update(g, s, p))
+    maml = MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1)
+    runner = MetaTrainer(maml, pair, nn.mse, Fixed(), schedule=lambda step: 0.0)
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
+        runner.meta_step(zoo.tasks())
+    assert runner.step == 0

@@ -167,7 +167,7 @@ class _PureStep:
         self._maml = maml
         self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
-        ours = isinstance(optimizer, optim.Optimizer)
+        self._ours = ours = isinstance(optimizer, optim.Optimizer)
 
         def step(
             gradient: MetaGradient,
@@ -185,6 +185,8 @@ class _PureStep:
         self._run = compile(step) if compiled else step
 
     def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
+        if not self._ours:
+            _refuse_rate(rate)
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
@@ -240,11 +242,7 @@ class _NativeStep:
         self._run = compile(step) if compiled else step
 
     def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
-        if rate is not None:
-            raise InputError(
-                "schedule= is for optimizers of metaframe.optim made without a learning rate. "
-                "Schedule a framework's own optimizer by its own means, in a callback."
-            )
+        _refuse_rate(rate)
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
@@ -259,6 +257,15 @@ class _NativeStep:
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         self._optimizer.restore(arrays, plain)
+
+
+def _refuse_rate(rate: float | None) -> None:
+    if rate is not None:
+        raise InputError(
+            "schedule= is for optimizers of metaframe.optim made without a learning rate. Schedule "
+            "another optimizer by its own means: optax by a schedule in the place of the rate, a "
+            "framework's own optimizer in a callback."
+        )
 
 
 def on_host(x: Array, backend: Backend) -> np.ndarray[Any, Any]:
