@@ -261,6 +261,52 @@ def test_last_and_best_are_kept(backend: Backend, tmp_path: Path) -> None:
     assert runner.evaluate(tasks) == best
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Path:
+    """A folder in which a run of six steps kept its last two checkpoints and its best one."""
+    require("torch")
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch", dtype="float64"):
+        saver = Checkpoints(tmp_path, every=2, keep=2)
+        trainer().fit(6, 3, eval_every=3, eval_tasks=tasks, callbacks=[saver])
+    assert len(contents(tmp_path)) == 3
+    return tmp_path
+
+
+def test_a_folder_with_later_checkpoints_is_refused(used: Path) -> None:
+    before = contents(used)
+    with use_backend("torch", dtype="float64"):
+        runner = trainer()
+        with pytest.raises(InputError, match=r"later steps, such as step-00000006\.safe.* step 0"):
+            runner.fit(3, 3, callbacks=[Checkpoints(used, every=1, keep=1)])
+        assert runner.step == 0
+        assert contents(used) == before
+        load_checkpoint(latest_checkpoint(used), runner)
+        runner.fit(1, 3, callbacks=[Checkpoints(used, every=1, keep=2)])
+    assert [int(f.stem[5:]) for f in checkpoint_files(used)] == [6, 7]
+    assert contents(used)["best.safetensors"] == before["best.safetensors"]
+
+
+def test_what_another_run_left_is_not_lost(used: Path) -> None:
+    """Another run than the one that starts here after more steps than the folder knows."""
+    before = contents(used)
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch", dtype="float64"):
+        other = trainer(seed=1)
+        other.fit(10, 3)
+        saver = Checkpoints(used, every=1, keep=1)
+        other.fit(3, 3, eval_every=1, eval_tasks=tasks, callbacks=[saver])
+    after = contents(used)
+    assert after["best.1.safetensors"] == before.pop("best.safetensors")
+    assert {name: after[name] for name in before} == before
+    assert [int(f.stem[5:]) for f in checkpoint_files(used)] == [4, 6, 13]
+    assert read_checkpoint(used / "best.safetensors").step > 10
+
+
 class Interrupted(Callback):
     def on_step(self, run: Run) -> None:
         if run.trainer.step == 3:

@@ -11,6 +11,7 @@ process that dies in the middle leaves the previous checkpoint as it was.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -268,6 +269,12 @@ class Checkpoints(Callback):
     """Keeps the last few checkpoints of a run, and the best one, in a folder.
 
     Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
+    The best is the one whose evaluation had the highest metric, without one the lowest loss.
+
+    A folder is of one run, which goes on in it from its last checkpoint. Another run's files are
+    left alone: a run does not start where there are checkpoints of later steps than its trainer's,
+    removes only what it saved or goes on from, and a best one that it does not go on from is kept
+    as best.1.safetensors and so on.
 
     Args:
         folder: made if it does not exist.
@@ -276,7 +283,8 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range; in `fit`, before the first step, a folder with
+            checkpoints of later steps.
 
     >>> import tempfile
     >>> import torch
@@ -310,13 +318,28 @@ class Checkpoints(Callback):
         self._keep = keep
         self._config = dict(config or {})
         self._best = -np.inf
+        self._own: set[Path] = set()
 
     def on_start(self, run: Run) -> None:
-        """Remove what a killed process left behind, and remember how good the best one is."""
-        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+        """Look at what there is: does this run go on from it, and how good is the best one?"""
+        found, step = checkpoint_files(self.folder), run.trainer.step
+        if found and found[-1] > self._path(step):
+            raise InputError(
+                f"{self.folder} has checkpoints of later steps, such as {found[-1].name}, and this "
+                f"run starts after step {step}. To go on from there, call "
+                "load_checkpoint(latest_checkpoint(folder), trainer) before fit; otherwise name "
+                "another folder, or move those files away."
+            )
+        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
-        if (self.folder / BEST).exists():
-            self._best = float(read_checkpoint(self.folder / BEST).config["merit"])
+        if self._path(step) in found:
+            self._own.update(found)
+        best = self.folder / BEST
+        if best.exists() and self._own:
+            self._best = float(read_checkpoint(best).config["merit"])
+        elif best.exists():
+            taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
+            best.rename(next(path for path in taken if not path.exists()))
 
     def on_step(self, run: Run) -> None:
         """Save when it is time."""
@@ -337,8 +360,11 @@ class Checkpoints(Callback):
             self._save(run.trainer)
 
     def _save(self, trainer: MetaTrainer) -> None:
-        save_checkpoint(self._path(trainer.step), trainer, self._config)
-        for old in checkpoint_files(self.folder)[: -self._keep]:
+        path = self._path(trainer.step)
+        save_checkpoint(path, trainer, self._config)
+        self._own.add(path)
+        mine = [file for file in checkpoint_files(self.folder) if file in self._own]
+        for old in mine[: -self._keep]:
             old.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
