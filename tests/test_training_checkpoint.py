@@ -235,6 +235,50 @@ def test_what_does_not_fit_is_refused(backend: Backend, tmp_path: Path) -> None:
         save_checkpoint(path, trainer(), {"model": object()})
 
 
+@hardly_depends_on_the_backend
+def test_what_is_refused_changes_nothing(backend: Backend, tmp_path: Path) -> None:
+    def with_sgd(seed: int = 1, sampler_seed: int = 0) -> MetaTrainer:
+        other = trainer(seed, sampler_seed)
+        return MetaTrainer(other.maml, optim.momentum(0.1), nn.mse, other.task_sampler)
+
+    def moved(runner: MetaTrainer) -> dict[str, Any]:
+        arrays, plain = runner.state()
+        return {**{name: x.tobytes() for name, x in arrays.items()}, "plain": str(plain)}
+
+    del backend
+    one = trainer()
+    one.fit(2, 3)
+    save_checkpoint(tmp_path / "c", one)
+    one.fit(1, 3)
+    for other, says in (
+        (with_sgd(), "another optimizer"),
+        (trainer(seed=1, sampler_seed=1), "this sampler has seed=1"),
+    ):
+        other.fit(1, 3)
+        before = moved(other)
+        with pytest.raises((CheckpointError, InputError), match=says):
+            load_checkpoint(tmp_path / "c", other)
+        assert moved(other) == before
+
+
+def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
+    class Odd(SinusoidTaskSampler):
+        def state(self) -> dict[str, Any]:
+            return {**super().state(), "seen": {1, 2}}
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        other = trainer()
+        odd = MetaTrainer(other.maml, optim.sgd(0.1), nn.mse, Odd(seed=0))
+        with pytest.raises(InputError, match=r"the sampler's state\(\) must be plain JSON .* set"):
+            save_checkpoint(tmp_path / "c", odd)
+        with pytest.raises(InputError, match="a checkpoint's config must be plain JSON"):
+            save_checkpoint(tmp_path / "c", other, {"model": object()})
+    with pytest.raises(InputError, match="the optimizer's settings must be plain JSON"):
+        encode(Checkpoint({}, {"step": 0, "optimizer": {"lr": {0.1}}}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_format_is_refused() -> None:
     data = encode(SMALL)
     other = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')

@@ -24,7 +24,7 @@ import numpy as np
 from metaframe import checks
 from metaframe.errors import CheckpointError, InputError
 from metaframe.training.callbacks import Callback, Run, merit
-from metaframe.training.trainer import MetaTrainer
+from metaframe.training.trainer import MetaTrainer, checked_parameters
 
 if TYPE_CHECKING:
     from metaframe.learners.meta_learner import MetaLearner
@@ -148,10 +148,8 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     >>> torch.equal(other.module.weight, trained.maml.module.weight)
     True
     """
-    from metaframe.training.trainer import restore_parameters
-
     checkpoint = read_checkpoint(path)
-    restore_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])
+    checked_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])()
     return checkpoint
 
 
@@ -176,6 +174,13 @@ def encode(checkpoint: Checkpoint) -> bytes:
     """The bytes of a checkpoint file."""
     from safetensors.numpy import save
 
+    for what, value in _plain_parts(checkpoint).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{what} must be plain JSON values to be in a checkpoint: {error}."
+            ) from error
     content = {
         "format": FORMAT,
         "backend": checkpoint.backend,
@@ -183,15 +188,19 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "config": checkpoint.config,
         "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
     }
-    try:
-        text = json.dumps(content, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"a checkpoint's config must be plain JSON values: {error}.") from error
+    text = json.dumps(content, sort_keys=True)
     arrays = {name: _in_c_order(x) for name, x in checkpoint.arrays.items()}
     data = save(arrays, {"metaframe": text, "sha256": "0" * _DIGEST})
     at = _digest_at(data)
     assert at is not None, "the header has the place of the digest"
     return data[:at] + _digest(data, at) + data[at + _DIGEST :]
+
+
+def _plain_parts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its user, the optimizer and the sampler put into it, by what an error calls it."""
+    names = {"optimizer": "the optimizer's settings", "sampler": "the sampler's state()"}
+    parts = {name: checkpoint.plain.get(key) for key, name in names.items()}
+    return {"a checkpoint's config": checkpoint.config, **parts}
 
 
 def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:

@@ -106,7 +106,11 @@ class OuterStep(Protocol):
         ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned; all of it, or an error and nothing.
+
+        Raises:
+            CheckpointError: it is of another optimizer.
+        """
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -205,20 +205,25 @@ class MetaTrainer:
         """Go on from what `state` returned, on this or another backend.
 
         Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
-        come from, and are left as they are on another.
+        come from, and are left as they are on another. What is refused changes nothing.
 
         Raises:
             CheckpointError: another model, algorithm or optimizer.
             InputError: a sampler with another seed or split.
         """
-        restore_parameters(self.maml, arrays, plain["dtypes"])
-        self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
-        if plain["sampler"] is not None and is_restorable(self.task_sampler):
-            self.task_sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-        backend = self.maml.backend
-        if random := _group(arrays, f"rng.{backend.name}/"):
-            backend.restore_random_state(random)
-        self.step = int(plain["step"])
+        step, backend, sampler = int(plain["step"]), self.maml.backend, self.task_sampler
+        assign = checked_parameters(self.maml, arrays, plain["dtypes"])
+        with ExitStack() as undo:
+            if plain["sampler"] is not None and is_restorable(sampler):
+                undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
+                sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
+            if random := _group(arrays, f"rng.{backend.name}/"):
+                undo.callback(backend.restore_random_state, backend.random_state())
+                backend.restore_random_state(random)
+            self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
+            undo.pop_all()  # nothing can be refused any more
+        assign()
+        self.step = step
 
     def _agree(self, num_iterations: int, meta_batch_size: int) -> None:
         """All processes start from the same place, down to the values of the parameters."""
@@ -328,8 +333,10 @@ class MetaTrainer:
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
 
 
-def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
-    """Assign the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
+def checked_parameters(
+    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
+) -> Callable[[], None]:
+    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
 
     Raises:
         CheckpointError: other names, shapes or dtypes than the learner's.
@@ -349,16 +356,20 @@ def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, s
                 f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
                 "was trained with."
             )
-    maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
     statistics, own = _group(arrays, "statistics/"), maml.statistics
     if set(statistics) != set(own):
         raise CheckpointError(
             "the checkpoint is of another normalisation policy: it has statistics for "
             f"{sorted(statistics)}, the learner for {sorted(own)}."
         )
-    maml.assign_statistics(
-        {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
-    )
+
+    def assign() -> None:
+        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
+        maml.assign_statistics(
+            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
+        )
+
+    return assign
 
 
 def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
