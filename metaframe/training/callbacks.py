@@ -98,7 +98,10 @@ class Callback:
         """After every evaluation, which comes after the step's `on_step`."""
 
     def on_end(self, run: Run) -> None:
-        """After the last iteration, also of a run that was stopped, interrupted or failed."""
+        """After the last iteration, also of a run that was stopped, interrupted or failed.
+
+        Called if `on_start` returned, whatever other callbacks raise.
+        """
 
 
 class EachStep(Callback):
@@ -116,9 +119,11 @@ class EachStep(Callback):
 class EarlyStopping(Callback):
     """Stops when evaluations no longer improve.
 
+    What improves is the metric, which rises, or without one the loss, which falls.
+
     Args:
         patience: evaluations without an improvement before the run stops, at least 1.
-        min_delta: what counts as an improvement, in the metric's unit.
+        min_delta: what counts as an improvement, in the unit of the metric or the loss.
 
     >>> import numpy as np
     >>> from metaframe.training import Evaluation

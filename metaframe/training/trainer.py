@@ -20,6 +20,7 @@ from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import Batch, batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
+from metaframe.training.evaluation import source as source_of
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
 from metaframe.workers import Workers
@@ -39,7 +40,8 @@ class MetaTrainer:
             over `maml.parameters()`, or a Keras optimizer.
         loss_fn: `loss_fn(prediction, target) -> scalar`, pure.
         task_sampler: where training tasks come from.
-        metric: `metric(prediction, target) -> scalar`, reported besides the loss.
+        metric: `metric(prediction, target) -> scalar`, reported besides the loss. The higher the
+            better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate an error.
         schedule: from the number of steps taken to the learning rate of the next one; for an
             optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
         settings: how steps run.
@@ -143,7 +145,8 @@ class MetaTrainer:
             The loss of every iteration and of every evaluation.
 
         Raises:
-            InputError: `eval_every` without `eval_tasks`, or a number out of range.
+            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, or
+                a number out of range; before any step.
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
         """
@@ -153,6 +156,7 @@ class MetaTrainer:
             checks.steps(eval_every, "eval_every", at_least=1)
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
+            source_of(eval_tasks)  # and not when the first evaluation comes due
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
         share, num_tasks = None, None
         if self._distributed:
@@ -378,10 +382,14 @@ def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
 
 @contextmanager
 def _watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
-    for watcher in watchers:
-        watcher.on_start(run)
+    """Every callback that has started ends, in the same order, whatever others raise."""
+    started: list[Callback] = []
     try:
+        for watcher in watchers:
+            watcher.on_start(run)
+            started.append(watcher)
         yield
     finally:
-        for watcher in watchers:
-            watcher.on_end(run)
+        with ExitStack() as ends:
+            for watcher in reversed(started):
+                ends.callback(watcher.on_end, run)
