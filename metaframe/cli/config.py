@@ -74,7 +74,7 @@ class RunConfig:
     clip_norm: float | None = setting(None, "Limit of the meta-gradient's norm.", at_least=0)
     clip_value: float | None = setting(None, "Limit of its elements.", at_least=0)
     meta_batch_size: int = setting(16, "Tasks in an outer step.", at_least=1)
-    iterations: int = setting(1000, "Outer steps.", at_least=0)
+    iterations: int = setting(1000, "Outer steps.", at_least=1)
     eval_every: int = setting(250, "Outer steps between validations; 0 for none.", at_least=0)
     validation_tasks: int = setting(100, "Tasks of a validation.", at_least=1)
     patience: int = setting(0, "Validations without gain before stopping; 0 for never.", at_least=0)
