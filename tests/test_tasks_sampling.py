@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frameworks import hardly_depends_on_the_backend
 from metaframe import tree
 from metaframe.backend import use_backend
 from metaframe.errors import InputError, InputTypeError
@@ -173,6 +174,20 @@ def test_a_selected_backend_gets_the_same_numbers(make, backend):
     assert backend.dtype_name(make(seed=4).task(2).support_x) == "float64"
     for value, expected in zip(values, tree.leaves(numpy_task(make)), strict=True):
         np.testing.assert_array_equal(value, expected)
+
+
+@hardly_depends_on_the_backend
+def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
+    expected = make(seed=4, dtype="float64")
+    expected = tree.map(
+        lambda x: x.astype("float64") if x.dtype.kind == "f" else x,
+        expected.draw(task_rng(4, "train", 2)),
+    )
+    with use_backend(backend.name, dtype="float32"):
+        found = make(seed=4, dtype="float64").task(2)
+    for value, exact in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        assert backend.to_numpy(value).dtype == exact.dtype
+        np.testing.assert_array_equal(backend.to_numpy(value), exact)
 
 
 def numpy_task(make) -> Task:

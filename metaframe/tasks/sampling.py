@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Backend, convert_neutral, current_backend
-from metaframe.errors import BackendError, InputError, InputTypeError, nearest
+from metaframe.backend import Selection, current_selection, is_neutral
+from metaframe.errors import InputError, InputTypeError, nearest
 from metaframe.tasks import _checks
 from metaframe.tasks.task import Task, stack_tasks
 
@@ -228,8 +228,8 @@ class IndexedSampler(abc.ABC):
     def _place(self, task: Task) -> Task:
         """`task` with the dtype, framework and device that the settings and selection ask for."""
         leaves, spec = tree.flatten(task)
-        backend = _selected()
-        if backend is None:
+        selection = current_selection()
+        if selection is None:
             if self.device not in (None, "cpu"):
                 raise InputError(
                     f"device={self.device!r} needs a backend to place arrays there. Select one: "
@@ -238,20 +238,18 @@ class IndexedSampler(abc.ABC):
             dtype = self.dtype or "float32"
             arrays = [x.astype(dtype) if x.dtype.kind == "f" else x for x in leaves]
         else:
-            arrays = [self._to_backend(x, backend) for x in leaves]
+            arrays = [self._to_backend(x, selection) for x in leaves]
         placed: Task = tree.unflatten(spec, arrays)
         return placed
 
-    def _to_backend(self, x: Any, backend: Backend) -> Any:
-        (array,) = convert_neutral([x], backend)
-        dtype = self.dtype if backend.is_floating(array) else None
-        if dtype is None and self.device is None:
-            return array
-        return backend.asarray(array, dtype, self.device)
-
-
-def _selected() -> Backend | None:
-    try:
-        return current_backend()
-    except BackendError:
-        return None
+    def _to_backend(self, x: Any, selection: Selection) -> Any:
+        backend = selection.backend
+        if not is_neutral(x):
+            return backend.asarray(x, self.dtype if backend.is_floating(x) else None, self.device)
+        x = np.asarray(x)
+        dtype = None
+        if x.dtype.kind == "f":
+            dtype = self.dtype or selection.dtype
+            # In NumPy, so that the values are the same on every backend and without any.
+            x = x if self.dtype is None else x.astype(self.dtype)
+        return backend.asarray(x, dtype, self.device or selection.device)
