@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import zoo
 from frameworks import hardly_depends_on_the_backend
 from metaframe import MAML, nn, ops, optim
 from metaframe.backend import Backend, use_backend
-from metaframe.errors import InputError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import SinusoidTaskSampler
 from metaframe.training import MetaTrainer, evaluate
@@ -157,6 +158,12 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
         trainer().fit(2, 2, callbacks=[MetricsLog(tmp_path, tensorboard=True)])
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"grad_norm" in events.read_bytes()
+
+
+def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(MissingDependencyError, match="^TensorBoard needs tensorboardX, which is"):
+        MetricsLog(tmp_path, tensorboard=True)
 
 
 def test_progress_prints_lines_where_there_is_no_terminal() -> None:

@@ -2,8 +2,8 @@
 
 Everything that names a setting comes from here: the flags of the commands, the keys of a TOML file,
 what is checked and how, and what checkpoints and result files record. A setting is the first of
-these that names it: a flag, the configuration file, the preset, the data set's own defaults, the
-default below.
+these that names it: a flag, the configuration file, the preset, the algorithm's own defaults, the
+data set's, the default below.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
+from metaframe.inner import Mode
 from metaframe.learners.config import Norm
 from metaframe.meta import TaskMap
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
 Protocol = Literal["random", "runs"]
-Mode = Literal["reverse", "remat", "mixed"]
 
 
 def setting(default: Any, text: str, *, at_least: float | None = None) -> Any:
@@ -110,7 +110,7 @@ class RunConfig:
         return {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items()}
 
     def to_toml(self) -> str:
-        """The settings as a TOML file that `from_sources` reads; TOML leaves out what is None."""
+        """The settings as a TOML file that `read_toml` reads; TOML leaves out what is None."""
         lines = [f"{n} = {_toml(v)}" for n, v in self.as_dict().items() if v is not None]
         return "\n".join([*lines, ""])
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import checks
 from metaframe.errors import InputError
-from metaframe.tasks import _checks
 from metaframe.tasks._files import locate, open_files, stamp
 from metaframe.tasks._imagenet_files import (
     CHECKSUMS,
@@ -189,7 +189,7 @@ def _pickles(root: Path) -> str:
 
 
 def _check_size(size: int) -> int:
-    size = _checks.integer("size", size, 1)
+    size = checks.integer(size, "size", at_least=1)
     if size > _LARGEST_SIZE:
         raise InputError(f"size must be at most {_LARGEST_SIZE}, received size={size}.")
     return size

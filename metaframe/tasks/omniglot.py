@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import checks
 from metaframe.errors import InputError, UnknownKeyError, nearest
-from metaframe.tasks import _checks
 from metaframe.tasks._files import locate, open_files, stamp
 from metaframe.tasks._omniglot_files import DRAWERS, SIDE, SOURCE, read_drawings, read_runs
 from metaframe.tasks.few_shot import ClassSplit, split_classes
@@ -198,7 +198,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
 
     >>> one_shot_runs("omniglot", size=0)
     Traceback (most recent call last):
-    metaframe.errors.InputError: size must be at least 1, received size=0.
+    metaframe.errors.InputError: size must be at least 1, received 0.
 
     Source: Lake et al. (Science 350, 2015).
     """
@@ -217,7 +217,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
 
 
 def _check_size(size: int) -> int:
-    size = _checks.integer("size", size, 1)
+    size = checks.integer(size, "size", at_least=1)
     if size > SIDE:
         raise InputError(f"size must be at most {SIDE}, the drawings' own, received size={size}.")
     return size

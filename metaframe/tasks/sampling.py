@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import tree
+from metaframe import checks, tree
 from metaframe.backend import Selection, current_selection, is_neutral
 from metaframe.errors import InputError, InputTypeError, nearest
-from metaframe.tasks import _checks
 from metaframe.tasks.task import Task, stack_tasks
 
 Split = Literal["train", "validation", "test"]
@@ -99,7 +98,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 def _word(name: str, value: int) -> int:
-    number = _checks.integer(name, value, 0)
+    number = checks.integer(value, name, at_least=0)
     if number >= _WORD:
         raise InputError(f"{name} must be below 2**64, received {name}={number}.")
     return number
@@ -183,7 +182,7 @@ class IndexedSampler(abc.ABC):
 
     def sample(self, meta_batch_size: int) -> list[Task]:
         """Tasks number `position` to `position + meta_batch_size - 1`; moves `position` on."""
-        count = _checks.integer("meta_batch_size", meta_batch_size, 1)
+        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         tasks = [self.task(self._position + i) for i in range(count)]
         self._position += count
         return tasks
@@ -196,7 +195,7 @@ class IndexedSampler(abc.ABC):
             share: the numbers, from 0, of those to draw of them; default: all. `position` moves on
                 by the whole batch all the same.
         """
-        count = _checks.integer("meta_batch_size", meta_batch_size, 1)
+        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         start = self._position
         numbers = range(count) if share is None else share
         drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in numbers]

@@ -136,7 +136,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        checks.steps(patience, "patience", at_least=1)
+        checks.integer(patience, "patience", at_least=1)
         self._patience = patience
         self._min_delta = min_delta
         self._best = -math.inf

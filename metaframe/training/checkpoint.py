@@ -319,8 +319,8 @@ class Checkpoints(Callback):
         keep: int = 3,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        checks.steps(every, "every", at_least=1)
-        checks.steps(keep, "keep", at_least=1)
+        checks.integer(every, "every", at_least=1)
+        checks.integer(keep, "keep", at_least=1)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._every = every

@@ -282,7 +282,7 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         total = checks.tasks(tasks, None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
-        checks.steps(num_tasks, "num_tasks", at_least=1)
+        checks.integer(num_tasks, "num_tasks", at_least=1)
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
     if not isinstance(tasks, Sequence):
         raise InputTypeError(

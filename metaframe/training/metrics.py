@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from metaframe.errors import InputError
-from metaframe.tasks import MissingDependencyError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.training.callbacks import Callback, Run
 from metaframe.training.checkpoint import write_atomically
 
@@ -124,6 +123,6 @@ def _event_writer(folder: Path) -> Any:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
     except ImportError:
         raise MissingDependencyError(
-            "tensorboard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
         ) from None
     return SummaryWriter(str(folder))

@@ -17,7 +17,7 @@ from metaframe import checks, optim, tree
 from metaframe.backend import Array, Backend, NativeOptimizer
 from metaframe.compile import compile
 from metaframe.errors import CheckpointError, InputError, InputTypeError
-from metaframe.inner import Mode
+from metaframe.inner import MODES, Mode
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
@@ -63,7 +63,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         Execution(self.task_map, self.chunk_size, self.distributed)
-        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+        checks.choice(self.mode, "mode", MODES)
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
         """With the default of `compiled` filled in."""

@@ -83,7 +83,7 @@ class MetaTrainer:
         steps_per_epoch: int = 500,
     ) -> None:
         checks.function(loss_fn, "loss_fn")
-        checks.steps(steps_per_epoch, "steps_per_epoch", at_least=1)
+        checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
         if metric is not None:
             checks.function(metric, "metric")
         self.maml = maml
@@ -150,10 +150,10 @@ class MetaTrainer:
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
         """
-        checks.steps(num_iterations, "num_iterations", at_least=0)
-        checks.steps(meta_batch_size, "meta_batch_size", at_least=1)
+        checks.integer(num_iterations, "num_iterations", at_least=0)
+        checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         if eval_every is not None:
-            checks.steps(eval_every, "eval_every", at_least=1)
+            checks.integer(eval_every, "eval_every", at_least=1)
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
             source_of(eval_tasks)  # and not when the first evaluation comes due
