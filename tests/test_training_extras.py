@@ -162,7 +162,7 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
 
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(MissingDependencyError, match="^TensorBoard needs tensorboardX, which is"):
+    with pytest.raises(MissingDependencyError, match=r"^TensorBoard needs tensorboardX, which is"):
         MetricsLog(tmp_path, tensorboard=True)
 
 
