@@ -64,7 +64,11 @@ class Run:
     evaluation: Evaluation | None = None
 
     def stop(self, reason: str) -> None:
-        """End the run after this iteration."""
+        """End the run after this iteration.
+
+        Of several processes that share a run one is enough, and all of them end after the next
+        iteration in which they agree on it: every tenth, and every one with an evaluation.
+        """
         self.history.stopped = self.history.stopped or reason
 
 

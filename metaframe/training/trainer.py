@@ -19,6 +19,7 @@ from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import Batch, batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
+from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
 from metaframe.training.interrupt import held_interrupt
@@ -103,6 +104,7 @@ class MetaTrainer:
             )
         self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
+        self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
@@ -149,6 +151,8 @@ class MetaTrainer:
                 a number out of range; before any step.
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
+                Processes that share a run agree on it, as on `Run.stop`, after every tenth
+                iteration and every evaluation, and all of them raise.
         """
         checks.integer(num_iterations, "num_iterations", at_least=0)
         checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
@@ -160,7 +164,7 @@ class MetaTrainer:
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
         share, num_tasks = None, None
         if self._distributed:
-            self._agree(num_iterations, meta_batch_size)
+            self._agree(num_iterations, meta_batch_size, eval_every)
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
@@ -171,9 +175,10 @@ class MetaTrainer:
             with self._standing(), source as ahead:
                 for batch in ahead:
                     self._iterate(run, batch, watchers, num_tasks)
-                    if eval_every and (run.iteration + 1) % eval_every == 0:
+                    due = bool(eval_every) and (run.iteration + 1) % (eval_every or 1) == 0
+                    if due:
                         self._evaluate_within(run, eval_tasks, watchers)
-                    if run.history.stopped:
+                    if self._ending(run, interrupt, evaluated=due):
                         break
         interrupt.raise_if_held()
         return run.history
@@ -229,7 +234,7 @@ class MetaTrainer:
         assign()
         self.step = step
 
-    def _agree(self, num_iterations: int, meta_batch_size: int) -> None:
+    def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
         arrays, plain = self.state()
         digests = {
@@ -238,7 +243,7 @@ class MetaTrainer:
             if not name.startswith("rng.")
         }
         sizes = {"num_iterations": num_iterations, "meta_batch_size": meta_batch_size}
-        agree(self.maml.backend, plain=plain, values=digests, **sizes)
+        agree(self.maml.backend, plain=plain, values=digests, eval_every=eval_every, **sizes)
 
     @contextmanager
     def _standing(self) -> Iterator[None]:
