@@ -174,12 +174,17 @@ def encode(checkpoint: Checkpoint) -> bytes:
     """The bytes of a checkpoint file."""
     from safetensors.numpy import save
 
-    for what, value in _plain_parts(checkpoint).items():
+    parts = {
+        "a checkpoint's config": checkpoint.config,
+        "the optimizer's settings": checkpoint.plain.get("optimizer"),
+        "the sampler's state()": checkpoint.plain.get("sampler"),
+    }
+    for what, value in parts.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"{what} must be plain JSON values to be in a checkpoint: {error}."
+                f"{what} must be plain JSON values in a checkpoint: {error}."
             ) from error
     content = {
         "format": FORMAT,
@@ -194,13 +199,6 @@ def encode(checkpoint: Checkpoint) -> bytes:
     at = _digest_at(data)
     assert at is not None, "the header has the place of the digest"
     return data[:at] + _digest(data, at) + data[at + _DIGEST :]
-
-
-def _plain_parts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What its user, the optimizer and the sampler put into it, by what an error calls it."""
-    names = {"optimizer": "the optimizer's settings", "sampler": "the sampler's state()"}
-    parts = {name: checkpoint.plain.get(key) for key, name in names.items()}
-    return {"a checkpoint's config": checkpoint.config, **parts}
 
 
 def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:
@@ -280,10 +278,9 @@ class Checkpoints(Callback):
     Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
     The best is the one whose evaluation had the highest metric, without one the lowest loss.
 
-    A folder is of one run, which goes on in it from its last checkpoint. Another run's files are
-    left alone: a run does not start where there are checkpoints of later steps than its trainer's,
-    removes only what it saved or goes on from, and a best one that it does not go on from is kept
-    as best.1.safetensors and so on.
+    A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
+    a run does not start next to checkpoints of later steps, removes only what it saved or goes on
+    from, and renames a best one that it does not go on from to best.1.safetensors and so on.
 
     Args:
         folder: made if it does not exist.
@@ -292,8 +289,7 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range; in `fit`, before the first step, a folder with
-            checkpoints of later steps.
+        InputError: a number out of range; in `fit`, a folder with checkpoints of later steps.
 
     >>> import tempfile
     >>> import torch

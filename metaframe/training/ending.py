@@ -56,7 +56,7 @@ class Ending:
         if not (evaluated or done % AGREE_EVERY == 0 or done == run.num_iterations):
             return False
         wishes = [run.history.stopped is not None, interrupt.held]
-        flags = np.tile(np.float32(wishes), (workers.count // workers.processes, 1))
+        flags = np.tile(np.array(wishes, np.float32), (workers.count // workers.processes, 1))
         total = self._sums(array_like(flags, self._maml.meta_parameters(), backend))
         stopped, interrupted = backend.to_numpy(total) > 0
         if stopped:
