@@ -45,7 +45,7 @@ class NativeOptimizer(Protocol):
         ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
         ...
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
@@ -32,6 +32,7 @@ from metaframe.update import update_rule
 
 Cost = Callable[..., Array]
 Mode = Literal["reverse", "remat", "mixed"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Order = Literal[1, 2]
 
 
@@ -81,7 +82,7 @@ def inner_loop(
     """
     settings = InnerSettings(lr, update, order, mode)
     chosen = tree.chosen(v, inner_v, keep_inner_v)
-    checks.steps(steps, "steps", at_least=0)
+    checks.integer(steps, "steps", at_least=0)
     return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
 
 
@@ -108,7 +109,7 @@ class InnerSettings:
 
     def __post_init__(self) -> None:
         checks.choice(self.order, "order", (1, 2))
-        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+        checks.choice(self.mode, "mode", MODES)
         checks.learning_rate(self.lr)
 
 

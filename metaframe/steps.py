@@ -75,8 +75,9 @@ def maml_step(
         average_across_steps: the outer cost is the mean over the K+1 points visited.
         batched: how tasks are laid out and run, see the module; default: all in one call.
         inner_v: which variables the inner loop adapts: `None` for all, a key chain "a/b", a
-            sequence of key chains, or a nested mapping of booleans. With `batched=False` a list
-            of such choices gives one a task.
+            sequence of key chains, or a nested mapping of booleans. With `batched=False` also a
+            list of one choice a task, each a list of key chains, a mapping or `None`: a list of
+            key chains alone, such as ["a", "b"], is one choice for all tasks.
         keep_inner_v: False inverts `inner_v`.
         outer_v: which variables to differentiate; forms as for `inner_v`.
         keep_outer_v: False inverts `outer_v`.
@@ -250,7 +251,7 @@ def reptile_step(
     (0.98805, [-13.0177, -13.0177])
     """
     checks.choice(direction, "direction", ("gradients", "displacement"))
-    checks.steps(inner_grad_steps, "inner_grad_steps", at_least=1)
+    checks.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
     checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)

@@ -153,7 +153,7 @@ def adapt(
     >>> adapt(model, start, build_loss, lr=0.25, inner_steps=2)["weight"].item()
     0.25
     """
-    checks.steps(inner_steps, "inner_steps", at_least=1)
+    checks.integer(inner_steps, "inner_steps", at_least=1)
     checks.function(build_loss, "build_loss")
     trainable = [name for name in adapter_of(model).trainable() if name in params]
     names = adapted_names(trainable, adapt_names)

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe.errors import InputError
-from metaframe.tasks._checks import MissingDependencyError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.tasks._files import Files, Source, read_file, reporting
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]

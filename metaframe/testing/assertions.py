@@ -212,7 +212,7 @@ def assert_no_leak(
     >>> from metaframe.tasks import SinusoidTaskSampler
     >>> assert_no_leak(SinusoidTaskSampler(seed=0), SinusoidTaskSampler(seed=0, split="test"))
     """
-    checks.steps(tasks, "tasks", at_least=1)
+    checks.integer(tasks, "tasks", at_least=1)
     seen: list[set[bytes]] = []
     for number, source in enumerate((sampler, *others)):
         drawn = _drawn(source, tasks)
