@@ -36,12 +36,22 @@ EXECUTIONS: dict[str, tuple[Execution, ...]] = {
         Execution(mode="mixed"),
         Execution(compiled=False),
     ),
-    "W2": (Execution("scan"), Execution("scan", "remat"), Execution("scan", compiled=False)),
+    "W2": (
+        Execution("scan"),
+        Execution("scan", "remat"),
+        Execution("scan", compiled=False),
+        Execution("scan", "remat", compiled=False),
+    ),
 }
 # Where compiling a loop in Python, or an eager loop over small operations, takes minutes.
 TOO_SLOW: dict[str, tuple[str, ...]] = {
-    "torch": ("W1 metaframe scan, compiled", "W2 metaframe scan, compiled"),
-    "jax": ("W2 metaframe scan, eager",),
+    "torch": (
+        "W1 metaframe scan, compiled",
+        "W2 metaframe scan, compiled",
+        "W2 metaframe scan remat, compiled",
+    ),
+    "jax": ("W2 metaframe scan, eager", "W2 metaframe scan remat, eager"),
+    "tensorflow": ("W2 metaframe scan, eager", "W2 metaframe scan remat, eager"),
 }
 
 

@@ -35,14 +35,16 @@ AXES = (
 )
 
 
-def execution(backend: str, axis: Axis) -> Execution:
+def execution(backend: str, axis: Axis, eager: bool) -> Execution:
     # torch has no loop in compiled form: its compiler takes minutes over 25 unrolled steps.
-    return Execution(compiled=not (backend == "torch" and axis.name == "inner steps"))
+    unrolled = backend == "torch" and axis.name == "inner steps"
+    return Execution(compiled=not (eager or unrolled))
 
 
-def measure(backend: str, axis: Axis, sizes: Sequence[int], device: str, budget: float) -> Any:
+def measure(
+    backend: str, axis: Axis, sizes: Sequence[int], chosen: Execution, device: str, budget: float
+) -> Any:
     where = None if device == "cpu" else device
-    chosen = execution(backend, axis)
     programs = {
         str(n): metaframe_program(axis.case(n), chosen, backend, "float32", where) for n in sizes
     }
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--axis", nargs="+", default=[axis.name for axis in AXES])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--budget", type=float, default=40, help="seconds of timing a size")
     options = parser.parse_args(argv)
     prepare(options.backend, options.device)
@@ -75,9 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     for axis in AXES:
         if axis.name in options.axis:
             sizes = axis.quick if options.quick else axis.sizes
-            rows = measure(options.backend, axis, sizes, options.device, options.budget)
+            chosen = execution(options.backend, axis, options.eager)
+            rows = measure(options.backend, axis, sizes, chosen, options.device, options.budget)
             device = options.device.replace(":", "")
-            name = f"scaling_{options.backend}_{axis.name.replace(' ', '_')}_{device}"
+            how = "" if chosen.compiled else "_eager"
+            name = f"scaling_{options.backend}_{axis.name.replace(' ', '_')}_{device}{how}"
             report.publish(name, f"{title}: {axis.name}", rows)
             points = {row["value"]: row["ms"] for row in rows}
             report.lines(name, title, {rows[0]["run"]: points}, (axis.name, unit))

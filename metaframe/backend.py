@@ -131,6 +131,21 @@ def backends_in_use() -> tuple[Backend, ...]:
     return tuple(load_backend(name) for name in imported)
 
 
+_registered: set[tuple[str, type]] = set()
+
+
+def register_with_frameworks(cls: type, flatten: Any, unflatten: Any) -> None:
+    """Let a user's own `jax.jit` or `torch.func.vmap` take instances of `cls` apart.
+
+    Called when one is made, and only for frameworks the user has imported: importing metaframe
+    imports none.
+    """
+    for backend in backends_in_use():
+        if (backend.name, cls) not in _registered:
+            _registered.add((backend.name, cls))
+            backend.register_node(cls, flatten, unflatten)
+
+
 def owner(x: object) -> Backend | None:
     """The backend whose array `x` is, or None. Imports no framework."""
     if (hit := _by_type.get(type(x))) is not None:
@@ -222,10 +237,18 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
             )
         else:
             floating = np.asarray(x).dtype.kind == "f"
-            result.append(
-                backend.asarray(x, selection.dtype if floating else None, selection.device)
-            )
+            array = backend.asarray(x, selection.dtype if floating else None, selection.device)
+            result.append(array if floating else _kept(np.asarray(x), array, backend))
     return tuple(result)
+
+
+def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array:
+    dtype = backend.dtype_name(array)
+    if dtype != values.dtype.name and not np.array_equal(values.astype(dtype), values):
+        raise InputError(
+            f"received {values.dtype} with values that {backend.name}'s {dtype} cannot hold."
+        )
+    return array
 
 
 def current_selection() -> Selection | None:

@@ -45,7 +45,7 @@ class NativeOptimizer(Protocol):
         ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
         ...
 
 
@@ -114,6 +114,10 @@ class Backend(Required):
     def devices(self) -> tuple[str, ...]:
         """The names `device=` accepts here."""
 
+    def device_of(self, x: Array) -> str:
+        """Which of `devices` `x` lies on."""
+        return str(x.device)
+
     @abc.abstractmethod
     def on_cpu(self, x: Array) -> bool:
         """Does work on `x` run on a CPU? For a traced array: unless it is told otherwise."""
@@ -168,6 +172,15 @@ class Backend(Required):
         floating.
         """
 
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        """What `fn(xs)` depends on besides `xs` and a custom rule would lose without a word.
+
+        Such as "draws random numbers"; empty if there is nothing, or if `custom_vjp` itself raises
+        an error. Runs `fn`.
+        """
+        del fn, xs
+        return ""
+
     @abc.abstractmethod
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         """`fn` over the leading axis of every input and output.
@@ -209,13 +222,21 @@ class Backend(Required):
         The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
         number for less work, for a framework where that is safe.
         """
+        return self._gradients_of_tasks(fn, self.vmap)
+
+    def _gradients_of_tasks(
+        self,
+        fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]],
+        mapped: Callable[[ArraysFn], ArraysFn],
+    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        """`mapped_value_and_grad` by `mapped`, which maps a function over tasks."""
 
         def of_tasks(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
             def one(task: Arrays) -> Arrays:
                 value, aux, grads = self.value_and_grad(lambda xs: fn(xs, task))(xs)
                 return (*grads, value, *aux)
 
-            out = self.vmap(one)(tasks)
+            out = mapped(one)(tasks)
             grads, (values, *aux) = out[: len(xs)], out[len(xs) :]
             return values, tuple(aux), tuple(self.ops.sum(g, axis=0) for g in grads)
 

@@ -19,12 +19,15 @@ from metaframe.backend import Array, Backend, is_neutral, owner
 from metaframe.errors import InputError, InputTypeError, NonFiniteError, nearest
 
 
-def steps(value: Any, name: str, *, at_least: int) -> None:
-    """A number of steps is an int; 0 stands for no adaptation where that means something."""
+def integer(value: Any, name: str, *, at_least: int) -> int:
+    """`value` as an int that is at least so much; booleans are not counts."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputTypeError(f"{name} must be an int, received {value!r}.")
+        raise InputTypeError(
+            f"{name} must be an integer, received {value!r} ({type(value).__name__})."
+        )
     if value < at_least:
         raise InputError(f"{name} must be at least {at_least}, received {value}.")
+    return int(value)
 
 
 def choice(value: Any, name: str, allowed: Sequence[Any]) -> None:
@@ -104,7 +107,7 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
         raise InputError("batch holds no tasks: its leading axis has length 0.")
     if num_tasks is None:
         return size
-    steps(num_tasks, "num_tasks", at_least=1)
+    integer(num_tasks, "num_tasks", at_least=1)
     if num_tasks > size:
         raise InputError(f"num_tasks={num_tasks} but batch has {size} tasks.")
     return int(num_tasks)
@@ -125,7 +128,7 @@ def tiled(v: tree.Tree, num_tasks: int) -> None:
 def chunk_size(value: Any) -> None:
     """None, or at least one task at a time."""
     if value is not None:
-        steps(value, "chunk_size", at_least=1)
+        integer(value, "chunk_size", at_least=1)
 
 
 def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
@@ -177,8 +180,11 @@ def cost_ignores_variables() -> None:
     )
 
 
-def finite(costs: Array, backend: Backend) -> None:
-    """Every task's cost is finite; the error names the first task whose cost is not."""
+def finite(costs: Array, backend: Backend, *, tiled: bool = False) -> None:
+    """Every task's cost is finite; the error names the first task whose cost is not.
+
+    With `tiled`, `costs` is the mean over all tasks, which only their cost function has seen.
+    """
     if backend.is_traced(costs):
         raise InputError(
             "check_finite looks at values, which do not exist yet inside a compiled or transformed "
@@ -188,7 +194,8 @@ def finite(costs: Array, backend: Backend) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         index = int(bad[0])
-        raise NonFiniteError(f"the cost of task {index} is {values[index]}.")
+        whose = "the mean cost of all tasks" if tiled else f"the cost of task {index}"
+        raise NonFiniteError(f"{whose} is {values[index]}.")
 
 
 def finite_leaves(grads: tree.Tree, backend: Backend) -> None:

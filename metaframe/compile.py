@@ -2,9 +2,9 @@
 
 The function's arguments are flattened once; arrays become the inputs of the compiled program,
 everything else (numbers, strings, functions, the structure itself) is part of it. A call whose
-arrays differ in shape, dtype or device, or whose other arguments differ, compiles another program;
-every one is kept, counted in `traces`, and reported to the logger "metaframe.compile" at debug
-level.
+arrays differ in shape, dtype or device, whose other arguments differ, or under another selection of
+backend and dtype, compiles another program; every one is kept, counted in `traces`, and reported to
+the logger "metaframe.compile" at debug level.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def compile(fn: Callable[P, R]) -> Compiled[P, R]:
     Returns:
         A function with the same signature. Python numbers, functions and strings among the
         arguments are constants of the compiled program: pass an array for what changes from call
-        to call, and the same function object for what does not.
+        to call, and the same function object for what does not. The results are as differentiable
+        as those of `fn`; on torch, going back through them runs `fn` again.
 
     Raises:
         InputTypeError: an argument that is neither an array nor hashable.
@@ -76,13 +77,13 @@ class Compiled(Generic[P, R]):
 
     @property
     def signatures(self) -> tuple[Any, ...]:
-        """What each program was made for: the structure of the arguments, then every leaf."""
+        """What each program was made for: structure of the arguments, selection, every leaf."""
         return tuple(self._programs)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the program for arguments like these, compiling it first if there is none."""
         leaves, spec = tree.flatten((args, kwargs))
-        key = (spec, *map(_kind, leaves))
+        key = (spec, current_selection(), *map(_kind, leaves))
         try:
             program = self._programs.get(key)
         except TypeError:
@@ -103,7 +104,6 @@ class _Program:
         inputs = tree.Packed((args, kwargs), _is_array)
         self._places = inputs.places
         self._neutral = any(map(is_neutral, inputs.arrays))
-        self._selection = current_selection()
         self._outputs: tree.Packed | None = None
         backend = backend_of(*inputs.arrays)
 
@@ -121,7 +121,7 @@ class _Program:
 
     def __call__(self, leaves: Arrays) -> Any:
         arrays = tuple(leaves[i] for i in self._places)
-        if self._neutral or self._selection is not current_selection():
+        if self._neutral:
             arrays = convert_neutral(arrays, backend_of(*arrays))
         results = self._run(arrays)
         assert self._outputs is not None, "the first run traces the function"
@@ -134,7 +134,7 @@ def _kind(leaf: Any) -> Hashable:
     if backend is not None:
         return backend.signature(leaf)
     if isinstance(leaf, np.ndarray):
-        return np.ndarray, leaf.shape, leaf.dtype, current_selection()
+        return np.ndarray, leaf.shape, leaf.dtype
     # With its type: True, 1 and 1.0 are equal and compile to different programs.
     return type(leaf), leaf
 

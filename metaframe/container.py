@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import backend_of, backends_in_use, convert_neutral, refuse_mixed
+from metaframe.backend import backend_of, convert_neutral, refuse_mixed, register_with_frameworks
 from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
 
 _INDENT = "    "
@@ -46,7 +46,7 @@ class Container(dict[str, Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        _register_with_loaded_frameworks()
+        register_with_frameworks(Container, _flatten, _unflatten)
         self.update(*args, **kwargs)
 
     # -- mapping -------------------------------------------------------------------------
@@ -374,17 +374,3 @@ def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
 
 
 tree.register(Container, _flatten, _unflatten)
-
-_registered_with: set[str] = set()
-
-
-def _register_with_loaded_frameworks() -> None:
-    """Let a user's own `jax.jit` or `torch.func.vmap` take Containers apart.
-
-    Done when a Container is made, and only with frameworks the user has imported: importing
-    metaframe imports none.
-    """
-    for backend in backends_in_use():
-        if backend.name not in _registered_with:
-            _registered_with.add(backend.name)
-            backend.register_node(Container, _flatten, _unflatten)

@@ -95,6 +95,17 @@ class BackendNotInstalledError(BackendError, ImportError):
     """
 
 
+class MissingDependencyError(MetaframeError, ImportError):
+    """Something optional, such as a data set or a log, needs a package that is not installed.
+
+    >>> str(MissingDependencyError("Omniglot", "Pillow", "pip install pillow"))
+    'Omniglot needs Pillow, which is not installed. Run: pip install pillow'
+    """
+
+    def __init__(self, what: str, package: str, install: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed. Run: {install}")
+
+
 class CompileError(MetaframeError, RuntimeError):
     """A function could not be traced or compiled as a whole.
 

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
+from metaframe.errors import InputError
 from metaframe.update import update_rule
 
 Cost = Callable[..., Array]
 Mode = Literal["reverse", "remat", "mixed"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Order = Literal[1, 2]
 
 
@@ -80,7 +82,7 @@ def inner_loop(
     """
     settings = InnerSettings(lr, update, order, mode)
     chosen = tree.chosen(v, inner_v, keep_inner_v)
-    checks.steps(steps, "steps", at_least=0)
+    checks.integer(steps, "steps", at_least=0)
     return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
 
 
@@ -107,7 +109,7 @@ class InnerSettings:
 
     def __post_init__(self) -> None:
         checks.choice(self.order, "order", (1, 2))
-        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+        checks.choice(self.mode, "mode", MODES)
         checks.learning_rate(self.lr)
 
 
@@ -181,6 +183,8 @@ class InnerLoop:
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
             return (*after, *state, *(i + 1 for i in index), *total)
 
+        if steps and self._recomputes:
+            self._check_repeatable(self._context_of(*index))
         carry = (*start, *self._state.arrays, *index)
         if observe is not None and steps:
             # The first step runs outside the loop, so that the totals start from values and not
@@ -226,6 +230,26 @@ class InnerLoop:
         else:
             rule = modes.mixed(self._backend, self._gradient, self._apply, self._scaled_cost)
         return lambda params, state, context: (*rule(params, state, context), None)
+
+    def _check_repeatable(self, context: Arrays) -> None:
+        """What is not among a step's arguments is lost when it is run again to be differentiated.
+
+        Raises:
+            InputError: it is, and the framework would not say so.
+        """
+        start, state = self._start, self._state.arrays
+
+        def first_step(xs: Arrays) -> Arrays:
+            params, state_, context_, _ = modes.split(xs, (len(start), len(state), len(context)))
+            after, state_, _ = self._plain_step(params, state_, context_)
+            return (*after, *state_)
+
+        if found := self._backend.hidden_inputs(first_step, (*start, *state, *context)):
+            raise InputError(
+                f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
+                f"the inner cost {found}. Make it an argument, in the variables or the batch, or "
+                'use mode="reverse".'
+            )
 
     def _plain_step(
         self, params: Arrays, state: Arrays, context: Arrays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
@@ -12,9 +12,10 @@ from metaframe.errors import InputError
 from metaframe.meta import Execution, Strategy, arrays_of
 
 Batched = bool | Literal["vmap", "scan"]
-ReturnInner = bool | Literal["first", "all"]
+_WhichTasks = Literal["first", "all"]
+ReturnInner = bool | _WhichTasks
 
-RETURN_INNER = (False, True, "first", "all")
+RETURN_INNER: tuple[ReturnInner, ...] = (False, True, *get_args(_WhichTasks))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
@@ -20,7 +20,7 @@ from metaframe.workers import Share
 
 Strategy = Literal["vmap", "scan", "loop"]
 TaskMap = Literal["auto", Strategy]
-TASK_MAPS = ("auto", "vmap", "scan", "loop")
+TASK_MAPS: tuple[TaskMap, ...] = get_args(TaskMap)
 
 TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
 """The arrays of one task, or of several -> (arrays to add up, arrays to stack).
@@ -43,7 +43,7 @@ class Execution:
         if self.share is None:
             checks.choice(self.distributed, "distributed", (False, True))
         else:
-            checks.steps(self.share.num_tasks, "Share(num_tasks)", at_least=1)
+            checks.integer(self.share.num_tasks, "Share(num_tasks)", at_least=1)
 
     @property
     def share(self) -> Share | None:
@@ -187,7 +187,7 @@ def map_tasks(
     {'mean': tensor([2., 6.])}
     """
     checks.function(fn, "fn")
-    checks.choice(task_map, "task_map", TASK_MAPS[1:])
+    checks.choice(task_map, "task_map", get_args(Strategy))
     how = Execution(task_map, chunk_size)
 
     def call(*tasks: tree.Tree) -> tree.Tree:

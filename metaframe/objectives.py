@@ -35,7 +35,7 @@ class AdaptedCost:
         for name in ("inner_batch_fn", "outer_batch_fn"):
             if getattr(self, name) is not None:
                 checks.function(getattr(self, name), name)
-        checks.steps(self.steps, "inner_grad_steps", at_least=0)
+        checks.integer(self.steps, "inner_grad_steps", at_least=0)
         checks.choice(self.return_inner_v, "return_inner_v", RETURN_INNER)
 
     def bound(

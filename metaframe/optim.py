@@ -188,6 +188,9 @@ def adamw(
     >>> round(step.item(), 4)
     -0.15
     """
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if not 0.0 <= decay < 1.0:
+            raise InputError(f"{name} has to be in [0, 1), received {decay!r}.")
 
     def init(params: Params) -> State:
         zeros = tree.map(ops.zeros_like, params)
@@ -374,4 +377,6 @@ def _counter(params: Params) -> Any:
 def _one_minus_power(base: float, count: Any) -> Any:
     # 1 - base**count loses three digits in float32 for base 0.999; expm1 loses none, which also
     # makes backends agree.
+    if base == 0.0:
+        return ops.ones_like(count)
     return -ops.expm1(ops.stop_gradient(count) * math.log(base))

@@ -75,8 +75,9 @@ def maml_step(
         average_across_steps: the outer cost is the mean over the K+1 points visited.
         batched: how tasks are laid out and run, see the module; default: all in one call.
         inner_v: which variables the inner loop adapts: `None` for all, a key chain "a/b", a
-            sequence of key chains, or a nested mapping of booleans. With `batched=False` a list
-            of such choices gives one a task.
+            sequence of key chains, or a nested mapping of booleans. With `batched=False` also a
+            list of one choice a task, each a list of key chains, a mapping or `None`: a list of
+            key chains alone, such as ["a", "b"], is one choice for all tasks.
         keep_inner_v: False inverts `inner_v`.
         outer_v: which variables to differentiate; forms as for `inner_v`.
         keep_outer_v: False inverts `outer_v`.
@@ -250,7 +251,7 @@ def reptile_step(
     (0.98805, [-13.0177, -13.0177])
     """
     checks.choice(direction, "direction", ("gradients", "displacement"))
-    checks.steps(inner_grad_steps, "inner_grad_steps", at_least=1)
+    checks.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
     checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)
@@ -279,11 +280,12 @@ def reptile_step(
     if distributed:
         agree(layout.backend, reptile_step=(task, how), batch=layout.batch)
     mean, (costs, *adapted) = accumulate(layout.backend, of_task, of_chunk, leaves, like, how)
-    if check_finite:
-        checks.finite(costs, layout.backend)
     v_spec = tree.structure(layout.variables)
     grads = tree.unflatten(v_spec, [layout.without_task_axis(x, "mean") for x in mean])
     grads = _divided(grads, divisor)
+    if check_finite:
+        checks.finite(costs, layout.backend, tiled=layout.tiled)
+        checks.finite_leaves(grads, layout.backend)
     cost = layout.cost(tree.wrapped_as(v_spec, layout.backend.ops.mean(costs)))
     if not return_inner_v:
         return cost, grads
@@ -316,8 +318,11 @@ def _meta_step(
         has_aux=True,
         outer_v=choices.outer_v,
         keep_outer_v=choices.keep_outer_v,
-        check_finite=check_finite,
+        check_finite=check_finite and not layout.tiled,
     )(v, layout.batch)
+    if check_finite and layout.tiled:
+        checks.finite(tree.leaves(cost)[0], layout.backend, tiled=True)
+        checks.finite_leaves(grads, layout.backend)
     return MetaResult(cost, tree.map(lambda g: layout.without_task_axis(g, "sum"), grads), adapted)
 
 
@@ -342,13 +347,16 @@ def _one_choice_a_task(
                 task_map="loop",
                 has_aux=True,
                 outer_v=union,
-                check_finite=check_finite,
             )(v, tree.map(lambda x, i=i: x[i : i + 1], layout.batch))
         )
     costs, grads, adapted = zip(*results, strict=True)
+    mean = tree.map(lambda *gs: sum(gs) / len(gs), *grads)
+    if check_finite:
+        checks.finite(backend.ops.stack([tree.leaves(c)[0] for c in costs]), backend)
+        checks.finite_leaves(mean, backend)
     return MetaResult(
         tree.map(lambda *cs: sum(cs) / len(cs), *costs),
-        tree.map(lambda *gs: sum(gs) / len(gs), *grads),
+        mean,
         tree.map(lambda *xs: backend.ops.concat(xs), *adapted),
     )
 

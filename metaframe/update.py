@@ -26,8 +26,8 @@ class UpdateRule(NamedTuple):
 def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
     """`update` as an `UpdateRule`.
 
-    `stop_gradients` is handed to an update function; pairs have no such argument and return
-    constants when it is set.
+    `stop_gradients` is handed to an update function. Pairs have no such argument: what they return
+    depends on the gradients as they come, and it is for the caller to make those constants.
     """
     if update is optim.gradient_descent_update:
         # As a pair it also says what it added, without the rounding of a difference.

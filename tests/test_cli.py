@@ -195,6 +195,7 @@ WRONG = [
     (["train", "--iner-lr", "1"], "--inner-lr"),
     (["train", "--inner-lr", "much"], "not a valid float"),
     (["train", "--ways", "1"], "ways must be at least 2, received 1"),
+    (["train", "--iterations", "0"], "iterations must be at least 1, received 0"),
     (["train", "--schedule", "linear"], "'constant', 'cosine'"),
     (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
@@ -218,6 +219,16 @@ def test_mistakes_say_what_is_meant_and_what_exists(
     assert says in " ".join(captured.err.split())
     assert captured.out == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["train", *QUICK, "--out", str(tmp_path / "file" / "run")]) == 1
+    said = "".join(capsys.readouterr().err.split("\n"))
+    assert said.startswith(f"metaframe: {tmp_path / 'file'}")
+    assert said.endswith(": Not a directory")
 
 
 def test_a_run_is_not_overwritten_by_accident(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import metaframe
+from frameworks import require
 from metaframe import Container, ops
 from metaframe.backend import Backend
 from metaframe.errors import CompileError, InputTypeError
@@ -41,6 +43,41 @@ def test_neutral_arrays_are_inputs_and_not_constants(backend: Backend) -> None:
         assert backend.owns(result["scaled"])
         np.testing.assert_array_equal(backend.to_numpy(result["scaled"]), [2 * value])
     assert compiled.traces == 1
+
+
+def test_another_selection_is_another_program(backend: Backend, arr: Arr) -> None:
+    """Neutral numbers inside the function become arrays of what is selected."""
+    compiled = metaframe.compile(lambda v: (v["w"], ops.asarray(1.0)))
+    for dtype in ("float64", "float32", "float64"):
+        with metaframe.use_backend(backend.name, dtype=dtype):
+            assert backend.dtype_name(compiled({"w": arr([1.0])})[1]) == dtype
+    assert compiled.traces == 2
+
+
+def test_a_result_on_torch_is_as_differentiable_as_the_function() -> None:
+    require("torch")
+    torch = importlib.import_module("torch")
+
+    def step(v: Any, x: Any) -> Any:
+        def cost(x: Any, v: Any) -> Any:
+            return (torch.tanh(v["w"] * x) ** 2).mean()
+
+        return metaframe.maml_step(x, cost, None, v, 2, 0.3, batched="vmap", stop_gradients=False)[
+            0
+        ]
+
+    v = {"w": torch.tensor([0.3, -0.8], dtype=torch.float64, requires_grad=True)}
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=torch.float64)
+    compiled = metaframe.compile(step)
+    for differentiated in (
+        lambda fn: torch.autograd.grad(fn(v, x), v["w"])[0],
+        lambda fn: torch.func.grad(lambda w: fn({"w": w}, x))(v["w"].detach()),
+        lambda fn: torch.func.vmap(lambda x: fn({"w": v["w"].detach()}, x[None]))(x),
+    ):
+        torch.testing.assert_close(
+            differentiated(compiled), differentiated(step), rtol=1e-12, atol=0
+        )
+    assert not compiled({"w": v["w"].detach()}, x).requires_grad
 
 
 def test_structure_of_results_is_kept(arr: Arr) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from frameworks import require, slow
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
-from processes import LIMIT, descendants, environment, run
+from processes import LIMIT, descendants, environment, run, run_together
 
 RUN = [
     *("--iterations", "6", "--meta-batch-size", "5", "--eval-every", "3", "--validation-tasks"),
@@ -69,6 +70,17 @@ def test_shared_training_is_the_same_run(
     assert_same(shared, alone)
     records = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (shared, alone)]
     assert records == [8, 8]  # and writes
+
+
+@pytest.mark.parametrize("backend_name", ["torch", slow("jax"), slow("tensorflow")])
+def test_when_one_process_stops_all_do(backend_name: str, tmp_path: Path) -> None:
+    """After the same step: the next tenth one, or the next evaluation."""
+    require(backend_name)
+    script = str(Path(__file__).with_name("distributed_ending.py"))
+    run_together([script, backend_name, str(tmp_path)], 2, tmp_path, LIMIT)
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert first == {"stopped": [20, "enough"], "interrupted": 26}
+    assert second == {"stopped": [20, "stopped by another process"], "interrupted": 26}
 
 
 @pytest.mark.slow

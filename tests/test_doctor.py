@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from frameworks import require
-from metaframe import inner_loop, meta_value_and_grad, ops, tree
+from metaframe import meta_value_and_grad, ops, tree
 from metaframe.backend import current_backend, load_backend
 from metaframe.cli import main
 from metaframe.errors import InputError, InputTypeError
@@ -234,19 +234,14 @@ def test_a_variable_that_is_not_used(torch_arr: Call) -> None:
     assert report.ok
 
 
-def test_a_variable_closed_over_by_a_recomputed_step(torch_arr: Call) -> None:
-    """torch: a rule of our own sees only its arguments."""
+def test_a_variable_closed_over_by_a_rule(torch_arr: Call) -> None:
+    """torch: a rule of one's own sees only its arguments."""
 
     def planted(task: Any, v: Any) -> Any:
-        adapted = inner_loop(
-            lambda task, inner: cost(task, {"w": inner["w"], "b": v["b"]}),
-            {"w": v["w"]},
-            task,
-            steps=2,
-            lr=0.1,
-            mode="remat",
+        rule = current_backend(v["w"]).custom_vjp(
+            lambda xs: (v["b"] * xs[0] ** 2,), lambda xs, bars: (2 * v["b"] * xs[0] * bars[0],)
         )
-        return ops.mean(adapted["w"] ** 2 * task["x"])
+        return ops.mean(rule((v["w"],))[0] * task["x"])
 
     report = check(torch_arr, planted, Adaptation(steps=0))
     only(report, "disconnected variable", "'b'", "closes over")
@@ -334,9 +329,19 @@ def test_numpy_random_numbers(torch_arr: Call) -> None:
 
 
 def test_a_mask_drawn_again_in_the_backward_pass(torch_arr: Call) -> None:
-    """torch: a recomputed step draws another mask."""
+    """torch: a rule of one's own computes again, and draws another mask."""
     importlib.import_module("torch").manual_seed(0)
-    report = check(torch_arr, dropped, Adaptation(steps=2, lr=0.5, mode="remat"))
+
+    def recomputed(task: Any, v: Any) -> Any:
+        backend = current_backend(v["w"])
+
+        def forward(xs: Any) -> Any:
+            return (dropped(task, {"w": xs[0], "b": xs[1]}),)
+
+        rule = backend.custom_vjp(forward, lambda xs, bars: backend.vjp(forward, xs, bars))
+        return rule((v["w"], v["b"]))[0]
+
+    report = check(torch_arr, recomputed, Adaptation(steps=0))
     assert report.kinds() == ("randomness in the backward pass", "randomness")
     assert "draws again" in str(report)
 

@@ -12,7 +12,15 @@ import pytest
 from bad_inputs import BATCH, STEPS, VARIABLES, CountedCost, assert_refused, call_step
 from frameworks import BACKENDS, require
 from metaframe import compile as compile_whole
-from metaframe import inner_loop, maml_step, meta_value_and_grad, ops, unset_backend, use_backend
+from metaframe import (
+    inner_loop,
+    maml_step,
+    meta_value_and_grad,
+    ops,
+    reptile_step,
+    unset_backend,
+    use_backend,
+)
 from metaframe.backend import load_backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError, UnknownKeyError
 
@@ -172,6 +180,43 @@ def test_the_first_task_that_is_not_finite_is_named(step: Call, arr: Call, batch
     with pytest.raises(NonFiniteError, match="task 1 is nan") as caught:
         step(batch=arr({**BATCH, "y": y}), cost=not_finite, batched=batched, check_finite=True)
     assert isinstance(caught.value, FloatingPointError)
+
+
+UNSPECIFIC = {"x": np.array([[1.0], [np.nan], [1.0]])}
+
+
+def squared(task: Any, v: Any) -> Any:
+    return ops.sum(ops.square(v["u"])) * ops.mean(task["x"])
+
+
+def test_a_mean_over_all_tasks_blames_none_of_them(arr: Call) -> None:
+    batch, v = arr(UNSPECIFIC), arr({"u": np.ones((3, 1))})
+    for step in (
+        functools.partial(maml_step, batch, squared, None),
+        functools.partial(reptile_step, batch, squared),
+    ):
+        with pytest.raises(NonFiniteError, match="the mean cost of all tasks is nan"):
+            step(v, 1, 0.1, check_finite=True)
+
+
+def test_with_a_choice_a_task_the_task_is_named(arr: Call) -> None:
+    batch, v = arr(UNSPECIFIC), arr({"u": np.ones(1)})
+    how = {"batched": False, "inner_v": [["u"], None, ["u"]], "check_finite": True}
+    with pytest.raises(NonFiniteError, match="task 1 is nan"):
+        maml_step(batch, squared, None, v, 1, 0.1, **how)
+
+
+@pytest.mark.parametrize("batched", [True, False, "vmap"])
+def test_a_direction_that_is_not_finite_is_named(arr: Call, batched: Any) -> None:
+    def cost(task: Any, v: Any) -> Any:
+        # Zero everywhere, with a derivative of 0 * inf.
+        x = ops.mean(task["x"])
+        return ops.sum(ops.where(x > 0, ops.log(v["u"] * x), 0.0))
+
+    shape = (3, 1) if batched is True else (1,)
+    batch, v = arr({"x": np.zeros((3, 2))}), arr({"u": np.ones(shape)})
+    with pytest.raises(NonFiniteError, match="gradient of 'u'"):
+        reptile_step(batch, cost, v, 1, 0.1, batched=batched, check_finite=True)
 
 
 def test_not_finite_is_not_looked_for_unless_asked(step: Call, arr: Call, to_np: Call) -> None:

@@ -22,6 +22,7 @@ from metaframe import (
     tree,
     use_backend,
 )
+from metaframe.errors import InputError
 from metaframe.testing.conformance.closed_form import (
     RATE,
     SIZE,
@@ -192,6 +193,21 @@ def test_a_function_as_update(backend: Any, arr: Call, to_np: Call, task: Any, m
     v = arr(problem.variables)
     found = inner_loop(support_cost, v, task, steps=2, lr=RATE, update=update, mode=mode)
     assert_close(to_np(found), unpacked(problem.points(0)[-1][0]))
+
+
+def test_adam_without_momentum(arr: Call, to_np: Call) -> None:
+    """With b1 = 0 the first step is the sign of the gradient."""
+    rule, v, grads = optim.adam(0.1, b1=0.0), arr({"w": [1.0, 2.0]}), arr({"w": [3.0, -4.0]})
+    updates, state = rule.update(grads, rule.init(v))
+    np.testing.assert_allclose(to_np(updates["w"]), [-0.1, 0.1], rtol=1e-8)
+    updates, _ = rule.update(grads, state)
+    np.testing.assert_allclose(to_np(updates["w"]), [-0.1, 0.1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("decay", [{"b1": 1.0}, {"b2": -0.1}])
+def test_a_decay_has_to_be_below_one(decay: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"b[12] has to be in \[0, 1\)"):
+        optim.adam(0.1, **decay)
 
 
 def test_an_optimizer_outside(arr: Call, to_np: Call) -> None:

@@ -23,6 +23,7 @@ from metaframe import (
     nn,
 )
 from metaframe.backend import Backend, load_backend
+from metaframe.errors import InputError
 from metaframe.learners.implicit import conjugate_gradient
 from metaframe.learners.maml_pp import multi_step_weights
 from metaframe.learners.meta_curvature import transformed
@@ -142,6 +143,12 @@ def test_first_order_before_its_epoch(model: Any, backend: Backend) -> None:
             np.testing.assert_allclose(
                 backend.to_numpy(found.grads[name]), backend.to_numpy(grad), rtol=0, atol=1e-15
             )
+
+
+@hardly_depends_on_the_backend
+def test_reptile_without_steps(model: Any) -> None:
+    with pytest.raises(InputError, match="take one step or more"):
+        Reptile(model, LR).meta_value_and_grad(nn.mse, zoo.tasks(), steps=0)
 
 
 @hardly_depends_on_the_backend

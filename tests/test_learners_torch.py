@@ -339,3 +339,13 @@ def test_buffers_written_in_place_are_copies() -> None:
     functional_forward(module, named_params(module), sx, buffers=buffers)
     assert float(module.calls) == 0.0
     assert buffers["calls"] is module.calls
+
+
+def test_buffers_that_are_left_out_are_the_models() -> None:
+    module = torch.nn.BatchNorm1d(2)
+    before = {name: x.clone() for name, x in module.named_buffers()}
+    functional_forward(module, named_params(module), torch.ones(3, 2), buffers={})
+    for name, x in module.named_buffers():
+        assert torch.equal(x, before[name])
+    with pytest.raises(InputError, match=r"buffers has 'runing_mean'.*running_mean"):
+        functional_forward(module, {}, torch.ones(3, 2), buffers={"runing_mean": torch.ones(2)})

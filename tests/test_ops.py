@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import metaframe
-from frameworks import checked_functions
+from frameworks import checked_functions, require
 from metaframe import nn, ops
 from metaframe.backend import Backend, unset_backend, use_backend
 from metaframe.errors import BackendError, InputError, InputTypeError
@@ -60,6 +60,21 @@ def test_arrays_choose_the_backend_when_none_is_selected(backend_name: str) -> N
 def test_a_mean_of_integers_is_refused(backend: Backend, name: str) -> None:
     with pytest.raises(InputTypeError, match=f"{name} needs a floating array, received int"):
         getattr(ops, name)(np.array([1, 2]))
+
+
+@pytest.mark.parametrize("name", ["maximum", "minimum"])
+def test_a_fraction_next_to_integers_is_refused(backend: Backend, name: str) -> None:
+    with pytest.raises(InputTypeError, match=r"0\.5 next to an array of int64"):
+        getattr(ops, name)(np.array([0, 1]), 0.5)
+
+
+def test_integers_that_jax_would_wrap_are_refused() -> None:
+    require("jax")
+    jax = importlib.import_module("jax")
+    with jax.enable_x64(False), use_backend("jax"):
+        assert ops.to_numpy(ops.asarray(np.array([7]))).tolist() == [7]
+        with pytest.raises(InputError, match=r"received int64 .* jax's int32 cannot hold"):
+            ops.asarray(np.array([2**40]))
 
 
 def test_only_an_axis_of_size_one_is_squeezed(backend: Backend) -> None:

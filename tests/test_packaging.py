@@ -124,6 +124,7 @@ def test_install(form: str, built: Distributions, tmp_path: Path) -> None:
     here = importlib.metadata.distribution("numpy").locate_file("")
     # Appended last, so that an installation of metaframe over there cannot stand in for this one.
     (Path(site.strip()) / "zz_dependencies.pth").write_text(f"{here}\n")
-    *origins, strays = run(python, "-c", INSTALLED, cwd=tmp_path).split("\n")[:-1]
+    # Isolated: what PYTHONPATH names cannot stand in for it either.
+    *origins, strays = run(python, "-I", "-c", INSTALLED, cwd=tmp_path).split("\n")[:-1]
     assert all(Path(origin).is_relative_to(source) for origin in origins), origins
     assert strays == "[]"

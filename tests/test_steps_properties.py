@@ -1,7 +1,7 @@
 """What holds for every problem: random structures, shapes, dtypes, tasks and choices.
 
-Each example runs a step eagerly, which is quick on torch; the others take the same examples in
-the slow tests.
+Each example runs a step eagerly, which is quick on torch; the others take a tenth
+of the examples, in the slow tests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frameworks import require
@@ -119,10 +119,26 @@ def cost(task: Any, v: Any) -> Any:
     return ops.log1p(sum(off))
 
 
+def holds_for(**strategies: Any) -> Callable[[Call], Call]:
+    """The decorated check, as a test of random examples on every backend."""
+
+    def decorate(check: Call) -> Call:
+        def test(backend: Backend) -> None:
+            run = given(**strategies)(check)
+            if backend.name != "torch":
+                run = settings(max_examples=settings.default.max_examples // 10)(run)
+            run(backend)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
 # -- properties ---------------------------------------------------------------------------------
 
 
-@given(example=examples(), batched=LAYOUTS, data=st.data())
+@holds_for(example=examples(), batched=LAYOUTS, data=st.data())
 def test_the_order_of_tasks_does_not_matter(
     backend: Backend, example: Example, batched: Any, data: st.DataObject
 ) -> None:
@@ -137,7 +153,7 @@ def test_the_order_of_tasks_does_not_matter(
     example.close(second[2], rows, backend)
 
 
-@given(example=examples(), batched=LAYOUTS, factor=st.sampled_from([0.25, 2.0, 8.0]))
+@holds_for(example=examples(), batched=LAYOUTS, factor=st.sampled_from([0.25, 2.0, 8.0]))
 def test_scaling_the_cost_is_scaling_the_rate(
     backend: Backend, example: Example, batched: Any, factor: float
 ) -> None:
@@ -153,7 +169,7 @@ def test_scaling_the_cost_is_scaling_the_rate(
     example.close(maml_step(tasks, scaled, None, *args, 0.1 / factor, **how), expected, backend)
 
 
-@given(example=examples(), batched=LAYOUTS, average=st.booleans())
+@holds_for(example=examples(), batched=LAYOUTS, average=st.booleans())
 def test_a_rate_of_zero_is_no_adaptation(
     backend: Backend, example: Example, batched: Any, average: bool
 ) -> None:
@@ -165,7 +181,7 @@ def test_a_rate_of_zero_is_no_adaptation(
         example.close(found[:2], plain[:2], backend)
 
 
-@given(example=examples(), batched=LAYOUTS)
+@holds_for(example=examples(), batched=LAYOUTS)
 def test_results_look_like_what_went_in(backend: Backend, example: Example, batched: Any) -> None:
     tasks, v = example.on(backend)
     how = {"batched": batched, "return_inner_v": "all"}
@@ -182,7 +198,7 @@ def test_results_look_like_what_went_in(backend: Backend, example: Example, batc
             assert backend.dtype_name(g) == backend.dtype_name(rows) == example.dtype
 
 
-@given(example=examples(MAPPINGS), data=st.data())
+@holds_for(example=examples(MAPPINGS), data=st.data())
 def test_keeping_some_is_dropping_the_others(
     backend: Backend, example: Example, data: st.DataObject
 ) -> None:
@@ -209,7 +225,7 @@ def test_keeping_some_is_dropping_the_others(
             example.close([rows[0]], [before[chain]], backend)
 
 
-@given(example=examples(), mode=st.sampled_from(["remat", "mixed"]), batched=LAYOUTS)
+@holds_for(example=examples(), mode=st.sampled_from(["remat", "mixed"]), batched=LAYOUTS)
 def test_every_mode_gives_the_same(
     backend: Backend, example: Example, mode: Any, batched: Any
 ) -> None:
@@ -219,7 +235,7 @@ def test_every_mode_gives_the_same(
     example.close(found, maml_step(*args, batched=batched)[:2], backend)
 
 
-@given(example=examples())
+@holds_for(example=examples())
 def test_tasks_adapt_on_their_own(backend: Backend, example: Example) -> None:
     """What a step returns for a task is the inner loop on that task."""
     tasks, v = example.on(backend)

@@ -101,6 +101,42 @@ def test_mini_imagenet(mini: Path, split: Any, archived: bool) -> None:
     assert sampler.task(0).query_x.shape == (6, 84, 84, 3)
 
 
+@pytest.mark.parametrize("archived", [False, True])
+def test_an_image_that_was_replaced_is_read_again(mini: Path, archived: bool) -> None:
+    def write(pixels: np.ndarray[Any, Any]) -> None:
+        (mini / "images" / f"{wnid(1)}{0:08d}.jpg").write_bytes(encoded(pixels))
+        if archived:
+            as_zip(mini / "images.zip", mini / "images")
+
+    write(picture(100))
+    if archived:
+        (mini / "images").rename(mini / "elsewhere")
+    old = load_mini_imagenet(mini, "train")
+    if archived:
+        (mini / "elsewhere").rename(mini / "images")
+    write(picture(7))
+    if archived:
+        (mini / "images").rename(mini / "elsewhere")
+    new = load_mini_imagenet(mini, "train")
+    np.testing.assert_array_equal(old.images[0], picture(100))
+    np.testing.assert_array_equal(new.images[0], picture(7))
+
+
+def test_labels_that_were_replaced_are_read_again(tiered: Path) -> None:
+    old = load_tiered_imagenet(tiered, "train")
+    labels = np.arange(len(old.labels)) % 3
+    np.savez(tiered / "train_labels.npz", labels=labels)
+    np.testing.assert_array_equal(load_tiered_imagenet(tiered, "train").labels, labels)
+
+
+def test_an_image_in_a_folder_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    as_folders(tmp_path)
+    load_tiered_imagenet(tmp_path, "train")
+    (tmp_path / "train" / wnid(1) / f"{wnid(1)}_0.JPEG").write_bytes(encoded(picture(7)))
+    found = load_tiered_imagenet(tmp_path, "train")
+    np.testing.assert_array_equal(found.images[0], picture(7))
+
+
 def test_photographs_are_resized(mini: Path) -> None:
     name = f"{wnid(1)}{0:08d}.jpg"
     (mini / "images" / name).write_bytes(encoded(np.full((60, 40, 3), 77, np.uint8), "JPEG"))

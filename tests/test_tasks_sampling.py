@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frameworks import hardly_depends_on_the_backend
 from metaframe import tree
 from metaframe.backend import use_backend
 from metaframe.errors import InputError, InputTypeError
@@ -107,7 +108,7 @@ def test_every_seed_and_index_in_range_is_accepted(seed, index):
     [
         ((-1, "train", 0), InputError, "seed must be at least 0"),
         ((2**64, "train", 0), InputError, "below 2"),
-        ((0.5, "train", 0), InputTypeError, "seed=0.5"),
+        ((0.5, "train", 0), InputTypeError, "seed must be an integer, received 0.5"),
         ((True, "train", 0), InputTypeError, "bool"),
         ((0, "trian", 0), InputError, "Did you mean 'train'"),
         ((0, "train", -1), InputError, "index"),
@@ -173,6 +174,20 @@ def test_a_selected_backend_gets_the_same_numbers(make, backend):
     assert backend.dtype_name(make(seed=4).task(2).support_x) == "float64"
     for value, expected in zip(values, tree.leaves(numpy_task(make)), strict=True):
         np.testing.assert_array_equal(value, expected)
+
+
+@hardly_depends_on_the_backend
+def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
+    expected = make(seed=4, dtype="float64")
+    expected = tree.map(
+        lambda x: x.astype("float64") if x.dtype.kind == "f" else x,
+        expected.draw(task_rng(4, "train", 2)),
+    )
+    with use_backend(backend.name, dtype="float32"):
+        found = make(seed=4, dtype="float64").task(2)
+    for value, exact in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        assert backend.to_numpy(value).dtype == exact.dtype
+        np.testing.assert_array_equal(backend.to_numpy(value), exact)
 
 
 def numpy_task(make) -> Task:
@@ -250,7 +265,7 @@ def test_support_and_query_lie_on_one_curve_of_the_family():
         ({"x_range": (0.0, math.inf)}, InputError, "x_range"),
         ({"phase_range": (math.nan, 1.0)}, InputError, "phase_range"),
         ({"freq_range": 1.0}, InputTypeError, r"pair of numbers \(low, high\), received freq"),
-        ({"k_support": 0}, InputError, "k_support must be at least 1, received k_support=0"),
+        ({"k_support": 0}, InputError, "k_support must be at least 1, received 0"),
         ({"k_query": 2.5}, InputTypeError, "k_query must be an integer"),
     ],
 )

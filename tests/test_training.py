@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import zoo
-from frameworks import BACKENDS, hardly_depends_on_the_backend, slow
+from frameworks import BACKENDS, hardly_depends_on_the_backend, require, slow
 from metaframe import MAML, MetaSGD, nn, ops, optim
-from metaframe.backend import Backend
+from metaframe.backend import Backend, use_backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
 from metaframe.learners import (
     CAVIA,
@@ -272,6 +272,24 @@ def test_fit_records_and_calls_back(backend: Backend) -> None:
 BAD: list[tuple[str, Callable[[MetaTrainer], Any], type[Exception], str]] = [
     ("eval", lambda t: t.fit(3, 2, eval_every=1), InputError, "eval_every=1 needs eval_tasks"),
     ("never", lambda t: t.fit(3, 2, eval_every=0, eval_tasks=[]), InputError, "at least 1"),
+    (
+        "no-eval-tasks",
+        lambda t: t.fit(4, 2, eval_every=4, eval_tasks=[]),
+        InputError,
+        "the list is empty",
+    ),
+    (
+        "what-eval-tasks",
+        lambda t: t.fit(4, 2, eval_every=4, eval_tasks=3),
+        InputTypeError,
+        "tasks must be a sampler",
+    ),
+    (
+        "no-eval-task",
+        lambda t: t.fit(4, 2, eval_every=4, eval_tasks=[*zoo.tasks(1), None]),
+        InputTypeError,
+        "task 1 is a NoneType",
+    ),
     ("negative", lambda t: t.fit(-1, 2), InputError, "num_iterations must be at least 0"),
     ("empty", lambda t: t.fit(1, 0), InputError, "meta_batch_size must be at least 1"),
     ("no-tasks", lambda t: t.evaluate([]), InputError, "the list is empty"),
@@ -309,6 +327,41 @@ def test_schedule_gives_each_step_its_rate(backend: Backend) -> None:
         trainer(fixed, optim.sgd(rate)).meta_step(zoo.tasks())
     for name, value in numbers(fixed, backend).items():
         np.testing.assert_allclose(numbers(scheduled, backend)[name], value, rtol=1e-13)
+
+
+class Noted(Callback):
+    """Writes down what is called, and fails where it is told to."""
+
+    def __init__(self, name: str, notes: list[str], fails: str = "") -> None:
+        self._name, self._notes, self._fails = name, notes, fails
+
+    def _note(self, what: str) -> None:
+        self._notes.append(f"{self._name} {what}")
+        if what == self._fails:
+            raise OSError(self._notes[-1])
+
+    def on_start(self, run: Run) -> None:
+        self._note("starts")
+
+    def on_end(self, run: Run) -> None:
+        self._note("ends")
+
+
+def test_what_has_started_ends_whatever_others_raise() -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        runner = trainer(learner(backend))
+        notes: list[str] = []
+        third = Noted("c", notes)
+        with pytest.raises(OSError, match="b starts"):
+            runner.fit(1, 2, callbacks=[Noted("a", notes), Noted("b", notes, "starts"), third])
+        assert notes == ["a starts", "b starts", "a ends"]
+        assert runner.step == 0
+        notes.clear()
+        failing = [Noted("a", notes, "ends"), Noted("b", notes, "ends"), third]
+        with pytest.raises(OSError, match="b ends"):
+            runner.fit(1, 2, callbacks=failing)
+        assert notes == ["a starts", "b starts", "c starts", "a ends", "b ends", "c ends"]
 
 
 class Stop(Callback):

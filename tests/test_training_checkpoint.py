@@ -234,6 +234,50 @@ def test_what_does_not_fit_is_refused(backend: Backend, tmp_path: Path) -> None:
         save_checkpoint(path, trainer(), {"model": object()})
 
 
+@hardly_depends_on_the_backend
+def test_what_is_refused_changes_nothing(backend: Backend, tmp_path: Path) -> None:
+    def with_sgd(seed: int = 1, sampler_seed: int = 0) -> MetaTrainer:
+        other = trainer(seed, sampler_seed)
+        return MetaTrainer(other.maml, optim.momentum(0.1), nn.mse, other.task_sampler)
+
+    def moved(runner: MetaTrainer) -> dict[str, Any]:
+        arrays, plain = runner.state()
+        return {**{name: x.tobytes() for name, x in arrays.items()}, "plain": str(plain)}
+
+    del backend
+    one = trainer()
+    one.fit(2, 3)
+    save_checkpoint(tmp_path / "c", one)
+    one.fit(1, 3)
+    for other, says in (
+        (with_sgd(), "another optimizer"),
+        (trainer(seed=1, sampler_seed=1), "this sampler has seed=1"),
+    ):
+        other.fit(1, 3)
+        before = moved(other)
+        with pytest.raises((CheckpointError, InputError), match=says):
+            load_checkpoint(tmp_path / "c", other)
+        assert moved(other) == before
+
+
+def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
+    class Odd(SinusoidTaskSampler):
+        def state(self) -> dict[str, Any]:
+            return {**super().state(), "seen": {1, 2}}
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        other = trainer()
+        odd = MetaTrainer(other.maml, optim.sgd(0.1), nn.mse, Odd(seed=0))
+        with pytest.raises(InputError, match=r"the sampler's state\(\) must be plain JSON .* set"):
+            save_checkpoint(tmp_path / "c", odd)
+        with pytest.raises(InputError, match="a checkpoint's config must be plain JSON"):
+            save_checkpoint(tmp_path / "c", other, {"model": object()})
+    with pytest.raises(InputError, match="the optimizer's settings must be plain JSON"):
+        encode(Checkpoint({}, {"step": 0, "optimizer": {"lr": {0.1}}}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_format_is_refused() -> None:
     data = encode(SMALL)
     other = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')
@@ -258,6 +302,52 @@ def test_last_and_best_are_kept(backend: Backend, tmp_path: Path) -> None:
     best = min(loss for _, loss in history.eval_loss)
     load_parameters(tmp_path / "best.safetensors", runner.maml)
     assert runner.evaluate(tasks) == best
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Path:
+    """A folder in which a run of six steps kept its last two checkpoints and its best one."""
+    require("torch")
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch", dtype="float64"):
+        saver = Checkpoints(tmp_path, every=2, keep=2)
+        trainer().fit(6, 3, eval_every=3, eval_tasks=tasks, callbacks=[saver])
+    assert len(contents(tmp_path)) == 3
+    return tmp_path
+
+
+def test_a_folder_with_later_checkpoints_is_refused(used: Path) -> None:
+    before = contents(used)
+    with use_backend("torch", dtype="float64"):
+        runner = trainer()
+        with pytest.raises(InputError, match=r"later steps, such as step-00000006\.safe.* step 0"):
+            runner.fit(3, 3, callbacks=[Checkpoints(used, every=1, keep=1)])
+        assert runner.step == 0
+        assert contents(used) == before
+        load_checkpoint(latest_checkpoint(used), runner)
+        runner.fit(1, 3, callbacks=[Checkpoints(used, every=1, keep=2)])
+    assert [int(f.stem[5:]) for f in checkpoint_files(used)] == [6, 7]
+    assert contents(used)["best.safetensors"] == before["best.safetensors"]
+
+
+def test_what_another_run_left_is_not_lost(used: Path) -> None:
+    """Another run than the one that starts here after more steps than the folder knows."""
+    before = contents(used)
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch", dtype="float64"):
+        other = trainer(seed=1)
+        other.fit(10, 3)
+        saver = Checkpoints(used, every=1, keep=1)
+        other.fit(3, 3, eval_every=1, eval_tasks=tasks, callbacks=[saver])
+    after = contents(used)
+    assert after["best.1.safetensors"] == before.pop("best.safetensors")
+    assert {name: after[name] for name in before} == before
+    assert [int(f.stem[5:]) for f in checkpoint_files(used)] == [4, 6, 13]
+    assert read_checkpoint(used / "best.safetensors").step > 10
 
 
 class Interrupted(Callback):

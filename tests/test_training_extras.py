@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import zoo
 from frameworks import hardly_depends_on_the_backend
 from metaframe import MAML, nn, ops, optim
 from metaframe.backend import Backend, use_backend
-from metaframe.errors import InputError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import SinusoidTaskSampler
 from metaframe.training import MetaTrainer, evaluate
@@ -112,6 +113,36 @@ def test_metrics_are_the_history(backend: Backend, tmp_path: Path) -> None:
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 2, 3]
 
 
+def test_starting_again_never_leaves_less_than_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any write: what was measured before is in the file at every moment."""
+    with use_backend("torch", dtype="float64"):
+        trainer().fit(4, 2, callbacks=[MetricsLog(tmp_path)])
+        before = read_metrics(tmp_path)[:3]
+        seen = []
+        original = Path.open
+
+        def watched(self: Path, *args: Any, **kwargs: Any) -> Any:
+            file = original(self, *args, **kwargs)
+            if self.parent == tmp_path and "r" not in (*args, "r")[0]:
+                seen.append([json.loads(x) for x in _text(tmp_path).splitlines()][:3])
+            return file
+
+        monkeypatch.setattr(Path, "open", watched)
+        again = trainer()
+        again.step = 3
+        again.fit(1, 2, callbacks=[MetricsLog(tmp_path)])
+    assert len(seen) >= 4
+    assert seen == [before] * len(seen)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+def _text(folder: Path) -> str:
+    return (folder / "metrics.jsonl").read_bytes().decode()
+
+
 def test_an_unfinished_last_line_is_ignored(tmp_path: Path) -> None:
     whole = json.dumps({"step": 1, "loss": 2.0})
     (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"step": 2, "lo')
@@ -129,6 +160,12 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
     assert b"grad_norm" in events.read_bytes()
 
 
+def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(MissingDependencyError, match=r"^TensorBoard needs tensorboardX, which is"):
+        MetricsLog(tmp_path, tensorboard=True)
+
+
 def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     from rich.console import Console
 
@@ -141,6 +178,20 @@ def test_progress_prints_lines_where_there_is_no_terminal() -> None:
     assert lines[0].startswith("step 1: loss ")
     assert "score" in lines[0]
     assert "step 3: validation loss" in lines[-1]
+
+
+def test_a_score_is_shown_as_it_is() -> None:
+    """Only its function knows whether 1.5 is a ratio."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(3)
+    with use_backend("torch"):
+        bar = ProgressBar(Console(file=text, width=120))
+        runner = trainer(metric=lambda p, y: 1.5 + 0 * nn.mse(p, y))
+        runner.fit(1, 2, eval_every=1, eval_tasks=tasks, callbacks=[bar])
+    assert text.getvalue().count("score 1.5") == 2
+    assert "%" not in text.getvalue()
 
 
 @hardly_depends_on_the_backend

@@ -91,6 +91,9 @@ class JaxBackend(Backend):
     def devices(self) -> tuple[str, ...]:
         return tuple(str(device) for device in jax.devices())
 
+    def device_of(self, x: Array) -> str:
+        return str(next(iter(x.devices())))
+
     def on_cpu(self, x: Array) -> bool:
         return on_cpu(x)
 

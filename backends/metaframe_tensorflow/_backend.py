@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
@@ -83,6 +84,9 @@ class TensorFlowBackend(Backend):
             for device in tf.config.list_logical_devices()
         )
 
+    def device_of(self, x: Array) -> str:
+        return str(x.device).rpartition("/device:")[2]
+
     def on_cpu(self, x: Array) -> bool:
         # In a tf.function a tensor has no device yet; it goes to an accelerator if there is one.
         return "CPU" in x.device if x.device else not tf.config.list_logical_devices("GPU")
@@ -132,6 +136,12 @@ class TensorFlowBackend(Backend):
             return list(forward(xs)), pull_back
 
         return lambda xs: tuple(rule(*xs))
+
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        found = fn(tuple(map(self.stop_gradient, xs)))
+        if record.should_record_backprop(list(found)):
+            return "depends on a tensor that it closes over, whose gradient would be lost"
+        return ""
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:

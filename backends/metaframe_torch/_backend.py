@@ -1,7 +1,7 @@
 """PyTorch: the boundary over `torch.func`.
 
-Two paths in torch are silently wrong and never taken here: `grad` of a mean over `vmap` (wrong
-second derivatives through fused normalisation layers; callers take `vmap` of `grad`), and
+Two paths in torch are silently wrong and never taken here: `grad` of a `vmap` (wrong second
+derivatives through fused normalisation layers; callers take `vmap` of `grad`, and see `_tape`), and
 compiling a cost function on its own (loses the second-order term; `compile` traces the finished
 gradient to a graph and compiles that).
 """
@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.utils import _pytree
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
 from metaframe.workers import Place, Workers
-from metaframe_torch import _distributed
+from metaframe_torch import _distributed, _tape
 from metaframe_torch._compile import compile_traced
 from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
@@ -91,6 +89,9 @@ class TorchBackend(Backend):
             found.append("mps")
         return ("cpu", *found)
 
+    def device_of(self, x: Array) -> str:
+        return "mps" if x.device.type == "mps" else str(x.device)  # there is one, without a number
+
     def on_cpu(self, x: Array) -> bool:
         return bool(x.device.type == "cpu")
 
@@ -100,6 +101,10 @@ class TorchBackend(Backend):
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        # torch.func.grad records its backward pass, so that it can be differentiated again. For the
+        # outermost gradient that would be a graph in memory which nobody asks for; the pull-back of
+        # torch.func.vjp can do without, but must not run a rule of our own that is to be recorded.
+
         def checked(xs: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
             value, aux = fn(xs)
             if not value.requires_grad:
@@ -112,10 +117,10 @@ class TorchBackend(Backend):
         recorded = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
-            if not _inside_a_gradient():
+            if not _tape.inside_a_gradient():
                 with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
                 value, pull_back, (_, aux) = with_pull_back
-                if not _recorded_by_autograd(value):
+                if not _tape.records(value):
                     (grads,) = pull_back(torch.ones_like(value), False, False)
                     return value, aux, grads
             grads, (value, aux) = recorded(xs)
@@ -137,9 +142,39 @@ class TorchBackend(Backend):
         apply: Any = _Rule.apply
         return lambda xs: tuple(apply(forward, backward, *xs))
 
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        before = self._random_bytes()
+        found = fn(_tape.detached(xs))
+        if self._random_bytes() != before:
+            return "draws random numbers, of which there would be others"
+        if any(y.requires_grad for y in found):
+            return "depends on a tensor that it closes over, whose gradient would be lost"
+        return ""
+
+    def _random_bytes(self) -> dict[str, bytes]:
+        # A new tensor belongs to the transforms that are active, and these do not show its values.
+        with torch._C._DisableFuncTorch(), disable_proxy_modes_tracing():
+            return {name: state.tobytes() for name, state in self.random_state().items()}
+
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-        return lambda xs: tuple(mapped(*xs))
+        return _tape.recordable(_mapped(fn), _one_by_one(fn))
+
+    def mapped_value_and_grad(
+        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        def call(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            def flat(mapped: Callable[[ArraysFn], ArraysFn]) -> ArraysFn:
+                def run(arrays: Arrays) -> Arrays:
+                    of_tasks = self._gradients_of_tasks(fn, mapped)
+                    values, aux, grads = of_tasks(arrays[: len(xs)], arrays[len(xs) :])
+                    return (*grads, values, *aux)
+
+                return run
+
+            out = _tape.recordable(flat(_mapped), flat(_one_by_one))((*xs, *tasks))
+            return out[len(xs)], out[len(xs) + 1 :], out[: len(xs)]
+
+        return call
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         return compile_traced(fn, examples)
@@ -232,26 +267,21 @@ class _Rule(torch.autograd.Function):
         if not torch.is_grad_enabled():
             # Nobody differentiates this backward pass. The transpose needs a graph of its own,
             # which must not reach back into the one that is being walked.
-            xs, cotangents = _detached(xs), _detached(cotangents)
+            xs, cotangents = _tape.detached(xs), _tape.detached(cotangents)
         with torch.enable_grad():
             return (None, None, *ctx.transpose(xs, cotangents))
 
 
-def _detached(xs: Arrays) -> Arrays:
-    return tuple(x.detach() for x in xs)
+def _mapped(fn: ArraysFn) -> ArraysFn:
+    mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
+    return lambda xs: tuple(mapped(*xs))
 
 
-# torch.func.grad records its backward pass, so that it can be differentiated again. For the
-# outermost gradient that would be a graph in memory which nobody asks for; the pull-back of
-# torch.func.vjp can do without, but must not run a rule of our own that is to be recorded.
+def _one_by_one(fn: ArraysFn) -> ArraysFn:
+    """The same as a loop."""
 
+    def run(xs: Arrays) -> Arrays:
+        rows = [fn(tuple(x[i] for x in xs)) for i in range(xs[0].shape[0])]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
-def _inside_a_gradient() -> bool:
-    gradients = (TransformType.Grad, TransformType.Jvp)
-    return any(level.key() in gradients for level in retrieve_all_functorch_interpreters())
-
-
-def _recorded_by_autograd(x: Array) -> bool:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return bool(x.requires_grad)
+    return run

@@ -3,7 +3,8 @@
 `make_fx` runs the function once, with its `vmap` and `grad` inside, and records the plain array
 operations it performs. That graph has no transform left in it, so inductor compiles it in a
 fraction of the time `torch.compile` needs to see through the transforms, and nothing that
-inductor does can drop a derivative.
+inductor does can drop a derivative. The program itself has none: where autograd records, or a
+transform goes over it, the function is run as it is.
 """
 
 from __future__ import annotations
@@ -16,11 +17,24 @@ from torch._inductor import compile as inductor_compile
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe_torch import _tape
 
 
 def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one compiled graph for tensors like `examples`."""
+    # What a transform hands over are no tensors to compile for.
+    programs = [] if _tape.transforming() else [_program(fn, examples)]
 
+    def run(xs: Arrays) -> Arrays:
+        if not programs:
+            programs.append(_program(fn, xs))
+        return tuple(programs[0](*(x if x.is_contiguous() else x.contiguous() for x in xs)))
+
+    differentiable = _tape.recordable(run, fn)
+    return lambda xs: fn(xs) if _tape.transforming() else differentiable(xs)
+
+
+def _program(fn: ArraysFn, examples: Arrays) -> Any:
     def flat(*xs: Array) -> list[Array]:
         return list(fn(xs))
 
@@ -32,6 +46,4 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     with torch.no_grad(), torch._inductor.config.patch(unroll_reductions_threshold=1):
         # Reductions over a few elements stay reductions: unrolled, the steps of an inner loop on
         # small tensors become one expression that grows exponentially with their number.
-        compiled: Any = inductor_compile(graph, plain)
-
-    return lambda xs: tuple(compiled(*(x if x.is_contiguous() else x.contiguous() for x in xs)))
+        return inductor_compile(graph, plain)

@@ -34,3 +34,16 @@ class TorchNN(NNTable):
 
     def max_pool2d(self, x: Tensor, window: tuple[int, int]) -> Tensor:
         return F.max_pool2d(x.permute(0, 3, 1, 2), window).permute(0, 2, 3, 1)
+
+    def batch_norm(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    ) -> Tensor | None:
+        # Its second derivatives are right within `vmap`, see `_tape` for those from outside.
+        if x.ndim not in (2, 4) or x.numel() <= x.shape[-1]:
+            return None
+        if x.ndim == 2:
+            return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
+        # As a convolution lays out its images, and `conv2d` has permuted them.
+        images = x.permute(0, 3, 1, 2)
+        found = F.batch_norm(images, None, None, scale, shift, training=True, eps=eps)
+        return found.permute(0, 2, 3, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaframe.errors import InputError
+from metaframe.errors import CheckpointError, InputError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -39,22 +39,55 @@ class TorchOptimizer:
             for key, value in entries.items():
                 name = f"{index}/{key}"
                 if isinstance(value, Tensor):
-                    arrays[name] = value.detach().cpu().numpy()
+                    arrays[name] = _to_numpy(value)
                 else:
                     plain[name] = value
-        return arrays, {"values": plain, "groups": held["param_groups"]}
+        groups = [{k: _plain(v) for k, v in group.items()} for group in held["param_groups"]]
+        return arrays, {"class": self._name(), "values": plain, "groups": groups}
 
     def restore(self, arrays: Arrays, plain: Any) -> None:
+        if "groups" not in plain or plain.get("class", self._name()) != self._name():
+            found = plain.get("class", "no optimizer of torch's own")
+            raise CheckpointError(
+                f"the checkpoint is of another optimizer: of {found}, and this one is a "
+                f"{self._name()}."
+            )
         state: dict[int, dict[str, Any]] = {}
         values = {name: torch.from_numpy(x.copy()) for name, x in arrays.items()}
         for name, value in {**values, **plain["values"]}.items():
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = value
-        groups = plain["groups"]
-        for group in groups:  # JSON has no tuples, and Adam's betas are one
-            group.update({k: tuple(v) for k, v in group.items() if k != "params" and _list(v)})
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        own = self._optimizer.param_groups
+        groups = [
+            {k: _as(own[i].get(k) if i < len(own) else None, v) for k, v in group.items()}
+            for i, group in enumerate(plain["groups"])
+        ]
+        try:
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except ValueError as error:  # other groups than its own, before it changed anything
+            raise CheckpointError(f"the checkpoint is of another optimizer: {error}.") from error
+
+    def _name(self) -> str:
+        return type(self._optimizer).__name__
 
 
-def _list(value: Any) -> bool:
-    return isinstance(value, list)
+def _to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
+    """Bfloat16, which NumPy lacks, as float32; torch makes it again what its parameter is."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _plain(value: Any) -> Any:
+    """An option of a group for JSON, which has neither tensors nor tuples."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as(own: Any, value: Any) -> Any:
+    """What `_plain` gave in the form of `own`, the optimizer's own value of that option."""
+    if isinstance(own, Tensor):
+        return torch.as_tensor(value, dtype=own.dtype, device=own.device)
+    if isinstance(own, tuple) and isinstance(value, list) and len(own) == len(value):
+        return tuple(_as(o, v) for o, v in zip(own, value, strict=True))
+    return value

@@ -48,6 +48,10 @@ def run(argv: Sequence[str] | None) -> int:
     except MetaframeError as error:
         stderr.print(f"metaframe: {error}", markup=False)
         return FAILED
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        where = "" if error.filename is None else f"{error.filename}: "
+        stderr.print(f"metaframe: {where}{error.strerror or error}", markup=False)
+        return FAILED
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else FAILED
     return OK

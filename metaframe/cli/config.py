@@ -2,8 +2,8 @@
 
 Everything that names a setting comes from here: the flags of the commands, the keys of a TOML file,
 what is checked and how, and what checkpoints and result files record. A setting is the first of
-these that names it: a flag, the configuration file, the preset, the data set's own defaults, the
-default below.
+these that names it: a flag, the configuration file, the preset, the algorithm's own defaults, the
+data set's, the default below.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
+from metaframe.inner import Mode
 from metaframe.learners.config import Norm
 from metaframe.meta import TaskMap
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
 Protocol = Literal["random", "runs"]
-Mode = Literal["reverse", "remat", "mixed"]
 
 
 def setting(default: Any, text: str, *, at_least: float | None = None) -> Any:
@@ -74,7 +74,7 @@ class RunConfig:
     clip_norm: float | None = setting(None, "Limit of the meta-gradient's norm.", at_least=0)
     clip_value: float | None = setting(None, "Limit of its elements.", at_least=0)
     meta_batch_size: int = setting(16, "Tasks in an outer step.", at_least=1)
-    iterations: int = setting(1000, "Outer steps.", at_least=0)
+    iterations: int = setting(1000, "Outer steps.", at_least=1)
     eval_every: int = setting(250, "Outer steps between validations; 0 for none.", at_least=0)
     validation_tasks: int = setting(100, "Tasks of a validation.", at_least=1)
     patience: int = setting(0, "Validations without gain before stopping; 0 for never.", at_least=0)
@@ -110,7 +110,7 @@ class RunConfig:
         return {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items()}
 
     def to_toml(self) -> str:
-        """The settings as a TOML file that `from_sources` reads; TOML leaves out what is None."""
+        """The settings as a TOML file that `read_toml` reads; TOML leaves out what is None."""
         lines = [f"{n} = {_toml(v)}" for n, v in self.as_dict().items() if v is not None]
         return "\n".join([*lines, ""])
 

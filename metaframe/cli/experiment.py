@@ -142,5 +142,5 @@ def selected(config: RunConfig) -> Iterator[Workers]:
 def _schedule(config: RunConfig) -> Schedule:
     schedule = schedules.constant(config.outer_lr)
     if config.schedule == "cosine":
-        schedule = schedules.cosine(config.outer_lr, max(config.iterations, 1))
+        schedule = schedules.cosine(config.outer_lr, config.iterations)
     return schedules.warmup(schedule, config.warmup_steps)

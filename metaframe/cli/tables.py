@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from metaframe import nn, ops
@@ -25,6 +26,7 @@ from metaframe.tasks import (
     load_tiered_imagenet,
     one_shot_runs,
 )
+from metaframe.tasks._files import stamp
 from metaframe.tasks.sampling import Split
 
 
@@ -105,7 +107,7 @@ def _with_validation(classes: ClassSplit, config: RunConfig) -> ClassSplit:
 def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     if config.data is None:
         raise UsageError("dataset folder needs its files: --data FOLDER, with one for each class.")
-    data = _folder_of_images(config.data)
+    data = _folder_of_images(config.data, stamp(Path(config.data)))
     classes = data.own_split or data.split_classes()
     if config.held_out:
         classes = data.hold_out(config.held_out)
@@ -122,8 +124,9 @@ def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
 
 
 @functools.lru_cache(maxsize=1)
-def _folder_of_images(path: str) -> LabelledImages:
+def _folder_of_images(path: str, state: str) -> LabelledImages:
     """The images of a folder, all read, so that a broken one ends no run within."""
+    del state  # in the signature, a folder that has changed is read again
     data = load_image_folder(path)
     data.images.verify()
     return data

@@ -38,7 +38,7 @@ def launch(command: Sequence[str], processes: int, *, grace: float = GRACE) -> i
     Raises:
         InputError: `processes` is out of range.
     """
-    checks.steps(processes, "processes", at_least=1)
+    checks.integer(processes, "processes", at_least=1)
     with started(command, environments(processes)) as running, _handing_on_signals(running):
         first = _first_failure(running)
         if first is None:

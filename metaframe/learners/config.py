@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from metaframe import checks, optim
 from metaframe.backend import Array
@@ -14,7 +14,7 @@ from metaframe.models import Forward
 from metaframe.update import UpdateRule, update_rule
 
 Norm = Literal["batch", "frozen", "support", "per-step"]
-NORMS = ("batch", "frozen", "support", "per-step")
+NORMS: tuple[Norm, ...] = get_args(Norm)
 
 
 # By identity, because a learning rate may be an array or a mapping, which have no hash.
@@ -46,7 +46,7 @@ class AdaptConfig:
     twice: bool | None = None
 
     def __post_init__(self) -> None:
-        checks.steps(self.inner_steps, "inner_steps", at_least=0)
+        checks.integer(self.inner_steps, "inner_steps", at_least=0)
         checks.choice(self.norm, "norm", NORMS)
         if self.inner_lr is not None:
             rate_for(self.inner_lr, self.names)
@@ -61,7 +61,7 @@ class AdaptConfig:
         """How many steps to take: the configured number, or the one given."""
         if given is None:
             return self.inner_steps
-        checks.steps(given, "steps", at_least=at_least)
+        checks.integer(given, "steps", at_least=at_least)
         if given and not self.names:
             raise InputError(f"this algorithm takes no inner steps, received steps={given}.")
         return given

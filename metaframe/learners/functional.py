@@ -63,7 +63,7 @@ def functional_forward(
         model: any model, see `metaframe.models`.
         params: arrays by name, as from `named_params`.
         args: passed to the model's forward pass.
-        buffers: arrays by name, as from `named_buffers`; default: the model's.
+        buffers: arrays by name, as from `named_buffers`; the model's for those left out.
         kwargs: passed to the model's forward pass.
 
     >>> import torch
@@ -74,7 +74,7 @@ def functional_forward(
     """
     adapter = adapter_of(model)
     values = {**adapter.params(), **_known(params, adapter.params(), "params")}
-    state = adapter.state() if buffers is None else dict(buffers)
+    state = {**adapter.state(), **_known(buffers or {}, adapter.state(), "buffers")}
     return adapter.call(values, state, Inputs(args, kwargs))[0]
 
 
@@ -153,7 +153,7 @@ def adapt(
     >>> adapt(model, start, build_loss, lr=0.25, inner_steps=2)["weight"].item()
     0.25
     """
-    checks.steps(inner_steps, "inner_steps", at_least=1)
+    checks.integer(inner_steps, "inner_steps", at_least=1)
     checks.function(build_loss, "build_loss")
     trainable = [name for name in adapter_of(model).trainable() if name in params]
     names = adapted_names(trainable, adapt_names)
@@ -256,5 +256,7 @@ def _floating(params: Params, backend: Backend) -> tuple[str, ...]:
 def _known(values: Mapping[str, Array], known: Mapping[str, Array], what: str) -> dict[str, Array]:
     for name in values:
         if name not in known:
-            raise InputError(f"{what} has {name!r}, which is no parameter. {nearest(name, known)}")
+            raise InputError(
+                f"{what} has {name!r}, which the model does not have. {nearest(name, known)}"
+            )
     return dict(values)

@@ -67,7 +67,7 @@ class ImplicitMAML(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.steps(cg_steps, "cg_steps", at_least=1)
+        checks.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
             raise InputError(f"proximal must be a positive number, received {proximal!r}.")
         super().__init__(

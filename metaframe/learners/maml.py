@@ -74,7 +74,7 @@ class MAML(MetaLearner):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.steps(inner_steps, "inner_steps", at_least=1)
+        checks.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
         config = AdaptConfig(names, inner_lr, inner_steps, first_order, allow_unused, norm, update)

@@ -83,8 +83,8 @@ class MAMLPlusPlus(MAML):
         multi_step_epochs: int = 0,
         second_order_from: int = 0,
     ) -> None:
-        checks.steps(multi_step_epochs, "multi_step_epochs", at_least=0)
-        checks.steps(second_order_from, "second_order_from", at_least=0)
+        checks.integer(multi_step_epochs, "multi_step_epochs", at_least=0)
+        checks.integer(second_order_from, "second_order_from", at_least=0)
         adapter = adapter_of(module)
         if learn_norms:
             adapter = StepAffine(adapter, inner_steps)

@@ -100,7 +100,7 @@ class MetaLearner(Wrapper):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        checks.steps(epoch, "epoch", at_least=0)
+        checks.integer(epoch, "epoch", at_least=0)
         if epoch != self._epoch:
             self._enter(epoch)
 

@@ -220,9 +220,7 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
 def array_like(x: Any, like: Params, backend: Backend) -> Array:
     """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
     example = next(p for p in like.values() if backend.is_floating(p))
-    device = str(example.device)
+    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
     return backend.asarray(
-        x,
-        backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None,
-        device if device in backend.devices() else None,
+        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
     )

@@ -116,7 +116,7 @@ def prototypes(features: Array, labels: Array, ways: int) -> Array:
 
 
 def _from_prototypes(ways: int) -> Method:
-    checks.steps(ways, "ways", at_least=2)
+    checks.integer(ways, "ways", at_least=2)
     return Method(begin=functools.partial(_with_head, ways=ways))
 
 

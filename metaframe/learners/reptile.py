@@ -74,10 +74,12 @@ class Reptile(MAML):
 
 def displacement(run: TaskRun) -> Array:
     """A cost with the value of the query loss and the gradient of Reptile's direction."""
+    if run.setting.steps == 0:
+        raise InputError(
+            "Reptile's direction is the sum of its inner updates: take one step or more."
+        )
     result = run.adapted(_updates)
     cost = ops.stop_gradient(run.query_loss(result.variables))
-    if not result.total:
-        return cost
     config = run.setting.config
     for name, moved in zip(sorted(config.names), result.total, strict=True):
         # Zero, with the constant factor as its gradient.

@@ -174,12 +174,16 @@ def batch_norm(
     [[1.0], [3.0]]
     """
     backend, (x,) = native(x)
-    table, axes = backend.ops, tuple(range(len(x.shape) - 1))
+    table, axes, found = backend.ops, tuple(range(len(x.shape) - 1)), _recorder.get()
+    if statistics is None and found is None:
+        scale, shift = (None if y is None else native(x, y)[1][1] for y in (scale, shift))
+        if (normalised := backend.nn.batch_norm(x, scale, shift, eps)) is not None:
+            return normalised
     if statistics is None:
         mean = table.mean(x, axes, keepdims=True)
         centred = x - mean
         var = table.mean(table.square(centred), axes, keepdims=True)
-        if (found := _recorder.get()) is not None:
+        if found is not None:
             found.append((table.reshape(mean, (-1,)), table.reshape(var, (-1,))))
     else:
         mean, var = native(x, *statistics)[1][1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
+from metaframe.errors import InputTypeError
 
 
 def native(*xs: Array) -> tuple[Backend, Arrays]:
@@ -12,11 +13,24 @@ def native(*xs: Array) -> tuple[Backend, Arrays]:
 
 
 def native_or_number(*xs: Array | float) -> tuple[Backend, Arrays]:
-    """As `native`, but a number next to an array stays one, and so takes the array's dtype."""
+    """As `native`, but a number next to an array stays one, and so takes the array's dtype.
+
+    Raises:
+        InputTypeError: a float that the arrays' dtype cannot hold.
+    """
     if all(isinstance(x, int | float) for x in xs):
         return native(*xs)
     backend = backend_of(*xs)
-    return backend, tuple(_keep_number(x, backend) for x in xs)
+    found = tuple(_keep_number(x, backend) for x in xs)
+    arrays = [x for x in found if not isinstance(x, int | float)]
+    if not any(backend.is_floating(x) for x in arrays):
+        for number in found:
+            if isinstance(number, float):
+                raise InputTypeError(
+                    f"{number} next to an array of {backend.dtype_name(arrays[0])}: frameworks "
+                    "round it in different ways. Convert the array with ops.astype."
+                )
+    return backend, found
 
 
 def _keep_number(x: Array | float, backend: Backend) -> Array | float:

@@ -1,6 +1,6 @@
 """Tasks and the samplers that make them, in NumPy, the same on every backend."""
 
-from metaframe.tasks._checks import MissingDependencyError as MissingDependencyError
+from metaframe.errors import MissingDependencyError as MissingDependencyError
 from metaframe.tasks.digits import DIGITS_SPLIT as DIGITS_SPLIT
 from metaframe.tasks.digits import digits_sampler as digits_sampler
 from metaframe.tasks.digits import load_digits as load_digits

@@ -7,11 +7,13 @@ nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -60,6 +62,23 @@ def locate(path: str | Path, stem: str, source: Source) -> Path:
         f"{root} has neither {stem}.zip nor a folder {stem}. Download the file from {source.url} "
         "and pass the directory it is in."
     )
+
+
+def stamp(*paths: Path) -> str:
+    """Another text when one of these files changed, or anything within one of these folders.
+
+    Decided by names, sizes and times, without reading the files.
+    """
+    found = [str(path) for path in paths if path.exists()]
+    for folder in tuple(found):
+        for here, folders, files in os.walk(folder):
+            found += [os.path.join(here, name) for name in (*folders, *files)]
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        with suppress(OSError):  # a link to nowhere, which reading will report if it is needed
+            state = os.stat(name)
+            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.errors import InputError
-from metaframe.tasks._checks import MissingDependencyError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.tasks._files import Files, Source, reporting
 
 SIDE = 105

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe.errors import InputError, nearest
-from metaframe.tasks import _checks
-from metaframe.tasks._checks import MissingDependencyError
+from metaframe import checks
+from metaframe.errors import InputError, MissingDependencyError, nearest
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Mode = Literal["RGB", "L"]
@@ -27,7 +26,7 @@ _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 def check_size(size: int) -> int:
     """`size`, a side in pixels."""
-    size = _checks.integer("size", size, 1)
+    size = checks.integer(size, "size", at_least=1)
     if size > _LARGEST_SIZE:
         raise InputError(f"size must be at most {_LARGEST_SIZE}, received size={size}.")
     return size

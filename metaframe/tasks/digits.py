@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.tasks._checks import MissingDependencyError
+from metaframe.errors import MissingDependencyError
 from metaframe.tasks.few_shot import ClassSplit, FewShotSampler
 from metaframe.tasks.sampling import Split
 

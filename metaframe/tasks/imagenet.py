@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from metaframe.errors import InputError
-from metaframe.tasks._files import locate, open_files
+from metaframe.tasks._files import locate, open_files, stamp
 from metaframe.tasks._imagenet_files import (
     CHECKSUMS,
     MINI,
@@ -72,7 +72,7 @@ def load_mini_imagenet(path: str | Path, split: Split = "train", *, size: int = 
     The folder holds the lists of Ravi and Larochelle, train.csv, val.csv and test.csv, and the
     images that they name, in a folder images or an archive images.zip, of any size: they become
     `size` by `size`. Decoding the 38,400 training images takes a few minutes; they stay in memory,
-    so a second call costs nothing.
+    and a second call only looks whether a file has changed.
 
     Args:
         path: the folder.
@@ -95,12 +95,13 @@ def load_mini_imagenet(path: str | Path, split: Split = "train", *, size: int = 
     file = root / f"{stem}.csv"
     if not file.is_file():
         raise InputError(f"{root} has no {file.name}. {_pickles(root)}Get it from {MINI.url}.")
-    return _mini(root, split, size, _stamp(file, root / CHECKSUMS, root / "images"))
+    images = (root / "images", root / "images.zip")
+    return _mini(root, split, size, stamp(file, root / CHECKSUMS, *images))
 
 
 @functools.lru_cache(maxsize=3)
-def _mini(root: Path, split: Split, size: int, stamp: object) -> ImageClasses:
-    del stamp  # in the signature, a file that was replaced is read again
+def _mini(root: Path, split: Split, size: int, state: str) -> ImageClasses:
+    del state  # in the signature, a file that was replaced is read again
     checksums = Checksums(root, MINI)
     listed = read_list(root / f"{STEMS[split]}.csv", checksums)
     location = locate(root, "images", MINI)
@@ -144,12 +145,13 @@ def load_tiered_imagenet(
     if location is None:
         names = ", ".join(candidate.name for candidate in candidates)
         raise InputError(f"{root} has none of {names}. {_pickles(root)}See {TIERED.url}.")
-    return _tiered(root, location, split, size, _stamp(location, root / CHECKSUMS))
+    labels = root / f"{stem}_labels.npz"
+    return _tiered(root, location, split, size, stamp(location, labels, root / CHECKSUMS))
 
 
 @functools.lru_cache(maxsize=3)
-def _tiered(root: Path, location: Path, split: Split, size: int, stamp: object) -> ImageClasses:
-    del stamp
+def _tiered(root: Path, location: Path, split: Split, size: int, state: str) -> ImageClasses:
+    del state
     checksums = Checksums(root, TIERED)
     if location.suffix == ".npz":
         found = read_arrays(root, STEMS[split], checksums)
@@ -182,7 +184,3 @@ def _pickles(root: Path) -> str:
         f"{found[0]} is a pickle, which can run any code when it is loaded; metaframe unpickles "
         "nothing. "
     )
-
-
-def _stamp(*files: Path) -> tuple[int | None, ...]:
-    return tuple(file.stat().st_mtime_ns if file.exists() else None for file in files)

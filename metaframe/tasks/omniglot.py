@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import checks
 from metaframe.errors import InputError, UnknownKeyError, nearest
-from metaframe.tasks import _checks
-from metaframe.tasks._files import locate, open_files
+from metaframe.tasks._files import locate, open_files, stamp
 from metaframe.tasks._omniglot_files import DRAWERS, SIDE, SOURCE, read_drawings, read_runs
 from metaframe.tasks.few_shot import ClassSplit, split_classes
 from metaframe.tasks.task import Task
@@ -137,7 +137,7 @@ def load_omniglot(
     """Read one or more parts of Omniglot.
 
     A character that is in several parts (Greek and Latin are in both small ones) counts once.
-    Decoded drawings are kept in memory, so a second call costs nothing.
+    Decoded drawings are kept in memory; a second call only looks whether a file has changed.
 
     Args:
         path: directory with the official zips, or with the folders extracted from them.
@@ -167,7 +167,7 @@ def load_omniglot(
     drawings: dict[str, Images] = {}
     for name in names:
         location = locate(path, PARTS[name], SOURCE).resolve()
-        drawings |= _drawings(location, location.stat().st_mtime_ns, size)
+        drawings |= _drawings(location, stamp(location), size)
     characters = tuple(sorted(drawings))
     images = np.concatenate([drawings[character] for character in characters])
     labels = np.repeat(np.arange(len(characters), dtype=np.int64), DRAWERS)
@@ -175,8 +175,8 @@ def load_omniglot(
 
 
 @functools.lru_cache(maxsize=8)
-def _drawings(location: Path, modified: int, size: int) -> dict[str, Images]:
-    del modified  # in the signature, a file that was replaced is read again
+def _drawings(location: Path, state: str, size: int) -> dict[str, Images]:
+    del state  # in the signature, a file that was replaced is read again
     with open_files(location, SOURCE) as files:
         return read_drawings(files, size)
 
@@ -198,7 +198,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
 
     >>> one_shot_runs("omniglot", size=0)
     Traceback (most recent call last):
-    metaframe.errors.InputError: size must be at least 1, received size=0.
+    metaframe.errors.InputError: size must be at least 1, received 0.
 
     Source: Lake et al. (Science 350, 2015).
     """
@@ -217,7 +217,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
 
 
 def _check_size(size: int) -> int:
-    size = _checks.integer("size", size, 1)
+    size = checks.integer(size, "size", at_least=1)
     if size > SIDE:
         raise InputError(f"size must be at most {SIDE}, the drawings' own, received size={size}.")
     return size

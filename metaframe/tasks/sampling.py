@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import tree
-from metaframe.backend import Backend, convert_neutral, current_backend
-from metaframe.errors import BackendError, InputError, InputTypeError, nearest
-from metaframe.tasks import _checks
+from metaframe import checks, tree
+from metaframe.backend import Selection, current_selection, is_neutral
+from metaframe.errors import InputError, InputTypeError, nearest
 from metaframe.tasks.task import Task, stack_tasks
 
 Split = Literal["train", "validation", "test"]
@@ -99,7 +98,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 def _word(name: str, value: int) -> int:
-    number = _checks.integer(name, value, 0)
+    number = checks.integer(value, name, at_least=0)
     if number >= _WORD:
         raise InputError(f"{name} must be below 2**64, received {name}={number}.")
     return number
@@ -183,7 +182,7 @@ class IndexedSampler(abc.ABC):
 
     def sample(self, meta_batch_size: int) -> list[Task]:
         """Tasks number `position` to `position + meta_batch_size - 1`; moves `position` on."""
-        count = _checks.integer("meta_batch_size", meta_batch_size, 1)
+        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         tasks = [self.task(self._position + i) for i in range(count)]
         self._position += count
         return tasks
@@ -196,7 +195,7 @@ class IndexedSampler(abc.ABC):
             share: the numbers, from 0, of those to draw of them; default: all. `position` moves on
                 by the whole batch all the same.
         """
-        count = _checks.integer("meta_batch_size", meta_batch_size, 1)
+        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         start = self._position
         numbers = range(count) if share is None else share
         drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in numbers]
@@ -228,8 +227,8 @@ class IndexedSampler(abc.ABC):
     def _place(self, task: Task) -> Task:
         """`task` with the dtype, framework and device that the settings and selection ask for."""
         leaves, spec = tree.flatten(task)
-        backend = _selected()
-        if backend is None:
+        selection = current_selection()
+        if selection is None:
             if self.device not in (None, "cpu"):
                 raise InputError(
                     f"device={self.device!r} needs a backend to place arrays there. Select one: "
@@ -238,20 +237,18 @@ class IndexedSampler(abc.ABC):
             dtype = self.dtype or "float32"
             arrays = [x.astype(dtype) if x.dtype.kind == "f" else x for x in leaves]
         else:
-            arrays = [self._to_backend(x, backend) for x in leaves]
+            arrays = [self._to_backend(x, selection) for x in leaves]
         placed: Task = tree.unflatten(spec, arrays)
         return placed
 
-    def _to_backend(self, x: Any, backend: Backend) -> Any:
-        (array,) = convert_neutral([x], backend)
-        dtype = self.dtype if backend.is_floating(array) else None
-        if dtype is None and self.device is None:
-            return array
-        return backend.asarray(array, dtype, self.device)
-
-
-def _selected() -> Backend | None:
-    try:
-        return current_backend()
-    except BackendError:
-        return None
+    def _to_backend(self, x: Any, selection: Selection) -> Any:
+        backend = selection.backend
+        if not is_neutral(x):
+            return backend.asarray(x, self.dtype if backend.is_floating(x) else None, self.device)
+        x = np.asarray(x)
+        dtype = None
+        if x.dtype.kind == "f":
+            dtype = self.dtype or selection.dtype
+            # In NumPy, so that the values are the same on every backend and without any.
+            x = x if self.dtype is None else x.astype(self.dtype)
+        return backend.asarray(x, dtype, self.device or selection.device)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from metaframe import checks
 from metaframe.errors import InputError, InputTypeError
-from metaframe.tasks import _checks
 from metaframe.tasks.sampling import IndexedSampler, Split, uniform
 from metaframe.tasks.task import Task
 
@@ -66,12 +66,12 @@ class SinusoidTaskSampler(IndexedSampler):
         if generator is not None:
             seed = _seed_from(generator, seed)
         super().__init__(seed=seed, split=split, device=device, dtype=dtype)
-        self.amp_range = _checks.interval("amp_range", amp_range)
-        self.phase_range = _checks.interval("phase_range", phase_range)
-        self.x_range = _checks.interval("x_range", x_range)
-        self.freq_range = _checks.interval("freq_range", freq_range)
-        self.k_support = _checks.integer("k_support", k_support, 1)
-        self.k_query = _checks.integer("k_query", k_query, 1)
+        self.amp_range = _interval("amp_range", amp_range)
+        self.phase_range = _interval("phase_range", phase_range)
+        self.x_range = _interval("x_range", x_range)
+        self.freq_range = _interval("freq_range", freq_range)
+        self.k_support = checks.integer(k_support, "k_support", at_least=1)
+        self.k_query = checks.integer(k_query, "k_query", at_least=1)
 
     def draw(self, rng: np.random.Generator) -> Task:
         """One task; see the class for the order of the draws."""
@@ -97,3 +97,18 @@ def _seed_from(generator: np.random.Generator, seed: int | None) -> int:
             "Tasks are drawn in NumPy on every backend: pass numpy.random.default_rng(0) or seed=0."
         )
     return int(generator.integers(2**63))
+
+
+def _interval(name: str, value: Any) -> tuple[float, float]:
+    """`value` as (low, high), both finite and low <= high."""
+    try:
+        low, high = (float(end) for end in value)
+    except (TypeError, ValueError):
+        raise InputTypeError(
+            f"{name} must be a pair of numbers (low, high), received {name}={value!r}."
+        ) from None
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise InputError(
+            f"{name} must be finite with low <= high, received {name}=({low}, {high})."
+        )
+    return low, high

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import backend_of, backends_in_use, is_neutral
+from metaframe.backend import backend_of, is_neutral, register_with_frameworks
 from metaframe.errors import InputError, InputTypeError
 
 Array = Any
@@ -52,7 +52,7 @@ class Task:
     query_y: Array
 
     def __post_init__(self) -> None:
-        _register_with_loaded_frameworks()
+        register_with_frameworks(Task, _flatten, _unflatten)
         _check_lengths("support_x", self.support_x, "support_y", self.support_y)
         _check_lengths("query_x", self.query_x, "query_y", self.query_y)
         _check_axes("support_x", self.support_x, "query_x", self.query_x)
@@ -113,16 +113,6 @@ def _unflatten(_: tuple[str, ...], children: Iterable[Array]) -> Task:
 
 tree.register(Task, _flatten, _unflatten)
 
-_registered_with: set[str] = set()
-
-
-def _register_with_loaded_frameworks() -> None:
-    """Let a user's own `jax.jit` or `torch.func.vmap` take tasks apart, if that is imported."""
-    for backend in backends_in_use():
-        if backend.name not in _registered_with:
-            _registered_with.add(backend.name)
-            backend.register_node(Task, _flatten, _unflatten)
-
 
 @runtime_checkable
 class TaskSampler(Protocol):
@@ -165,7 +155,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     for i, task in enumerate(tasks):
         if not isinstance(task, Task):
             raise InputTypeError(f"task {i} is a {type(task).__qualname__}, expected a Task.")
-    _register_with_loaded_frameworks()
+    register_with_frameworks(Task, _flatten, _unflatten)
     spec, chains = tree.structure(tasks[0]), tree.key_chains(tasks[0])
     rows = [tree.same_structure(task, spec, what=f"task {i}") for i, task in enumerate(tasks)]
     columns = [

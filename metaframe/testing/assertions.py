@@ -175,8 +175,10 @@ def assert_compiled_once(fn: Callable[..., Any]) -> None:
 
 
 def _changes(signatures: Sequence[tuple[Any, ...]]) -> Iterable[str]:
-    (first_spec, *first), *others = signatures
-    for i, (spec, *kinds) in enumerate(others, start=2):
+    (first_spec, first_selection, *first), *others = signatures
+    for i, (spec, selection, *kinds) in enumerate(others, start=2):
+        if selection != first_selection:
+            yield f"  program {i}: another selection: {selection}, not {first_selection}"
         if spec != first_spec:
             yield f"  program {i}: the arguments have another structure: {spec}, not {first_spec}"
             continue
@@ -210,7 +212,7 @@ def assert_no_leak(
     >>> from metaframe.tasks import SinusoidTaskSampler
     >>> assert_no_leak(SinusoidTaskSampler(seed=0), SinusoidTaskSampler(seed=0, split="test"))
     """
-    checks.steps(tasks, "tasks", at_least=1)
+    checks.integer(tasks, "tasks", at_least=1)
     seen: list[set[bytes]] = []
     for number, source in enumerate((sampler, *others)):
         drawn = _drawn(source, tasks)

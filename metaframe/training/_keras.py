@@ -28,7 +28,7 @@ class KerasOptimizer:
         """Its variables by position: their names differ between two models in one process."""
         self._build()
         held = enumerate(self._optimizer.variables)
-        return {str(i): np.asarray(variable.numpy()) for i, variable in held}, {}
+        return {str(i): _to_numpy(variable) for i, variable in held}, {}
 
     def restore(self, arrays: Arrays, plain: Any) -> None:
         """Assign its variables."""
@@ -41,11 +41,26 @@ class KerasOptimizer:
                 f"{len(held)}. Make it with the settings it had."
             )
         for name, variable in held.items():
+            if tuple(variable.shape) != arrays[name].shape:
+                raise CheckpointError(
+                    f"variable {variable.path!r} of the Keras optimizer has shape "
+                    f"{tuple(variable.shape)}, the checkpoint {arrays[name].shape}. Make it with "
+                    "the settings it had."
+                )
+        for name, variable in held.items():
             variable.assign(arrays[name])
 
     def _build(self) -> None:
         if not self._optimizer.built:
             self._optimizer.build(list(self._variables.values()))
+
+
+def _to_numpy(variable: Any) -> np.ndarray[Any, Any]:
+    """Bfloat16, which NumPy lacks, as float32; assigned, it becomes what the variable is."""
+    if variable.dtype != "bfloat16":
+        return np.asarray(variable.numpy())
+    ops: Any = sys.modules["keras"].ops
+    return np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))
 
 
 def keras_optimizer(optimizer: object, variables: dict[str, Any]) -> NativeOptimizer | None:

@@ -64,7 +64,11 @@ class Run:
     evaluation: Evaluation | None = None
 
     def stop(self, reason: str) -> None:
-        """End the run after this iteration."""
+        """End the run after this iteration.
+
+        Of several processes that share a run one is enough, and all of them end after the next
+        iteration in which they agree on it: every tenth, and every one with an evaluation.
+        """
         self.history.stopped = self.history.stopped or reason
 
 
@@ -98,7 +102,10 @@ class Callback:
         """After every evaluation, which comes after the step's `on_step`."""
 
     def on_end(self, run: Run) -> None:
-        """After the last iteration, also of a run that was stopped, interrupted or failed."""
+        """After the last iteration, also of a run that was stopped, interrupted or failed.
+
+        Called if `on_start` returned, whatever other callbacks raise.
+        """
 
 
 class EachStep(Callback):
@@ -116,9 +123,11 @@ class EachStep(Callback):
 class EarlyStopping(Callback):
     """Stops when evaluations no longer improve.
 
+    What improves is the metric, which rises, or without one the loss, which falls.
+
     Args:
         patience: evaluations without an improvement before the run stops, at least 1.
-        min_delta: what counts as an improvement, in the metric's unit.
+        min_delta: what counts as an improvement, in the unit of the metric or the loss.
 
     >>> import numpy as np
     >>> from metaframe.training import Evaluation
@@ -131,7 +140,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        checks.steps(patience, "patience", at_least=1)
+        checks.integer(patience, "patience", at_least=1)
         self._patience = patience
         self._min_delta = min_delta
         self._best = -math.inf

@@ -11,6 +11,7 @@ process that dies in the middle leaves the previous checkpoint as it was.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import numpy as np
 from metaframe import checks
 from metaframe.errors import CheckpointError, InputError
 from metaframe.training.callbacks import Callback, Run, merit
-from metaframe.training.trainer import MetaTrainer
+from metaframe.training.trainer import MetaTrainer, checked_parameters
 
 if TYPE_CHECKING:
     from metaframe.learners.meta_learner import MetaLearner
@@ -147,10 +148,8 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     >>> torch.equal(other.module.weight, trained.maml.module.weight)
     True
     """
-    from metaframe.training.trainer import restore_parameters
-
     checkpoint = read_checkpoint(path)
-    restore_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])
+    checked_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])()
     return checkpoint
 
 
@@ -175,6 +174,18 @@ def encode(checkpoint: Checkpoint) -> bytes:
     """The bytes of a checkpoint file."""
     from safetensors.numpy import save
 
+    parts = {
+        "a checkpoint's config": checkpoint.config,
+        "the optimizer's settings": checkpoint.plain.get("optimizer"),
+        "the sampler's state()": checkpoint.plain.get("sampler"),
+    }
+    for what, value in parts.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{what} must be plain JSON values in a checkpoint: {error}."
+            ) from error
     content = {
         "format": FORMAT,
         "backend": checkpoint.backend,
@@ -182,10 +193,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "config": checkpoint.config,
         "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
     }
-    try:
-        text = json.dumps(content, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"a checkpoint's config must be plain JSON values: {error}.") from error
+    text = json.dumps(content, sort_keys=True)
     arrays = {name: _in_c_order(x) for name, x in checkpoint.arrays.items()}
     data = save(arrays, {"metaframe": text, "sha256": "0" * _DIGEST})
     at = _digest_at(data)
@@ -268,6 +276,11 @@ class Checkpoints(Callback):
     """Keeps the last few checkpoints of a run, and the best one, in a folder.
 
     Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
+    The best is the one whose evaluation had the highest metric, without one the lowest loss.
+
+    A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
+    a run does not start next to checkpoints of later steps, removes only what it saved or goes on
+    from, and renames a best one that it does not go on from to best.1.safetensors and so on.
 
     Args:
         folder: made if it does not exist.
@@ -276,7 +289,7 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range; in `fit`, a folder with checkpoints of later steps.
 
     >>> import tempfile
     >>> import torch
@@ -302,21 +315,36 @@ class Checkpoints(Callback):
         keep: int = 3,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        checks.steps(every, "every", at_least=1)
-        checks.steps(keep, "keep", at_least=1)
+        checks.integer(every, "every", at_least=1)
+        checks.integer(keep, "keep", at_least=1)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._every = every
         self._keep = keep
         self._config = dict(config or {})
         self._best = -np.inf
+        self._own: set[Path] = set()
 
     def on_start(self, run: Run) -> None:
-        """Remove what a killed process left behind, and remember how good the best one is."""
-        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+        """Look at what there is: does this run go on from it, and how good is the best one?"""
+        found, step = checkpoint_files(self.folder), run.trainer.step
+        if found and found[-1] > self._path(step):
+            raise InputError(
+                f"{self.folder} has checkpoints of later steps, such as {found[-1].name}, and this "
+                f"run starts after step {step}. To go on from there, call "
+                "load_checkpoint(latest_checkpoint(folder), trainer) before fit; otherwise name "
+                "another folder, or move those files away."
+            )
+        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
-        if (self.folder / BEST).exists():
-            self._best = float(read_checkpoint(self.folder / BEST).config["merit"])
+        if self._path(step) in found:
+            self._own.update(found)
+        best = self.folder / BEST
+        if best.exists() and self._own:
+            self._best = float(read_checkpoint(best).config["merit"])
+        elif best.exists():
+            taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
+            best.rename(next(path for path in taken if not path.exists()))
 
     def on_step(self, run: Run) -> None:
         """Save when it is time."""
@@ -337,8 +365,11 @@ class Checkpoints(Callback):
             self._save(run.trainer)
 
     def _save(self, trainer: MetaTrainer) -> None:
-        save_checkpoint(self._path(trainer.step), trainer, self._config)
-        for old in checkpoint_files(self.folder)[: -self._keep]:
+        path = self._path(trainer.step)
+        save_checkpoint(path, trainer, self._config)
+        self._own.add(path)
+        mine = [file for file in checkpoint_files(self.folder) if file in self._own]
+        for old in mine[: -self._keep]:
             old.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:

@@ -265,19 +265,24 @@ def _chunks(tasks: Any, num_tasks: int) -> Iterator[tuple[Task, int]]:
 
     The last batch is filled up with tasks it has already, so that it needs no other program.
     """
-    get, total = _source(tasks, num_tasks)
+    get, total = source(tasks, num_tasks)
     size = min(TASKS_AT_ONCE, total)
     for start in range(0, total, size):
         rows = [min(i, total - 1) for i in range(start, start + size)]
         yield get(rows), min(size, total - start)
 
 
-def _source(tasks: Any, num_tasks: int) -> tuple[Callable[[list[int]], Task], int]:
+def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task], int]:
+    """How to get the tasks with given numbers as one batch, and how many there are.
+
+    Raises:
+        InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.
+    """
     if isinstance(tasks, Task):
         total = checks.tasks(tasks, None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
-        checks.steps(num_tasks, "num_tasks", at_least=1)
+        checks.integer(num_tasks, "num_tasks", at_least=1)
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
     if not isinstance(tasks, Sequence):
         raise InputTypeError(
@@ -286,6 +291,9 @@ def _source(tasks: Any, num_tasks: int) -> tuple[Callable[[list[int]], Task], in
         )
     if not tasks:
         raise InputError("there are no tasks to evaluate on: the list is empty.")
+    for i, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise InputTypeError(f"task {i} is a {type(task).__qualname__}, expected a Task.")
     return lambda rows: stack_tasks([tasks[i] for i in rows]), len(tasks)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from metaframe.errors import InputError
-from metaframe.tasks import MissingDependencyError
+from metaframe.errors import InputError, MissingDependencyError
 from metaframe.training.callbacks import Callback, Run
+from metaframe.training.checkpoint import write_atomically
 
 COLUMNS = ("step", "loss", "score", "grad_norm", "seconds", "eval_loss", "eval_score")
 
@@ -39,12 +40,16 @@ class MetricsLog(Callback):
     def on_start(self, run: Run) -> None:
         """Open the files, after dropping records of steps that come again."""
         kept = [r for r in read_metrics(self.folder) if r["step"] <= run.trainer.step]
-        self._lines: IO[str] = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._csv: IO[str] = (self.folder / "metrics.csv").open("w", encoding="utf-8", newline="")
+        lines, rows = self.folder / "metrics.jsonl", self.folder / "metrics.csv"
+        # At once each: who is killed here loses nothing of what was measured before.
+        write_atomically(lines, "".join(map(_line, kept)).encode())
+        table = io.StringIO(newline="")
+        csv.DictWriter(table, COLUMNS).writeheader()
+        csv.DictWriter(table, COLUMNS).writerows(kept)
+        write_atomically(rows, table.getvalue().encode())
+        self._lines: IO[str] = lines.open("a", encoding="utf-8")
+        self._csv: IO[str] = rows.open("a", encoding="utf-8", newline="")
         self._table = csv.DictWriter(self._csv, COLUMNS)
-        self._table.writeheader()
-        for record in kept:
-            self._write(record)
         self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._started = time.perf_counter()
 
@@ -83,8 +88,12 @@ class MetricsLog(Callback):
                 self._events.add_scalar(name, record[name], record["step"])
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
+        self._lines.write(_line(record))
         self._table.writerow(record)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -114,6 +123,6 @@ def _event_writer(folder: Path) -> Any:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
     except ImportError:
         raise MissingDependencyError(
-            "tensorboard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
         ) from None
     return SummaryWriter(str(folder))

@@ -68,7 +68,7 @@ class ProgressBar(Callback):
         assert found is not None, "on_evaluation comes after an evaluation"
         text = f"step {run.trainer.step}: validation loss {found.loss.mean:.4f}"
         if found.scores is not None:
-            text += f", score {found.transductive.mean:.2%}"
+            text += f", score {found.transductive.mean:.4g}"
         self._bar.console.print(text, highlight=False)
 
     def on_end(self, run: Run) -> None:
@@ -78,7 +78,7 @@ class ProgressBar(Callback):
     def _shown(self, run: Run) -> str:
         parts = [f"loss {self._loss:.4f}"]
         if self._score is not None:
-            parts.append(f"score {self._score:.1%}")
+            parts.append(f"score {self._score:.4g}")
         speed = self._bar.tasks[0].speed
         if speed:
             parts.append(f"{speed * run.tasks_per_step:.0f} tasks/s")

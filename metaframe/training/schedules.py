@@ -33,7 +33,7 @@ def cosine(rate: float, steps: int, end: float = 0.0) -> Schedule:
     """
     checks.learning_rate(rate)
     checks.learning_rate(end)
-    checks.steps(steps, "steps", at_least=1)
+    checks.integer(steps, "steps", at_least=1)
 
     def at(step: int) -> float:
         done = min(step / steps, 1.0)
@@ -48,5 +48,5 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     >>> warmup(constant(1.0), 4)(0), warmup(constant(1.0), 4)(9)
     (0.25, 1.0)
     """
-    checks.steps(steps, "steps", at_least=0)
+    checks.integer(steps, "steps", at_least=0)
     return lambda step: schedule(step) * min((step + 1) / steps, 1.0) if steps else schedule(step)

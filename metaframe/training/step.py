@@ -17,7 +17,7 @@ from metaframe import checks, optim, tree
 from metaframe.backend import Array, Backend, NativeOptimizer
 from metaframe.compile import compile
 from metaframe.errors import CheckpointError, InputError, InputTypeError
-from metaframe.inner import Mode
+from metaframe.inner import MODES, Mode
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
@@ -63,7 +63,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         Execution(self.task_map, self.chunk_size, self.distributed)
-        checks.choice(self.mode, "mode", ("reverse", "remat", "mixed"))
+        checks.choice(self.mode, "mode", MODES)
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
         """With the default of `compiled` filled in."""
@@ -106,7 +106,11 @@ class OuterStep(Protocol):
         ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned; all of it, or an error and nothing.
+
+        Raises:
+            CheckpointError: it is of another optimizer.
+        """
         ...
 
 
@@ -167,7 +171,7 @@ class _PureStep:
         self._maml = maml
         self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
-        ours = isinstance(optimizer, optim.Optimizer)
+        self._ours = ours = isinstance(optimizer, optim.Optimizer)
 
         def step(
             gradient: MetaGradient,
@@ -185,6 +189,8 @@ class _PureStep:
         self._run = compile(step) if compiled else step
 
     def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
+        if not self._ours:
+            _refuse_rate(rate)
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
@@ -240,11 +246,7 @@ class _NativeStep:
         self._run = compile(step) if compiled else step
 
     def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
-        if rate is not None:
-            raise InputError(
-                "schedule= is for optimizers of metaframe.optim made without a learning rate. "
-                "Schedule a framework's own optimizer by its own means, in a callback."
-            )
+        _refuse_rate(rate)
         maml, backend = self._maml, self._maml.backend
         params = maml.meta_arrays()
         batch = as_batch(batch, params, backend)
@@ -259,6 +261,15 @@ class _NativeStep:
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         self._optimizer.restore(arrays, plain)
+
+
+def _refuse_rate(rate: float | None) -> None:
+    if rate is not None:
+        raise InputError(
+            "schedule= is for optimizers of metaframe.optim made without a learning rate. Schedule "
+            "another optimizer by its own means: optax by a schedule in the place of the rate, a "
+            "framework's own optimizer in a callback."
+        )
 
 
 def on_host(x: Array, backend: Backend) -> np.ndarray[Any, Any]:

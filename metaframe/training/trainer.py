@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import Batch, batches, is_restorable
 from metaframe.training.callbacks import Callback, EachStep, History, Run
+from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
+from metaframe.training.evaluation import source as source_of
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
 from metaframe.workers import Workers
@@ -39,7 +41,8 @@ class MetaTrainer:
             over `maml.parameters()`, or a Keras optimizer.
         loss_fn: `loss_fn(prediction, target) -> scalar`, pure.
         task_sampler: where training tasks come from.
-        metric: `metric(prediction, target) -> scalar`, reported besides the loss.
+        metric: `metric(prediction, target) -> scalar`, reported besides the loss. The higher the
+            better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate an error.
         schedule: from the number of steps taken to the learning rate of the next one; for an
             optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
         settings: how steps run.
@@ -81,7 +84,7 @@ class MetaTrainer:
         steps_per_epoch: int = 500,
     ) -> None:
         checks.function(loss_fn, "loss_fn")
-        checks.steps(steps_per_epoch, "steps_per_epoch", at_least=1)
+        checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
         if metric is not None:
             checks.function(metric, "metric")
         self.maml = maml
@@ -101,6 +104,7 @@ class MetaTrainer:
             )
         self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
+        self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
@@ -143,20 +147,24 @@ class MetaTrainer:
             The loss of every iteration and of every evaluation.
 
         Raises:
-            InputError: `eval_every` without `eval_tasks`, or a number out of range.
+            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, or
+                a number out of range; before any step.
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
+                Processes that share a run agree on it, as on `Run.stop`, after every tenth
+                iteration and every evaluation, and all of them raise.
         """
-        checks.steps(num_iterations, "num_iterations", at_least=0)
-        checks.steps(meta_batch_size, "meta_batch_size", at_least=1)
+        checks.integer(num_iterations, "num_iterations", at_least=0)
+        checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
         if eval_every is not None:
-            checks.steps(eval_every, "eval_every", at_least=1)
+            checks.integer(eval_every, "eval_every", at_least=1)
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
+            source_of(eval_tasks)  # and not when the first evaluation comes due
         watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
         share, num_tasks = None, None
         if self._distributed:
-            self._agree(num_iterations, meta_batch_size)
+            self._agree(num_iterations, meta_batch_size, eval_every)
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
@@ -167,9 +175,10 @@ class MetaTrainer:
             with self._standing(), source as ahead:
                 for batch in ahead:
                     self._iterate(run, batch, watchers, num_tasks)
-                    if eval_every and (run.iteration + 1) % eval_every == 0:
+                    due = bool(eval_every) and (run.iteration + 1) % (eval_every or 1) == 0
+                    if due:
                         self._evaluate_within(run, eval_tasks, watchers)
-                    if run.history.stopped:
+                    if self._ending(run, interrupt, evaluated=due):
                         break
         interrupt.raise_if_held()
         return run.history
@@ -205,22 +214,27 @@ class MetaTrainer:
         """Go on from what `state` returned, on this or another backend.
 
         Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
-        come from, and are left as they are on another.
+        come from, and are left as they are on another. What is refused changes nothing.
 
         Raises:
             CheckpointError: another model, algorithm or optimizer.
             InputError: a sampler with another seed or split.
         """
-        restore_parameters(self.maml, arrays, plain["dtypes"])
-        self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
-        if plain["sampler"] is not None and is_restorable(self.task_sampler):
-            self.task_sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-        backend = self.maml.backend
-        if random := _group(arrays, f"rng.{backend.name}/"):
-            backend.restore_random_state(random)
-        self.step = int(plain["step"])
+        step, backend, sampler = int(plain["step"]), self.maml.backend, self.task_sampler
+        assign = checked_parameters(self.maml, arrays, plain["dtypes"])
+        with ExitStack() as undo:
+            if plain["sampler"] is not None and is_restorable(sampler):
+                undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
+                sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
+            if random := _group(arrays, f"rng.{backend.name}/"):
+                undo.callback(backend.restore_random_state, backend.random_state())
+                backend.restore_random_state(random)
+            self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
+            undo.pop_all()  # nothing can be refused any more
+        assign()
+        self.step = step
 
-    def _agree(self, num_iterations: int, meta_batch_size: int) -> None:
+    def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
         arrays, plain = self.state()
         digests = {
@@ -229,7 +243,7 @@ class MetaTrainer:
             if not name.startswith("rng.")
         }
         sizes = {"num_iterations": num_iterations, "meta_batch_size": meta_batch_size}
-        agree(self.maml.backend, plain=plain, values=digests, **sizes)
+        agree(self.maml.backend, plain=plain, values=digests, eval_every=eval_every, **sizes)
 
     @contextmanager
     def _standing(self) -> Iterator[None]:
@@ -328,8 +342,10 @@ class MetaTrainer:
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
 
 
-def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]) -> None:
-    """Assign the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
+def checked_parameters(
+    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
+) -> Callable[[], None]:
+    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
 
     Raises:
         CheckpointError: other names, shapes or dtypes than the learner's.
@@ -349,16 +365,20 @@ def restore_parameters(maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, s
                 f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
                 "was trained with."
             )
-    maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
     statistics, own = _group(arrays, "statistics/"), maml.statistics
     if set(statistics) != set(own):
         raise CheckpointError(
             "the checkpoint is of another normalisation policy: it has statistics for "
             f"{sorted(statistics)}, the learner for {sorted(own)}."
         )
-    maml.assign_statistics(
-        {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
-    )
+
+    def assign() -> None:
+        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
+        maml.assign_statistics(
+            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
+        )
+
+    return assign
 
 
 def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -367,10 +387,14 @@ def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
 
 @contextmanager
 def _watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
-    for watcher in watchers:
-        watcher.on_start(run)
+    """Every callback that has started ends, in the same order, whatever others raise."""
+    started: list[Callback] = []
     try:
+        for watcher in watchers:
+            watcher.on_start(run)
+            started.append(watcher)
         yield
     finally:
-        for watcher in watchers:
-            watcher.on_end(run)
+        with ExitStack() as ends:
+            for watcher in reversed(started):
+                ends.callback(watcher.on_end, run)

@@ -120,13 +120,14 @@ def _dtypes(b: Bench) -> None:
 
 @ARRAYS.clause("devices")
 def _devices(b: Bench) -> None:
-    """Every device that is listed takes arrays, `on_cpu` knows it; another is a BackendError."""
+    """Every listed device takes arrays and is what `device_of` names; another is an error."""
     names = b.backend.devices()
     equal(len(names) > 0, True)
     for device in names:
         same(b.to_np(b.backend.asarray(np.ones(2), "float32", device)), [1.0, 1.0])
         moved = b.backend.asarray(b.arr([1.0, 2.0], "float32"), None, device)
         same(b.to_np(moved), [1.0, 2.0])
+        equal(b.backend.device_of(moved), device)
         equal(b.backend.on_cpu(moved), "cpu" in device.lower())
     for unknown in ("abacus", "abacus:7"):
         try:

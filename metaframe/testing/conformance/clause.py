@@ -76,7 +76,7 @@ class Clause:
     >>> from metaframe.testing.conformance import CLAUSES
     >>> clause = next(c for c in CLAUSES if c.id == "arrays/devices")
     >>> clause.promise
-    'Every device that is listed takes arrays, `on_cpu` knows it; another is a BackendError.'
+    'Every listed device takes arrays and is what `device_of` names; another is an error.'
     """
 
     id: str

@@ -19,6 +19,7 @@ from metaframe import (
     use_backend,
 )
 from metaframe import compile as compile_whole
+from metaframe.inner import MODES
 from metaframe.testing.conformance.clause import Bench, Chapter, equal
 from metaframe.testing.conformance.closed_form import (
     RATE,
@@ -73,7 +74,7 @@ def _given_gradients(mode: Any, steps: int, b: Bench) -> None:
     assert_close(grads["centre"], by_centre.T @ weight, b.exact)
 
 
-for _mode in ("reverse", "remat", "mixed"):
+for _mode in MODES:
     INNER.add(
         f"{_mode}/adapted",
         "The adapted variables of 11 steps.",

@@ -92,6 +92,9 @@ class MLXBackend(Backend):
     def devices(self) -> tuple[str, ...]:
         return (mx.default_device().type.name,)
 
+    def device_of(self, x: Array) -> str:
+        return str(mx.default_device().type.name)
+
     def on_cpu(self, x: Array) -> bool:
         return bool(mx.default_device().type == mx.cpu)
 

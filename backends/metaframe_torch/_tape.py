@@ -1,0 +1,102 @@
+"""Between torch.func and autograd's tape: who differentiates what we compute, and how.
+
+A `vmap` must not be differentiated from outside: second derivatives through fused normalisation
+layers are silently wrong there. A caller may do so all the same, by a transform around ours or by
+`backward` on a result of inputs that require grad; then the tasks are gone through one by one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from metaframe.backend import Array, Arrays, ArraysFn
+
+
+def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
+    """The values of `quick` with the derivatives of `exact`, which computes the same."""
+
+    def call(xs: Arrays) -> Arrays:
+        if transforming():
+            return exact(xs) if inside_a_gradient() else quick(xs)
+        if not torch.is_grad_enabled():
+            return quick(xs)
+        taped = any(x.requires_grad for x in xs)
+        found = quick(detached(xs) if taped else xs)
+        if any(y.requires_grad for y in found):
+            warnings.warn(
+                "a function of one task uses tensors that require grad and are not among its "
+                "arguments. So that their gradient is right, tasks run one by one. Detach them, "
+                "pass them as variables, or call this under torch.no_grad().",
+                stacklevel=2,
+            )
+            return exact(xs)
+        if not taped:
+            return found
+        apply: Any = _Recorded.apply
+        return tuple(apply(exact, found, *xs))
+
+    return call
+
+
+class _Recorded(torch.autograd.Function):
+    """Results that are there already; whoever goes back through them computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: ArraysFn, found: Arrays, *xs: Array) -> Arrays:
+        ctx.exact = exact
+        ctx.save_for_backward(*xs)
+        ctx.mark_non_differentiable(*(y for y in found if not y.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array | None) -> tuple[Array | None, ...]:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: the gradient stops at them, and a further one goes on to what they stand for.
+            xs = tuple(x.view_as(x) if again else x.detach() for x in ctx.saved_tensors)
+            wanted = [
+                x if again else x.requires_grad_()
+                for x, needed in zip(xs, ctx.needs_input_grad[2:], strict=True)
+                if needed
+            ]
+            pairs = zip(ctx.exact(xs), cotangents, strict=True)
+            used = [(y, c) for y, c in pairs if c is not None and y.requires_grad]
+            grads = torch.autograd.grad(
+                [y for y, _ in used],
+                wanted,
+                [c for _, c in used],
+                create_graph=again,
+                allow_unused=True,
+            )
+        found = iter(grads)
+        return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
+def detached(xs: Arrays) -> Arrays:
+    """The same values, of which autograd records nothing."""
+    return tuple(x.detach() for x in xs)
+
+
+def inside_a_gradient() -> bool:
+    """Is a torch.func transform that differentiates active?"""
+    gradients = (TransformType.Grad, TransformType.Jvp)
+    return any(level.key() in gradients for level in retrieve_all_functorch_interpreters())
+
+
+def records(x: Array) -> bool:
+    """Does autograd's tape record `x`, below the transforms that are active?"""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return bool(x.requires_grad)
+
+
+def transforming() -> bool:
+    """Is a transform of torch.func or a trace active?"""
+    return torch._C._functorch.peek_interpreter_stack() is not None or get_proxy_mode() is not None
