@@ -236,7 +236,7 @@ def test_bad_arguments(model: Any, support: Any) -> None:
         MAML(object())
     with pytest.raises(TypeError, match=r"model.init\(seed\)"):
         MAML(model[0])
-    with pytest.raises(ValueError, match="which is no parameter"):
+    with pytest.raises(ValueError, match="which the model does not have"):
         functional_forward(model, {"head/v": y}, x)
 
 
