@@ -32,7 +32,8 @@ def test_torch_differentiates_the_meta_gradient(mode: Mode) -> None:
             return adapted["theta"] ** 2 / 2
 
         step = meta_value_and_grad(task_cost)
-        cost, grads, _ = step({"theta": v}, {"a": curvature})
+        with pytest.warns(UserWarning, match="tasks run one by one"):  # lr comes by the closure
+            cost, grads, _ = step({"theta": v}, {"a": curvature})
         of_cost = torch.autograd.grad(cost, leaves, retain_graph=True)
         of_grad = torch.autograd.grad(grads["theta"], leaves)
     left = 1 - 0.1 * a

@@ -117,6 +117,8 @@ class TorchBackend(Backend):
         recorded = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
+            if not _tape.transforming():
+                return _tape.value_and_grad(fn, xs, on_disconnected)
             if not _tape.inside_a_gradient():
                 with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
                 value, pull_back, (_, aux) = with_pull_back
@@ -144,7 +146,8 @@ class TorchBackend(Backend):
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         before = self._random_bytes()
-        found = fn(_tape.detached(xs))
+        with _tape.outermost():
+            found = fn(_tape.detached(xs))
         if self._random_bytes() != before:
             return "draws random numbers, of which there would be others"
         if any(y.requires_grad for y in found):

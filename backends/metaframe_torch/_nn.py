@@ -39,7 +39,7 @@ class TorchNN(NNTable):
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor | None:
         # Its second derivatives are right within `vmap`, see `_tape` for those from outside.
-        if x.ndim not in (2, 4) or x.numel() <= x.shape[-1]:
+        if eps == 0 or x.ndim not in (2, 4) or x.numel() <= x.shape[-1]:
             return None
         if x.ndim == 2:
             return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
