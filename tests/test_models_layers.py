@@ -14,8 +14,8 @@ import pytest
 
 import zoo
 from frameworks import require, slow
-from metaframe import MAML, nn
-from metaframe.backend import load_backend
+from metaframe import MAML, nn, ops
+from metaframe.backend import load_backend, use_backend
 from metaframe.tasks import Task
 from test_models_norm import MODELS as NORMALISED
 
@@ -95,7 +95,9 @@ def nnx_dropout() -> Any:
 
     settings = nnx_settings()
     return nnx.Sequential(
-        nnx.Linear(3, 8, **settings), nnx.Dropout(0.5, rngs=nnx.Rngs(3)), nnx.Linear(8, 2, **settings)
+        nnx.Linear(3, 8, **settings),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(3)),
+        nnx.Linear(8, 2, **settings),
     )
 
 
@@ -230,3 +232,106 @@ def tasks_of(shape: tuple[int, ...]) -> list[Task]:
         return rng.normal(size=(4, 2))
 
     return [Task(inputs(), outputs(), inputs(), outputs()) for _ in range(2)]
+
+
+def ways(name: str) -> list[dict[str, Any]]:
+    """How a model's meta-gradient is computed: at once and one by one where it can be both."""
+    if name == "keras-batch_norm":  # the modes differentiate through other calls of the backend
+        modes = ("reverse", "remat", "mixed")
+        eagerly = [{"compiled": False, "task_map": "loop", "mode": mode} for mode in modes]
+        return [{"task_map": "vmap"}, *eagerly]
+    if name in ("keras-gru", "keras-lstm"):
+        return [{"task_map": "scan"}]
+    if name == "keras-dropout":  # a compiled loop draws another mask
+        return [{"task_map": "vmap"}]
+    return [{"task_map": "vmap"}, {"task_map": "scan"}]
+
+
+EAGERLY = [{"compiled": False, "task_map": "loop", "steps": 1}]
+"""TensorFlow takes the least for few runs of a model this way; JAX keeps what it compiled."""
+
+
+@pytest.mark.parametrize(
+    ("name", "hows"),
+    [
+        ("nnx-batch_norm", [{"steps": 1}]),
+        ("nnx-gru", [{"steps": 1}]),
+        ("keras-batch_norm", EAGERLY),
+        ("keras-gru", EAGERLY),
+        *(slow(name, ways(name), id=f"{name}-every way") for name in MODELS),
+    ],
+)
+def test_layers_have_exact_second_derivatives(name: str, hows: list[dict[str, Any]]) -> None:
+    build, shape = MODELS[name]
+    zoo.check_along_a_line(maml_around(name, build), nn.mse, tasks_of(shape), hows)
+
+
+@pytest.mark.slow
+def test_recurrent_layers_of_keras_are_not_vectorised_and_say_so() -> None:
+    maml = maml_around("keras-gru", MODELS["keras-gru"][0])
+    with pytest.raises(Exception, match="variant") as caught:
+        maml.meta_value_and_grad(nn.mse, tasks_of(SEQUENCE))
+    assert any('task_map="loop"' in note for note in caught.value.__notes__)
+
+
+# -- dropout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nnx-dropout", slow("keras-dropout")])
+def test_dropout_of_a_model_with_its_own_key_has_one_mask(name: str) -> None:
+    """The key is state, which nothing writes to: the same mask for every task, step and call."""
+    maml, task = maml_around(name, MODELS[name][0]), tasks_of(ROW)[0]
+    results = [maml.meta_value_and_grad(nn.mse, [task] * 3, steps=0) for _ in range(2)]
+    costs = np.stack([maml.backend.to_numpy(result.aux["costs"]) for result in results])
+    np.testing.assert_allclose(costs, costs[0, 0], rtol=1e-13)
+    if name == "nnx-dropout":
+        maml.module.eval()
+    undropped = (maml if name == "nnx-dropout" else MAML(maml.module, norm="frozen"))(
+        maml.backend.asarray(task.query_x)
+    )
+    off = np.mean((maml.backend.to_numpy(undropped) - task.query_y) ** 2) - costs[0, 0]
+    assert abs(off) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "message"),
+    [("linen", linen_dropout, "dropout"), ("equinox", equinox_dropout, "requires a key")],
+)
+def test_dropout_of_a_model_that_is_handed_its_key_is_refused(
+    name: str, build: Callable[[], Any], message: str
+) -> None:
+    maml = maml_around(name, build)
+    with pytest.raises(Exception, match=message):
+        maml.meta_value_and_grad(nn.mse, tasks_of(ROW), steps=0)
+
+
+def test_masks_that_come_with_the_examples() -> None:
+    """The way to a mask for every task: drawn before, with an explicit seed, and in the batch."""
+    require("jax")
+    nnx = pytest.importorskip("flax.nnx")
+    settings = nnx_settings()
+
+    class Net(nnx.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.layer, self.head = nnx.Linear(3, 8, **settings), nnx.Linear(8, 2, **settings)
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.head(nn.dropout(self.layer(inputs["x"]), inputs["keep"], 0.5))
+
+    def mask(seed: int) -> Any:
+        with use_backend("jax"):
+            return ops.to_numpy(nn.dropout_mask(seed, "layer", (4, 8), 0.5))
+
+    tasks = [
+        Task(*({"x": task.query_x, "keep": mask(seed)}, task.query_y) * 2)
+        for seed, task in enumerate(tasks_of(ROW))
+    ]
+    maml = maml_around("nnx-masks", Net)
+    zoo.check_along_a_line(maml, nn.mse, tasks, [{"steps": 1}])
+    v = {n: maml.backend.to_numpy(p) for n, p in maml.meta_parameters().items()}
+    costs = maml.meta_value_and_grad(nn.mse, tasks, steps=0).aux["costs"]
+    for task, found in zip(tasks, maml.backend.to_numpy(costs), strict=True):
+        hidden = task.query_x["x"] @ v["layer/kernel"] + v["layer/bias"]
+        dropped = np.where(task.query_x["keep"], 2 * hidden, 0.0)
+        predicted = dropped @ v["head/kernel"] + v["head/bias"]
+        np.testing.assert_allclose(found, np.mean((predicted - task.query_y) ** 2), rtol=1e-12)
