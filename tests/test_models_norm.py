@@ -187,7 +187,7 @@ def test_100_adaptations_leave_buffers_and_memory_alone(
         return resident_mb()
 
     warm = adapt(20)
-    assert adapt(100) - warm < 3.0
+    assert adapt(100) - warm < 3.0  # keeping what they recorded takes 6 on torch
     for key, value in snapshot(model, backend).items():
         assert np.array_equal(value, before[key])
 

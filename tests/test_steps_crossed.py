@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from frameworks import require
+from frameworks import require, slow
+from meta_problems import quick
 from metaframe import fomaml_step, maml_step, reptile_step, tree
+from metaframe.backend import Backend
 from metaframe.testing.conformance.closed_form import (
     RATE,
     SIZE,
@@ -105,18 +107,18 @@ def check(found: tuple[Any, ...], expected: tuple[Any, ...], stop: bool, theta: 
     """`expected`: cost, gradients, derivative of the cost by the numbers, adapted variables."""
     torch = importlib.import_module("torch")
     cost, grads, derivative, adapted = expected
-    assert_close(to_np(found[:2]), [cost, grads])
+    assert_close(plain(found[:2]), [cost, grads])
     assert found[0].requires_grad is not stop
     if not stop:
         (by_theta,) = torch.autograd.grad(found[0], theta, retain_graph=True)
-        assert_close(to_np(by_theta), derivative)
+        assert_close(plain(by_theta), derivative)
     if len(found) == 3 and found[2] != ():
-        assert_close(to_np(found[2]), adapted)
+        assert_close(plain(found[2]), adapted)
     else:
         assert adapted is None
 
 
-def to_np(values: Any) -> Any:
+def plain(values: Any) -> Any:
     return tree.map(lambda x: x.detach().numpy(), values)
 
 
@@ -176,3 +178,34 @@ def test_reptile(steps: int, batched: Any) -> None:
         derivative = RATE * problem.reptile("gradients")
         expected = (problem.reptile_cost, grads, derivative, adapted_of(case, problem))
         check(found, expected, stop, theta)
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["last", "average"])
+@pytest.mark.parametrize("batched", ["vmap", slow(False)])
+def test_first_order_costs_stay_differentiable(
+    backend: Backend, arr: Call, to_np: Call, batched: Any, average: bool
+) -> None:
+    """The derivative of the returned cost is FOMAML's gradient, and the mean of Reptile's."""
+    problem = Problem(average_across_steps=average)
+    batch = arr(problem.batch)
+    leaves, spec = tree.flatten(problem.variables)
+    how = {"batched": batched, "stop_gradients": False}
+
+    def derivatives(*xs: Any) -> Any:
+        def fomaml(xs: Any) -> Any:
+            costs, v = (support_cost, query_cost), tree.unflatten(spec, xs)
+            settings = {"average_across_steps": average, **how}
+            return fomaml_step(batch, *costs, v, 2, RATE, **settings)[0], ()
+
+        def reptile(xs: Any) -> Any:
+            return reptile_step(batch, support_cost, tree.unflatten(spec, xs), 2, RATE, **how)[
+                0
+            ], ()
+
+        return [backend.value_and_grad(fn)(xs)[2] for fn in (fomaml, reptile)]
+
+    found = to_np(quick(backend, derivatives)(*map(arr, leaves)))
+    for grads, exact in zip(
+        found, (problem.fomaml, RATE * problem.reptile("gradients")), strict=True
+    ):
+        assert_close(tree.unflatten(spec, grads), unpacked(exact))
