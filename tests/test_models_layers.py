@@ -30,6 +30,7 @@ def nnx_settings() -> dict[str, Any]:
 
 
 def nnx_convolutional(norm: str, *args: int) -> Any:
+    import jax.numpy as jnp
     from flax import nnx
 
     settings = nnx_settings()
@@ -38,6 +39,9 @@ def nnx_convolutional(norm: str, *args: int) -> Any:
         def __init__(self) -> None:
             self.conv = nnx.Conv(2, 4, (3, 3), padding="VALID", **settings)
             self.norm = getattr(nnx, norm)(4, *args, **settings)
+            if norm == "BatchNorm":  # Flax keeps statistics in float32 whatever the parameters are
+                self.norm.mean = nnx.BatchStat(jnp.zeros(4, jnp.float64))
+                self.norm.var = nnx.BatchStat(jnp.ones(4, jnp.float64))
             self.head = nnx.Linear(16, 2, **settings)
 
         def __call__(self, x: Any) -> Any:
