@@ -80,6 +80,7 @@ class ReptileTask:
         result = loop.run(self.steps, self._observe)
         total_cost, *total = result.total
         last_cost, last_grads = loop.cost_and_gradient(result.variables)
+        last_grads = tuple(map(self.layout.backend.stop_gradient, last_grads))
         if self.direction == "gradients":
             pairs = zip(total, last_grads, strict=True)
             step = tuple((a + b) / (self.steps + 1) for a, b in pairs)
@@ -89,7 +90,18 @@ class ReptileTask:
         return step, (cost, *(tree.leaves(result.variables) if self.return_inner_v else ()))
 
     def _observe(self, at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
-        del at, index
+        del index
         if view is None:
             raise InputError("Reptile needs the gradients of the inner steps: mode='reverse'.")
-        return (view.cost, *(view.grads if self.direction == "gradients" else view.updates))
+        cost = view.cost if self.settings.stop_gradients else self._attached(view, at)
+        return (cost, *(view.grads if self.direction == "gradients" else view.updates))
+
+    def _attached(self, view: StepView, at: tree.Tree) -> Array:
+        """The cost of a step, which ran on constants, with its gradient as its derivative."""
+        backend, leaves = self.layout.backend, tree.leaves(at)
+        zeros = (x - backend.stop_gradient(x) for x in leaves)
+        products = (
+            backend.ops.sum(backend.stop_gradient(g) * zero)
+            for g, zero in zip(view.grads, zeros, strict=True)
+        )
+        return view.cost + sum(products) / self.settings.scale

@@ -160,7 +160,8 @@ def fomaml_step(
         grads = mean_i (d outer_cost / d v)(batch_i, v = theta_i)
 
     the gradient of the outer cost at the adapted point; with `average_across_steps`, the mean of
-    that gradient over the K+1 points visited. Arguments as for `maml_step`.
+    that gradient over the K+1 points visited. Arguments as for `maml_step`; with
+    `stop_gradients=False` this gradient, in all variables, is the derivative of the cost.
 
     Returns:
         `(cost, grads)`, and with `return_inner_v` `(cost, grads, inner_v)`.
@@ -231,6 +232,8 @@ def reptile_step(
         inner_grad_steps: 1 or more: without a step there is no direction.
         inner_learning_rate: positive. With `None` the rate of the `optim.Optimizer` divides; for
             an optax transformation, whose rate is not known, nothing does.
+        stop_gradients: return the cost as a constant. False leaves it differentiable, with the
+            adaptation taken for a constant shift, as in FOMAML.
         direction: see above.
 
     The other arguments as for `maml_step`.

@@ -1,4 +1,4 @@
-"""Meta-learning problems for checks without a closed form: an MLP and a convolutional network."""
+"""Meta-learning problems for checks without a closed form: an MLP, a Conv4 and a transformer."""
 
 from __future__ import annotations
 
@@ -84,6 +84,51 @@ def classification(tasks: int = 2, *, channels: int = 2) -> MetaProblem:
     }
     head = {"w": rng.normal(size=(channels, 3)), "b": rng.normal(size=3) / 10}
     return MetaProblem(_tasks("classification", draw), {**blocks, "head": head}, cost)
+
+
+def sequences(tasks: int = 2) -> MetaProblem:
+    """Sequences and their classes with a transformer of one block: attention, layer norms, MLP."""
+    width, inner, length = 4, 6, 3
+
+    def draw(rng: np.random.Generator) -> dict[str, Values]:
+        labels = np.tile(np.arange(2, dtype=np.int32), (tasks, 2))
+        return {"x": rng.normal(size=(tasks, 4, length, 2)), "y": labels}
+
+    def normalised(x: Any, v: Any) -> Any:
+        return nn.layer_norm(x, v["scale"], v["shift"])
+
+    def heads(x: Any, v: Any) -> Any:
+        """(examples, 2 heads, length, width / 2)."""
+        split = ops.reshape(nn.dense(x, v["w"], v["b"]), (-1, length, 2, width // 2))
+        return ops.transpose(split, (0, 2, 1, 3))
+
+    def logits(v: Any, x: Any) -> Any:
+        x = nn.dense(x, v["embed"]["w"], v["embed"]["b"]) + v["position"]
+        before = normalised(x, v["norm1"])
+        mixed = nn.attention(*(heads(before, v[name]) for name in ("query", "key", "value")))
+        joined = ops.reshape(ops.transpose(mixed, (0, 2, 1, 3)), (-1, length, width))
+        x = x + nn.dense(joined, v["out"]["w"], v["out"]["b"])
+        hidden = nn.gelu(nn.dense(normalised(x, v["norm2"]), v["up"]["w"], v["up"]["b"]))
+        x = x + nn.dense(hidden, v["down"]["w"], v["down"]["b"])
+        return nn.dense(ops.mean(x, axis=1), v["head"]["w"], v["head"]["b"])
+
+    def cost(data: Any, v: Any) -> Any:
+        return nn.cross_entropy(logits(v, data["x"]), data["y"])
+
+    rng = np.random.default_rng(8)
+    sizes = {"embed": (2, width), "up": (width, inner), "down": (inner, width), "head": (width, 2)}
+    sizes |= dict.fromkeys(("query", "key", "value", "out"), (width, width))
+    variables: dict[str, Any] = {
+        name: {"w": rng.normal(size=shape) / np.sqrt(shape[0]), "b": rng.normal(size=shape[1:]) / 5}
+        for name, shape in sizes.items()
+    }
+    for name in ("norm1", "norm2"):
+        variables[name] = {
+            "scale": 1 + rng.normal(size=width) / 10,
+            "shift": rng.normal(size=width),
+        }
+    variables["position"] = rng.normal(size=(length, width)) / 5
+    return MetaProblem(_tasks("sequences", draw), variables, cost)
 
 
 def meta_step(

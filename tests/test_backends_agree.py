@@ -7,13 +7,22 @@ torch in float64, whose gradients finite differences confirm in `test_meta_gradi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from frameworks import compiles_on_torch, require, slow
-from meta_problems import OPTIMIZERS, MetaProblem, classification, meta_step, quick, regression
+from frameworks import BACKENDS, compiles_on_torch, require, slow
+from meta_problems import (
+    OPTIMIZERS,
+    MetaProblem,
+    classification,
+    meta_step,
+    quick,
+    regression,
+    sequences,
+)
 from metaframe import compile as compile_whole
 from metaframe import tree, use_backend
 from metaframe.testing.conformance.closed_form import assert_close
@@ -21,7 +30,11 @@ from metaframe.testing.conformance.closed_form import assert_close
 Call = Callable[..., Any]
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
-PROBLEMS: dict[str, Callable[[], MetaProblem]] = {"mlp": regression, "conv4": classification}
+PROBLEMS: dict[str, Callable[[], MetaProblem]] = {
+    "mlp": regression,
+    "conv4": classification,
+    "transformer": sequences,
+}
 
 
 @functools.cache
@@ -75,7 +88,7 @@ def test_conv4(backend: Any, arr: Call, to_np: Call, steps: int, dtype: str) -> 
 # -- one way against another ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", ["mlp", slow("conv4")])
+@pytest.mark.parametrize("problem", ["mlp", slow("conv4"), slow("transformer")])
 @pytest.mark.parametrize("batched", [slow(False), "vmap", slow("scan")])
 def test_eager(backend: Any, arr: Call, to_np: Call, problem: str, batched: Any) -> None:
     made = PROBLEMS[problem]()
@@ -95,7 +108,7 @@ def test_compiled(backend: Any, arr: Call, to_np: Call, problem: str, batched: A
 
 
 @compiles_on_torch
-@pytest.mark.parametrize("problem", ["mlp", slow("conv4")])
+@pytest.mark.parametrize("problem", ["mlp", slow("conv4"), slow("transformer")])
 def test_compiled_vectorised(backend: Any, arr: Call, to_np: Call, problem: str) -> None:
     made = PROBLEMS[problem]()
     step = compile_whole(meta_step(made, 1))
@@ -104,18 +117,30 @@ def test_compiled_vectorised(backend: Any, arr: Call, to_np: Call, problem: str)
     )
 
 
-@pytest.mark.parametrize("mode", ["remat", "mixed"])
+MODES = ("reverse", "remat", "mixed")
+STRATEGIES = (False, "vmap", "scan")
+
+CROSSED = [
+    *itertools.product(PROBLEMS, ("sgd", "adam"), STRATEGIES, MODES),
+    *itertools.product(["mlp"], ["momentum"], ["scan"], MODES[1:]),
+    *itertools.product(["mlp"], sorted(OPTIMIZERS.keys() - {"sgd", "adam"}), ["vmap"], MODES[1:]),
+]
+
+
+def in_the_default_run(name: str, problem: str, optimizer: str, batched: Any, mode: str) -> bool:
+    """An MLP everywhere; a transformer where nothing has to be compiled for it."""
+    if (optimizer, batched) != ("adam", "vmap") or mode == "reverse":
+        return False
+    return problem == "mlp" or (name, problem, mode) == ("torch", "transformer", "mixed")
+
+
 @pytest.mark.parametrize(
-    ("problem", "optimizer", "batched"),
+    ("backend_name", "problem", "optimizer", "batched", "mode"),
     [
-        ("mlp", "adam", "vmap"),
-        slow("conv4", "sgd", "vmap"),
-        slow("mlp", "momentum", "scan"),
-        slow("mlp", "adam", False),
-        slow("conv4", "adam", "scan"),
-        slow("conv4", "adam", False),
-        *(slow("mlp", name, "vmap") for name in OPTIMIZERS if name != "adam"),
+        case if in_the_default_run(*case) else slow(*case)
+        for case in ((name, *rest) for name in BACKENDS for rest in CROSSED)
     ],
+    indirect=["backend_name"],
 )
 def test_modes(
     backend: Any, arr: Call, to_np: Call, mode: str, problem: str, optimizer: str, batched: Any
@@ -127,7 +152,18 @@ def test_modes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reverse", "remat", "mixed"])
+@pytest.mark.parametrize("backend_name", ["torch"], indirect=True)  # above it is not compiled
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("problem", ["mlp", "conv4"])  # a transformer compiles for minutes
+def test_compiled_modes(backend: Any, arr: Call, to_np: Call, problem: str, mode: str) -> None:
+    made = PROBLEMS[problem]()
+    step = compile_whole(meta_step(made, 2, mode=mode))
+    found = to_np(step(arr(made.batch), arr(made.variables)))
+    check(found, reference(problem, 2, "sgd"), "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_many_steps(backend: Any, arr: Call, to_np: Call, mode: str) -> None:
     """Past the number of steps that are unrolled."""
     made = regression()

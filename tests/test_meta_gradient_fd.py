@@ -88,10 +88,17 @@ def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("smooth")
 @hardly_depends_on_the_backend  # `test_backends_agree.py` compares the other two with torch
-@pytest.mark.parametrize("steps", [1, *(pytest.param(k, marks=SLOW) for k in (2, 5))])
-def test_conv4_with_batch_statistics(backend: Any, arr: Call, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "steps"),
+    [
+        ("sgd", 1),
+        *(pytest.param("sgd", k, marks=SLOW) for k in (2, 5)),
+        *(pytest.param(name, 2, marks=SLOW) for name in OPTIMIZERS if name != "sgd"),
+    ],
+)
+def test_conv4_with_batch_statistics(backend: Any, arr: Call, optimizer: str, steps: int) -> None:
     problem = classification()
-    step = meta_step(problem, steps)
+    step = meta_step(problem, steps, optimizer=optimizer)
     check_gradient(backend, arr, problem, step, size=2e-4)
 
 

@@ -35,6 +35,46 @@ from metaframe.testing.conformance.closed_form import assert_close
 Call = Callable[..., Any]
 
 
+# -- moments in TensorFlow ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["reverse", slow("remat"), slow("mixed")])
+def test_moments_of_tensorflow(mode: Any) -> None:
+    """`tf.nn.moments` takes the mean in the variance for a constant; Keras normalises by it."""
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+    x = np.random.default_rng(0).normal(size=(3, 5, 2))
+
+    def cost(moments: Call) -> Call:
+        def normalised(task: Any, v: Any) -> Any:
+            mean, var = moments(ops.tanh(task["x"] * v["w"]))
+            return ops.mean(ops.square(ops.sqrt(var + 0.1) * v["w"] - mean - task["y"]))
+
+        return normalised
+
+    def composed(x: Any) -> tuple[Any, Any]:
+        mean = ops.mean(x, 0)
+        return mean, ops.mean(ops.square(x - mean), 0)
+
+    with use_backend("tensorflow", dtype="float64") as backend:
+        batch = tree.map(backend.asarray, {"x": x, "y": x[:, 0]})
+        v = {"w": backend.asarray(np.array([0.7, -1.2]))}
+        found, expected = (
+            tree.map(backend.to_numpy, maml_step(*args, 2, 0.1, batched="vmap", mode=mode)[:2])
+            for args in (
+                (batch, cost(which), None, v) for which in (lambda x: tf.nn.moments(x, 0), composed)
+            )
+        )
+        assert_close(found, expected)
+    assert np.max(np.abs(tf.nn.moments(x, [0, 1])[1] - x.var((0, 1)))) < 1e-15
+    with tf.GradientTape() as outer, tf.GradientTape() as inner:
+        point = tf.constant([1.0, 2.0])
+        outer.watch(point)
+        inner.watch(point)
+        gradient = inner.gradient(tf.nn.moments(point, 0)[1], point)[0]
+    assert outer.gradient(gradient, point).numpy().tolist() == [1.0, 0.0]  # left to TensorFlow
+
+
 # -- fused normalisation in torch ------------------------------------------------------------
 
 

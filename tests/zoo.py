@@ -7,7 +7,7 @@ fourth-order finite differences of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import use_backend
+from metaframe.learners.objective import array_like
 from metaframe.tasks import Task
 from metaframe.testing.conformance.cases import slope
 
@@ -93,6 +94,36 @@ def differences(fn: Callable[[Values], float], at: Values) -> Values:
 
             result[name][index] = slope(along)
     return result
+
+
+def check_along_a_line(
+    maml: Any, loss_fn: Any, tasks: list[Task], hows: Sequence[dict[str, Any]], seed: int = 0
+) -> list[Any]:
+    """The meta-gradients computed by `hows`, against differences of the cost by the first of them.
+
+    Returns:
+        The results; the meta-parameters are as they were.
+    """
+    rng, backend = np.random.default_rng(seed), maml.backend
+    live = maml.meta_parameters()
+    # Copies: what a framework hands out may be the memory it computes in.
+    start = {name: np.array(backend.to_numpy(x)) for name, x in maml.meta_arrays().items()}
+    line = {name: rng.normal(size=x.shape) for name, x in start.items()}
+
+    def at(t: float) -> dict[str, Any]:
+        return {n: array_like(x + t * line[n], live, backend) for n, x in start.items()}
+
+    def along(t: float) -> float:
+        maml.assign(at(t))
+        return float(backend.to_numpy(maml.meta_value_and_grad(loss_fn, tasks, **hows[0]).cost))
+
+    results = [maml.meta_value_and_grad(loss_fn, tasks, **how) for how in hows]
+    expected = slope(along, 2e-4)
+    maml.assign(at(0.0))
+    for result in results:
+        found = sum((backend.to_numpy(g) * line[n]).sum() for n, g in result.grads.items())
+        assert abs(found - expected) < 1e-9 * max(1.0, abs(expected))
+    return results
 
 
 @dataclass(frozen=True)

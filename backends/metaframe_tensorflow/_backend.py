@@ -17,6 +17,7 @@ from metaframe.workers import Place, Workers
 from metaframe_tensorflow import _distributed
 from metaframe_tensorflow._compile import compile_graph
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
+from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 
@@ -100,7 +101,7 @@ class TensorFlowBackend(Backend):
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             # identity: a fresh tensor, so that the same array given twice gets two gradients.
             xs = tuple(tf.identity(x) for x in xs)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+            with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(xs)
                 value, aux = fn(xs)
             grads = tape.gradient(value, xs)
@@ -112,14 +113,17 @@ class TensorFlowBackend(Backend):
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
         xs = tuple(tf.identity(x) for x in xs)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(xs)
             outputs = fn(xs)
         grads = tape.gradient(outputs, xs, output_gradients=list(cotangents))
         return tuple(map(_dense, grads, xs))
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
-        with tf.autodiff.ForwardAccumulator(list(xs), list(tangents)) as accumulator:
+        with (
+            exact_moments(),
+            tf.autodiff.ForwardAccumulator(list(xs), list(tangents)) as accumulator,
+        ):
             outputs = fn(xs)
         return tuple(
             accumulator.jvp(y, unconnected_gradients=tf.UnconnectedGradients.ZERO) for y in outputs

@@ -43,7 +43,7 @@ def value_and_grad(
             )
             value, aux = fn(inputs)
             recorded = recorded or (listening and _closes_over(value, inputs))
-            found = (None,) * len(xs)
+            found: tuple[Array | None, ...] = (None,) * len(xs)
             if value.requires_grad:
                 found = torch.autograd.grad(value, inputs, create_graph=recorded, allow_unused=True)
     finally:
