@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import metaframe
-from frameworks import require
+from frameworks import require, slow
 from metaframe import Container, ops
 from metaframe.backend import Backend
 from metaframe.errors import CompileError, InputTypeError
@@ -23,7 +23,7 @@ def scaled(v: Any, factor: Any = 2) -> Any:
     return {"scaled": v["w"] * factor, "factor": factor}
 
 
-@pytest.mark.parametrize("factors", [(1, True, 1.0), (0.5, 0.25, 2)])
+@pytest.mark.parametrize("factors", [(1, True, 1.0), slow((0.5, 0.25, 2))])
 def test_constants_belong_to_the_program(
     backend: Backend, arr: Arr, factors: tuple[Any, ...]
 ) -> None:

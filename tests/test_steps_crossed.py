@@ -159,6 +159,8 @@ def test_every_pair_of_choices_has_its_turn() -> None:
     assert len({(case.inner, case.outer) for case in cases()}) == len(FORMS) ** 2
 
 
+# The variables reach each task by a closure, which torch differentiates one task at a time.
+@pytest.mark.filterwarnings("ignore:a function of one task uses")
 @pytest.mark.parametrize("batched", LAYOUTS)
 @pytest.mark.parametrize("steps", STEPS[1:])
 def test_reptile(steps: int, batched: Any) -> None:

@@ -65,7 +65,7 @@ def rates() -> dict[str, float]:
 @pytest.mark.parametrize(
     ("backend_name", "compiled"),
     [
-        *((name, False) for name in BACKENDS),
+        *(slow(name, False) if name == "jax" else (name, False) for name in BACKENDS),
         *(slow(name, True) if name == "torch" else (name, True) for name in BACKENDS),
     ],
     indirect=["backend_name"],
@@ -118,11 +118,7 @@ CHUNKS = [1, 2, 3, 6, 7, 100]
     [
         *(("torch", size, False) for size in CHUNKS),
         slow("torch", 3, True),
-        *(
-            (name, size, True) if (name, size) == ("jax", 3) else slow(name, size, True)
-            for name in ("jax", "tensorflow")
-            for size in CHUNKS
-        ),
+        *(slow(name, size, True) for name in ("jax", "tensorflow") for size in CHUNKS),
         *(slow(name, 3, False) for name in ("jax", "tensorflow")),
     ],
     indirect=["backend_name"],

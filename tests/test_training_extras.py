@@ -72,6 +72,7 @@ def test_mixed_precision_rounds_the_model_and_nothing_else(backend: Backend) -> 
     assert np.allclose(prediction, w * x)
 
 
+@hardly_depends_on_the_backend
 def test_mixed_precision_trains_to_nearly_the_same(backend: Backend) -> None:
     with use_backend(backend.name, dtype="float32"):
         losses = []
