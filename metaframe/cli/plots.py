@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from metaframe import tree
 from metaframe.backend import backend_of
@@ -86,6 +87,7 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
         )
     what = "accuracy, %" if percent else "mean squared error"
     axes.set(xlabel="inner steps", ylabel=what, ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
 
