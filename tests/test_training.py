@@ -194,7 +194,8 @@ def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) 
         loss_fn, labels = nn.cross_entropy, np.array([0, 1, 1, 0, 1, 0])
         tasks = [Task(t.support_x, labels, t.query_x, labels[:5]) for t in tasks]
     curve = evaluate(maml, loss_fn, tasks, steps=2, inductive=False).losses.mean(axis=0)
-    for k in range(3):
+    fewest = 1 if name == "reptile" else 0  # no step, no direction
+    for k in range(fewest, 3):
         cost, _, _ = maml.meta_value_and_grad(loss_fn, tasks, steps=k, compiled=False)
         assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
     runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, Fixed(), metric=loss_fn)
