@@ -154,6 +154,9 @@ def adam(
 
     `-lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected averages.
 
+    Raises:
+        InputError: `b1` or `b2` is not in [0, 1).
+
     >>> import torch
     >>> from metaframe import optim
     >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
@@ -177,6 +180,10 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
     `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
+
+    Raises:
+        InputError: `b1` or `b2` is not in [0, 1).
+        InputTypeError: from `update`, no `params` to decay.
 
     >>> import torch
     >>> from metaframe import optim

@@ -101,10 +101,6 @@ class TorchBackend(Backend):
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
-        # torch.func.grad records its backward pass, so that it can be differentiated again. For the
-        # outermost gradient that would be a graph in memory which nobody asks for; the pull-back of
-        # torch.func.vjp can do without, but must not run a rule of our own that is to be recorded.
-
         def checked(xs: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
             value, aux = fn(xs)
             if not value.requires_grad:
@@ -119,6 +115,9 @@ class TorchBackend(Backend):
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             if not _tape.transforming():
                 return _tape.value_and_grad(fn, xs, on_disconnected)
+            # torch.func.grad records its backward pass, so that it can be differentiated again. For
+            # the outermost gradient that would be a graph in memory which nobody asks for; the
+            # pull-back of torch.func.vjp can do without, unless the tape records a rule of our own.
             if not _tape.inside_a_gradient():
                 with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
                 value, pull_back, (_, aux) = with_pull_back
@@ -281,7 +280,7 @@ def _mapped(fn: ArraysFn) -> ArraysFn:
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:
-    """The same as a loop."""
+    """What `_mapped` computes, in a loop over tasks, which may be differentiated from outside."""
 
     def run(xs: Arrays) -> Arrays:
         rows = [fn(tuple(x[i] for x in xs)) for i in range(xs[0].shape[0])]

@@ -17,6 +17,7 @@ from metaframe.tasks import (
     ImageClasses,
     IndexedSampler,
     LabelledImages,
+    Omniglot,
     SinusoidTaskSampler,
     Task,
     digits_sampler,
@@ -73,6 +74,27 @@ def _digits_model(config: RunConfig) -> nn.Model:
     return nn.Model(network.init, lambda params, x: network.apply(params, ops.reshape(x, (-1, 64))))
 
 
+def _few_shot(
+    data: Omniglot | LabelledImages | ImageClasses,
+    classes: ClassSplit,
+    config: RunConfig,
+    split: Split,
+    seed: int,
+    rotations: bool = False,
+) -> FewShotSampler:
+    return FewShotSampler(
+        data.images,
+        data.labels,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        split=split,
+        classes=classes,
+        rotations=rotations,
+        seed=seed,
+    )
+
+
 def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     if config.data is None:
         raise UsageError("dataset omniglot needs its files: --data FOLDER with the official zips.")
@@ -83,17 +105,7 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     if config.held_out:
         classes = data.split_alphabets(config.held_out)
     classes = _with_validation(classes, config)
-    return FewShotSampler(
-        data.images,
-        data.labels,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        split=split,
-        classes=classes,
-        rotations=True,
-        seed=seed,
-    )
+    return _few_shot(data, classes, config, split, seed, rotations=True)
 
 
 def _with_validation(classes: ClassSplit, config: RunConfig) -> ClassSplit:
@@ -111,16 +123,7 @@ def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     classes = data.own_split or data.split_classes()
     if config.held_out:
         classes = data.hold_out(config.held_out)
-    return FewShotSampler(
-        data.images,
-        data.labels,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        split=split,
-        classes=_with_validation(classes, config),
-        seed=seed,
-    )
+    return _few_shot(data, _with_validation(classes, config), config, split, seed)
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,16 +141,7 @@ def _imagenet(
     if config.data is None:
         raise UsageError(f"dataset {config.dataset} needs its files: --data FOLDER.")
     data = load(config.data, split)
-    return FewShotSampler(
-        data.images,
-        data.labels,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        split=split,
-        classes=data.class_split,
-        seed=seed,
-    )
+    return _few_shot(data, data.class_split, config, split, seed)
 
 
 def _imagenet_model(config: RunConfig) -> nn.Model:

@@ -144,6 +144,9 @@ def sigmoid(x: Array) -> Array:
 def maximum(x: Array | float, y: Array | float) -> Array:
     """The larger of two arrays, or of an array and a number, with broadcasting.
 
+    Raises:
+        InputTypeError: a float next to an array of integers.
+
     >>> ops.to_numpy(ops.maximum(ops.asarray([-2.0, 3.0]), 0.0)).tolist()
     [0.0, 3.0]
     """
@@ -155,6 +158,9 @@ def maximum(x: Array | float, y: Array | float) -> Array:
 
 def minimum(x: Array | float, y: Array | float) -> Array:
     """The smaller of two arrays, or of an array and a number, with broadcasting.
+
+    Raises:
+        InputTypeError: a float next to an array of integers.
 
     >>> ops.to_numpy(ops.minimum(ops.asarray([-2.0, 3.0]), 0.0)).tolist()
     [-2.0, 0.0]
@@ -179,6 +185,9 @@ def where(condition: Array, x: Array | float, y: Array | float) -> Array:
 
     The branch not taken is differentiated too: an infinite derivative there gives NaN, so make
     its input harmless first, as `safe_sqrt` does.
+
+    Raises:
+        InputTypeError: a float next to an array of integers.
 
     >>> x = ops.asarray([-2.0, 3.0])
     >>> ops.to_numpy(ops.where(x > 0, x, 0.0)).tolist()

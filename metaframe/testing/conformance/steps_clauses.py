@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,33 @@ def _given_gradients(mode: Any, steps: int, b: Bench) -> None:
     assert_close(grads["centre"], by_centre.T @ weight, b.exact)
 
 
+def _closed_over(mode: Any, b: Bench) -> None:
+    def meta_cost(v: Any, task: Any) -> Any:
+        def cost(batch: Any, inner: Any) -> Any:
+            return v["scale"] * ops.square(inner["u"] - batch["x"])
+
+        return ops.square(inner_loop(cost, {"u": v["u"]}, task, steps=2, lr=0.1, mode=mode)["u"])
+
+    x, u, scale = 0.3, 1.5, 0.7
+    step = meta_value_and_grad(meta_cost, task_map="loop")
+    try:
+        _, grads, _ = b.to_np(step(b.arr({"u": u, "scale": scale}), b.arr({"x": [x]})))
+    except Exception as error:
+        if mode == "reverse" or not re.search("closes over|closed-over", str(error)):
+            raise
+        return
+    # theta' = x + (1 - 2 rate scale)^2 (u - x)
+    shrink = 1 - 0.2 * scale
+    by_scale = 2 * (x + shrink**2 * (u - x)) * 2 * shrink * -0.2 * (u - x)
+    assert_close(grads["scale"], np.asarray(by_scale), b.exact)
+
+
 for _mode in MODES:
+    INNER.add(
+        f"{_mode}/closed-over",
+        "What a cost closes over gets its gradient; with a rule in between, that or an error.",
+        functools.partial(_closed_over, _mode),
+    )
     INNER.add(
         f"{_mode}/adapted",
         "The adapted variables of 11 steps.",
