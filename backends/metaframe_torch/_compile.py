@@ -42,8 +42,17 @@ def _program(fn: ArraysFn, examples: Arrays) -> Any:
     plain = [x.detach().contiguous() for x in examples]
     graph = make_fx(flat)(*plain)
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.find_nodes(op="placeholder"):
+        # make_fx gives each its own FakeTensorMode, and the C++ wrapper wants one for all.
+        node.meta.pop("val", None)
     graph.recompile()
-    with torch.no_grad(), torch._inductor.config.patch(unroll_reductions_threshold=1):
+    settings = {
+        # Kernels are called from C++: on small models Python takes longer than they do. With CUDA
+        # that would need the toolkit's headers on the user's machine.
+        "cpp_wrapper": all(x.device.type == "cpu" for x in plain),
         # Reductions over a few elements stay reductions: unrolled, the steps of an inner loop on
         # small tensors become one expression that grows exponentially with their number.
+        "unroll_reductions_threshold": 1,
+    }
+    with torch.no_grad(), torch._inductor.config.patch(settings):
         return inductor_compile(graph, plain)
