@@ -22,7 +22,7 @@ from frameworks import BACKENDS, hardly_depends_on_the_backend, require
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import CheckpointError, InputError
-from metaframe.tasks import SinusoidTaskSampler
+from metaframe.tasks import SinusoidTaskSampler, Task
 from metaframe.training import (
     Callback,
     Checkpoint,
@@ -89,6 +89,39 @@ def test_a_checkpoint_in_the_middle_of_a_run_knows_its_tasks(
     load_checkpoint(checkpoint_files(tmp_path)[1], second)
     second.fit(4, 3)
     same(whole, second)
+
+
+def held_out(count: int = 3) -> list[Task]:
+    return SinusoidTaskSampler(seed=0, split="validation").sample(count)
+
+
+@pytest.mark.parametrize("parts", [(2, 6), (5, 3), (3, 1, 4)])
+def test_a_run_in_parts_validates_as_one_in_a_single_piece(
+    parts: tuple[int, ...], tmp_path: Path
+) -> None:
+    """After the same steps, with the same figures, the same best and the same result."""
+
+    def go_on(runner: MetaTrainer, steps: int, folder: str) -> list[tuple[int, float]]:
+        before, saver = runner.step, Checkpoints(tmp_path / folder, every=100)
+        history = runner.fit(steps, 3, eval_every=3, eval_tasks=tasks, callbacks=[saver])
+        return [(before + i + 1, loss) for i, loss in history.eval_loss]
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        tasks, whole, found = held_out(), trainer(), []
+        expected = go_on(whole, 8, "whole")
+        for steps in parts:
+            runner = trainer(seed=9)
+            if checkpoint_files(tmp_path / "parted"):
+                load_checkpoint(latest_checkpoint(tmp_path / "parted"), runner)
+            else:
+                runner = trainer()
+            found += go_on(runner, steps, "parted")
+        assert found == expected
+        assert [step for step, _ in found] == [3, 6]
+        same(whole, runner)
+        best = [tmp_path / folder / "best.safetensors" for folder in ("whole", "parted")]
+        assert len({load_parameters(file, runner.maml).step for file in best}) == 1
 
 
 @pytest.mark.parametrize("reader", BACKENDS)

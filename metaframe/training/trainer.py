@@ -137,7 +137,8 @@ class MetaTrainer:
         Args:
             num_iterations: meta-updates, 0 or more, on top of those taken before.
             meta_batch_size: tasks in each of them.
-            eval_every: evaluate after every so many iterations.
+            eval_every: evaluate whenever `step` is a multiple of it, so that a run in parts
+                evaluates after the same steps as one in a single piece.
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
@@ -175,7 +176,7 @@ class MetaTrainer:
             with self._standing(), source as ahead:
                 for batch in ahead:
                     self._iterate(run, batch, watchers, num_tasks)
-                    due = bool(eval_every) and (run.iteration + 1) % (eval_every or 1) == 0
+                    due = eval_every is not None and self.step % eval_every == 0
                     if due:
                         self._evaluate_within(run, eval_tasks, watchers)
                     if self._ending(run, interrupt, evaluated=due):
