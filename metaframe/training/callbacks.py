@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -164,3 +165,18 @@ def merit(evaluation: Evaluation | None) -> float:
     if evaluation.scores is None:
         return -evaluation.loss.mean
     return evaluation.transductive.mean
+
+
+@contextmanager
+def watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
+    """Every callback that has started ends, in the same order, whatever others raise."""
+    started: list[Callback] = []
+    try:
+        for watcher in watchers:
+            watcher.on_start(run)
+            started.append(watcher)
+        yield
+    finally:
+        with ExitStack() as ends:
+            for watcher in reversed(started):
+                ends.callback(watcher.on_end, run)

@@ -24,7 +24,8 @@ import numpy as np
 from metaframe import checks
 from metaframe.errors import CheckpointError, InputError
 from metaframe.training.callbacks import Callback, Run, merit
-from metaframe.training.trainer import MetaTrainer, checked_parameters
+from metaframe.training.parameters import checked_parameters
+from metaframe.training.trainer import MetaTrainer
 
 if TYPE_CHECKING:
     from metaframe.learners.meta_learner import MetaLearner

@@ -12,21 +12,21 @@ import numpy as np
 
 from metaframe import checks, tree
 from metaframe.distributed.agreement import agree
-from metaframe.errors import CheckpointError, InputError, NonFiniteError
+from metaframe.errors import InputError, NonFiniteError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import Batch, batches, is_restorable
-from metaframe.training.callbacks import Callback, EachStep, History, Run
+from metaframe.training.callbacks import Callback, EachStep, History, Run, watched
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
 from metaframe.training.interrupt import held_interrupt
+from metaframe.training.parameters import Arrays, checked_parameters, group
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
 from metaframe.workers import Workers
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
 
@@ -169,7 +169,7 @@ class MetaTrainer:
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
-        with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
+        with watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(
                 self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
             )
@@ -227,10 +227,10 @@ class MetaTrainer:
             if plain["sampler"] is not None and is_restorable(sampler):
                 undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
                 sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-            if random := _group(arrays, f"rng.{backend.name}/"):
+            if random := group(arrays, f"rng.{backend.name}/"):
                 undo.callback(backend.restore_random_state, backend.random_state())
                 backend.restore_random_state(random)
-            self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
+            self._outer.restore(group(arrays, "optimizer/"), plain["optimizer"])
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
@@ -341,61 +341,3 @@ class MetaTrainer:
 
 
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
-
-
-def checked_parameters(
-    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
-) -> Callable[[], None]:
-    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
-
-    Raises:
-        CheckpointError: other names, shapes or dtypes than the learner's.
-    """
-    found, own, backend = _group(arrays, "params/"), maml.meta_parameters(), maml.backend
-    if set(found) != set(own):
-        raise CheckpointError(
-            "the checkpoint is of another model or algorithm: "
-            f"missing {sorted(set(own) - set(found))}, unexpected {sorted(set(found) - set(own))}."
-        )
-    for name, value in own.items():
-        there = (found[name].shape, dtypes.get(name))
-        here = (tuple(value.shape), backend.dtype_name(value))
-        if there != here:
-            raise CheckpointError(
-                f"parameter {name!r} is {there[1]} of shape {there[0]} in the checkpoint and "
-                f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
-                "was trained with."
-            )
-    statistics, own = _group(arrays, "statistics/"), maml.statistics
-    if set(statistics) != set(own):
-        raise CheckpointError(
-            "the checkpoint is of another normalisation policy: it has statistics for "
-            f"{sorted(statistics)}, the learner for {sorted(own)}."
-        )
-
-    def assign() -> None:
-        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
-        maml.assign_statistics(
-            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
-        )
-
-    return assign
-
-
-def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
-    return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
-
-
-@contextmanager
-def _watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
-    """Every callback that has started ends, in the same order, whatever others raise."""
-    started: list[Callback] = []
-    try:
-        for watcher in watchers:
-            watcher.on_start(run)
-            started.append(watcher)
-        yield
-    finally:
-        with ExitStack() as ends:
-            for watcher in reversed(started):
-                ends.callback(watcher.on_end, run)
