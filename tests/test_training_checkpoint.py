@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from metaframe.training import (
     Callback,
     Checkpoint,
     Checkpoints,
+    Evaluation,
+    History,
     MetaTrainer,
     Run,
     latest_checkpoint,
@@ -36,6 +39,7 @@ from metaframe.training import (
     save_checkpoint,
 )
 from metaframe.training.checkpoint import checkpoint_files, decode, encode
+from metaframe.training.metrics import MetricsLog, read_metrics
 
 SMALL = Checkpoint(
     {"params/w": np.arange(6.0).reshape(2, 3), "optimizer/count": np.array(3.0)},
@@ -122,6 +126,55 @@ def test_a_run_in_parts_validates_as_one_in_a_single_piece(
         same(whole, runner)
         best = [tmp_path / folder / "best.safetensors" for folder in ("whole", "parted")]
         assert len({load_parameters(file, runner.maml).step for file in best}) == 1
+
+
+class Failing(MetaTrainer):
+    """Its validation after step 4 does not end; `left` is what a killed process would leave."""
+
+    folder: Path
+    left: Path
+
+    def _evaluate(self, tasks: Any) -> Evaluation:
+        if self.step == 4:
+            shutil.copytree(self.folder, self.left)
+            raise MemoryError("no memory for an evaluation")
+        return super()._evaluate(tasks)
+
+
+@pytest.mark.parametrize("ended", ["killed", "failed"])
+def test_no_validation_is_lost(ended: str, tmp_path: Path) -> None:
+    """Whatever ends a run within one: who goes on does it, and measures and keeps the same."""
+
+    def go_on(runner: MetaTrainer, folder: Path) -> History:
+        watchers = [MetricsLog(folder), Checkpoints(folder, every=2)]
+        left = 8 - runner.step
+        return runner.fit(left, 3, eval_every=2, eval_tasks=held_out(), callbacks=watchers)
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        whole, again, other = trainer(), trainer(seed=9), trainer()
+        go_on(whole, tmp_path / "whole")
+        failing = Failing(other.maml, optim.adam(1e-2), nn.mse, other.task_sampler)
+        failing.folder, failing.left = tmp_path / "failed", tmp_path / "killed"
+        with pytest.raises(MemoryError):
+            go_on(failing, tmp_path / "failed")
+        step = load_checkpoint(latest_checkpoint(tmp_path / ended), again).step
+        assert step == {"killed": 2, "failed": 4}[ended]
+        history = go_on(again, tmp_path / ended)
+    same(whole, again)
+    assert [i + step + 1 for i, _ in history.eval_loss] == [4, 6, 8]
+    records = [
+        [{**record, "seconds": 0} for record in read_metrics(tmp_path / folder)]
+        for folder in ("whole", ended)
+    ]
+    assert records[0] == records[1]
+    assert [r["step"] for r in records[0] if "eval_loss" in r] == [2, 4, 6, 8]
+    best = [read_checkpoint(tmp_path / folder / "best.safetensors") for folder in ("whole", ended)]
+    assert best[0].step == best[1].step
+    assert best[0].config == best[1].config
+    assert not read_checkpoint(tmp_path / ended / "step-00000004.safetensors").plain[
+        "owes_validation"
+    ]
 
 
 @pytest.mark.parametrize("reader", BACKENDS)

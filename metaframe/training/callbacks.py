@@ -22,7 +22,8 @@ class History:
 
     Attributes:
         meta_loss: the mean query loss of every iteration.
-        eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0.
+        eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0, and -1 is for
+            one that a failed run left to this one.
         eval_score: `(iteration, metric)` likewise, if the trainer has a metric.
         stopped: why the run ended before its last iteration; None if it did not.
 
@@ -101,6 +102,9 @@ class Callback:
 
     def on_evaluation(self, run: Run) -> None:
         """After every evaluation, which comes after the step's `on_step`."""
+
+    def on_iteration(self, run: Run) -> None:
+        """At the end of every iteration: after its step, and its evaluation if one was due."""
 
     def on_end(self, run: Run) -> None:
         """After the last iteration, also of a run that was stopped, interrupted or failed.

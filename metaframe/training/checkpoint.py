@@ -347,11 +347,6 @@ class Checkpoints(Callback):
             taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
             best.rename(next(path for path in taken if not path.exists()))
 
-    def on_step(self, run: Run) -> None:
-        """Save when it is time."""
-        if run.trainer.step % self._every == 0:
-            self._save(run.trainer)
-
     def on_evaluation(self, run: Run) -> None:
         """Keep the best."""
         found = merit(run.evaluation)
@@ -359,6 +354,14 @@ class Checkpoints(Callback):
             self._best = found
             config = {**self._config, "merit": found}
             save_checkpoint(self.folder / BEST, run.trainer, config)
+
+    def on_iteration(self, run: Run) -> None:
+        """Save when it is time, or instead of what was saved before an evaluation that failed.
+
+        Not before the step's evaluation, which a run that goes on from here would not come to.
+        """
+        if run.iteration < 0 or run.trainer.step % self._every == 0:
+            self._save(run.trainer)
 
     def on_end(self, run: Run) -> None:
         """Save the end, unless that was saved already."""

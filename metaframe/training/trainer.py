@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,14 @@ from metaframe.workers import Workers
 
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
+
+
+class _Validation(NamedTuple):
+    tasks: Any
+    every: int | None
+
+    def is_due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
 
 
 class MetaTrainer:
@@ -106,6 +114,7 @@ class MetaTrainer:
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
+        self._owes_validation = False  # one that came due after this step and is not done
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
@@ -138,7 +147,8 @@ class MetaTrainer:
             num_iterations: meta-updates, 0 or more, on top of those taken before.
             meta_batch_size: tasks in each of them.
             eval_every: evaluate whenever `step` is a multiple of it, so that a run in parts
-                evaluates after the same steps as one in a single piece.
+                evaluates after the same steps as one in a single piece. An evaluation that a
+                failure cut short comes first when the run goes on.
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
@@ -169,16 +179,17 @@ class MetaTrainer:
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size)
+        validation = _Validation(eval_tasks, eval_every)
         with watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(
                 self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
             )
             with self._standing(), source as ahead:
+                if self._owes_validation and validation.is_due(self.step):
+                    self._end_iteration(run, validation, watchers)
                 for batch in ahead:
-                    self._iterate(run, batch, watchers, num_tasks)
-                    due = eval_every is not None and self.step % eval_every == 0
-                    if due:
-                        self._evaluate_within(run, eval_tasks, watchers)
+                    self._step_within(run, batch, validation, watchers, num_tasks)
+                    due = self._end_iteration(run, validation, watchers)
                     if self._ending(run, interrupt, evaluated=due):
                         break
         interrupt.raise_if_held()
@@ -209,6 +220,7 @@ class MetaTrainer:
             "dtypes": {name: backend.dtype_name(x) for name, x in meta.items()},
             "optimizer": plain,
             "sampler": None if position is None else dict(position),
+            "owes_validation": self._owes_validation,
         }
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
@@ -234,6 +246,7 @@ class MetaTrainer:
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
+        self._owes_validation = bool(plain.get("owes_validation", False))
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
@@ -278,6 +291,7 @@ class MetaTrainer:
             raise
         outcome.apply()
         self.step += 1
+        self._owes_validation = False
         return outcome.report
 
     def _collect(self, batch: Task) -> None:
@@ -318,18 +332,36 @@ class MetaTrainer:
                 return f"task {i} of the batch"
         return "the batch as a whole"
 
-    def _iterate(
-        self, run: Run, batch: Batch, watchers: Sequence[Callback], num_tasks: int | None
+    def _step_within(
+        self,
+        run: Run,
+        batch: Batch,
+        validation: _Validation,
+        watchers: Sequence[Callback],
+        num_tasks: int | None,
     ) -> None:
         run.iteration += 1
         run.report = self._advance(batch.tasks, num_tasks)
+        self._owes_validation = validation.is_due(self.step)
         self._position = batch.position
         run.history.meta_loss.append(run.report.loss)
         for watcher in watchers:
             watcher.on_step(run)
 
+    def _end_iteration(
+        self, run: Run, validation: _Validation, watchers: Sequence[Callback]
+    ) -> bool:
+        """Validate if that is due; was it?"""
+        due = self._owes_validation
+        if due:
+            self._evaluate_within(run, validation.tasks, watchers)
+        for watcher in watchers:
+            watcher.on_iteration(run)
+        return due
+
     def _evaluate_within(self, run: Run, tasks: Any, watchers: Sequence[Callback]) -> None:
         run.evaluation = self._evaluate(tasks)
+        self._owes_validation = False
         run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
         if self.metric is not None:
             run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
