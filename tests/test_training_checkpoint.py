@@ -28,6 +28,7 @@ from metaframe.training import (
     Callback,
     Checkpoint,
     Checkpoints,
+    EarlyStopping,
     Evaluation,
     History,
     MetaTrainer,
@@ -175,6 +176,70 @@ def test_no_validation_is_lost(ended: str, tmp_path: Path) -> None:
     assert not read_checkpoint(tmp_path / ended / "step-00000004.safetensors").plain[
         "owes_validation"
     ]
+
+
+class Scripted(MetaTrainer):
+    """Its validations find what was told."""
+
+    def _evaluate(self, tasks: Any) -> Evaluation:
+        return Evaluation(np.array([[{1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9}.get(self.step, 2.4)]]))
+
+
+def scripted() -> Scripted:
+    other = trainer()
+    return Scripted(other.maml, optim.adam(1e-2), nn.mse, other.task_sampler)
+
+
+def until(runner: MetaTrainer, steps: int, *watchers: Callback) -> History:
+    left = steps - runner.step
+    return runner.fit(left, 2, eval_every=1, eval_tasks=held_out(1), callbacks=watchers)
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5, 6])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_early_stopping_of_a_run_in_parts(cut: int, loaded: bool, tmp_path: Path) -> None:
+    """It waits for as long as in a single piece, 4 being the best, and what ended has ended."""
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        runner = scripted()
+        until(runner, cut, EarlyStopping(3))
+        if loaded:
+            save_checkpoint(tmp_path / "c", runner)
+            load_checkpoint(tmp_path / "c", runner := scripted())
+        assert until(runner, 20, EarlyStopping(3)).stopped == "no improvement in 3 evaluations"
+        assert runner.step == 7
+        over = until(runner, 20, EarlyStopping(3))
+        assert (runner.step, over.stopped) == (7, "no improvement in 3 evaluations")
+        assert over.meta_loss == []
+        until(runner, 20, EarlyStopping(5))
+        assert runner.step == 9
+
+
+def test_a_callback_that_is_used_again_starts_anew(tmp_path: Path) -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        stopping, saver = EarlyStopping(3), Checkpoints(tmp_path, every=100)
+        for _ in range(2):
+            runner = scripted()
+            until(runner, 20, stopping, saver)
+            assert runner.step == 7
+            assert read_checkpoint(tmp_path / "best.safetensors").step == 4
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+
+
+def test_checkpoints_from_before_validations_were_kept_are_read() -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        one, other = scripted(), scripted()
+        until(one, 5)
+        arrays, plain = one.state()
+        assert plain.pop("merits") == [-3.0, -2.0, -2.5, -1.9, -2.4]
+        assert plain.pop("owes_validation") is False
+        other.restore(arrays, plain)
+        assert other.step == 5
+        until(other, 20, EarlyStopping(3))
+        assert other.step == 9
 
 
 @pytest.mark.parametrize("reader", BACKENDS)

@@ -50,6 +50,9 @@ class Run:
         iteration: the current iteration of this call, from 0.
         report: what the last outer step found.
         evaluation: what the last evaluation found.
+        merits: the metric, or without one minus the loss, of every evaluation within `fit` since
+            the trainer was made; those before this call too, and before a checkpoint that it was
+            loaded from.
 
     >>> run = Run(trainer=None, num_iterations=10, tasks_per_step=4)
     >>> run.stop("good enough")
@@ -64,9 +67,10 @@ class Run:
     iteration: int = -1
     report: StepReport | None = None
     evaluation: Evaluation | None = None
+    merits: list[float] = field(default_factory=list)
 
     def stop(self, reason: str) -> None:
-        """End the run after this iteration.
+        """End the run after this iteration; called in `on_start`, before the first.
 
         Of several processes that share a run one is enough, and all of them end after the next
         iteration in which they agree on it: every tenth, and every one with an evaluation.
@@ -128,7 +132,9 @@ class EachStep(Callback):
 class EarlyStopping(Callback):
     """Stops when evaluations no longer improve.
 
-    What improves is the metric, which rises, or without one the loss, which falls.
+    What improves is the metric, which rises, or without one the loss, which falls. All evaluations
+    within `fit` of the same trainer count, also before it was saved and loaded: a run in parts
+    stops where one in a single piece does, and does not go on once it has. More patience lets it.
 
     Args:
         patience: evaluations without an improvement before the run stops, at least 1.
@@ -151,13 +157,24 @@ class EarlyStopping(Callback):
         self._best = -math.inf
         self._waited = 0
 
+    def on_start(self, run: Run) -> None:
+        """Take in what the trainer has measured before."""
+        self._best, self._waited = -math.inf, 0
+        for value in run.merits:
+            self._compare(value)
+        self._stop_if_enough(run)
+
     def on_evaluation(self, run: Run) -> None:
         """Compare with the best so far."""
-        value = merit(run.evaluation)
-        if value > self._best + self._min_delta:
-            self._best, self._waited = value, 0
-            return
-        self._waited += 1
+        self._compare(merit(run.evaluation))
+        self._stop_if_enough(run)
+
+    def _compare(self, value: float) -> None:
+        improved = value > self._best + self._min_delta
+        self._best = value if improved else self._best
+        self._waited = 0 if improved else self._waited + 1
+
+    def _stop_if_enough(self, run: Run) -> None:
         if self._waited >= self._patience:
             run.stop(f"no improvement in {self._waited} evaluations")
 

@@ -277,7 +277,8 @@ class Checkpoints(Callback):
     """Keeps the last few checkpoints of a run, and the best one, in a folder.
 
     Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
-    The best is the one whose evaluation had the highest metric, without one the lowest loss.
+    The best is the one whose evaluation had the highest metric, without one the lowest loss, of the
+    evaluations since the folder was this run's.
 
     A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
     a run does not start next to checkpoints of later steps, removes only what it saved or goes on
@@ -325,6 +326,7 @@ class Checkpoints(Callback):
         self._config = dict(config or {})
         self._best = -np.inf
         self._own: set[Path] = set()
+        self._trainer: MetaTrainer | None = None
 
     def on_start(self, run: Run) -> None:
         """Look at what there is: does this run go on from it, and how good is the best one?"""
@@ -338,9 +340,11 @@ class Checkpoints(Callback):
             )
         for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
+        if run.trainer is not self._trainer:
+            self._trainer, self._own = run.trainer, set()
         if self._path(step) in found:
             self._own.update(found)
-        best = self.folder / BEST
+        best, self._best = self.folder / BEST, -np.inf
         if best.exists() and self._own:
             self._best = float(read_checkpoint(best).config["merit"])
         elif best.exists():

@@ -18,7 +18,7 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training.batches import Batch, batches, is_restorable
-from metaframe.training.callbacks import Callback, EachStep, History, Run, watched
+from metaframe.training.callbacks import Callback, EachStep, History, Run, merit, watched
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
@@ -115,6 +115,7 @@ class MetaTrainer:
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
         self._owes_validation = False  # one that came due after this step and is not done
+        self._merits: list[float] = []
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
@@ -178,16 +179,19 @@ class MetaTrainer:
             self._agree(num_iterations, meta_batch_size, eval_every)
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
-        run = Run(self, num_iterations, meta_batch_size)
+        run = Run(self, num_iterations, meta_batch_size, merits=self._merits)
         validation = _Validation(eval_tasks, eval_every)
         with watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(
                 self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
             )
             with self._standing(), source as ahead:
-                if self._owes_validation and validation.is_due(self.step):
+                owed = self._owes_validation and validation.is_due(self.step)
+                if owed:
                     self._end_iteration(run, validation, watchers)
-                for batch in ahead:
+                # A callback may have found that the run was over before this call.
+                over = self._ending(run, interrupt, evaluated=owed)
+                for batch in () if over else ahead:
                     self._step_within(run, batch, validation, watchers, num_tasks)
                     due = self._end_iteration(run, validation, watchers)
                     if self._ending(run, interrupt, evaluated=due):
@@ -221,6 +225,7 @@ class MetaTrainer:
             "optimizer": plain,
             "sampler": None if position is None else dict(position),
             "owes_validation": self._owes_validation,
+            "merits": list(self._merits),
         }
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
@@ -246,11 +251,14 @@ class MetaTrainer:
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
+        # Checkpoints from before there were these have neither.
         self._owes_validation = bool(plain.get("owes_validation", False))
+        self._merits = list(plain.get("merits", []))
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
         arrays, plain = self.state()
+        del plain["merits"]  # measured by each process for itself, perhaps to another last bit
         digests = {
             name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
             for name, x in arrays.items()
@@ -362,6 +370,7 @@ class MetaTrainer:
     def _evaluate_within(self, run: Run, tasks: Any, watchers: Sequence[Callback]) -> None:
         run.evaluation = self._evaluate(tasks)
         self._owes_validation = False
+        self._merits.append(merit(run.evaluation))
         run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
         if self.metric is not None:
             run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
