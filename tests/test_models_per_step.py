@@ -266,13 +266,9 @@ def test_backward_reaches_the_tables() -> None:
 
 @hardly_depends_on_the_backend
 def test_training_collects_and_a_checkpoint_keeps(backend: Backend) -> None:
-    class Fixed:
-        def sample(self, meta_batch_size: int) -> list[Task]:
-            return zoo.tasks(meta_batch_size)
-
     def trainer(**settings: Any) -> MetaTrainer:
         maml = MAML(pair(backend, start()), LR, STEPS, **settings)
-        return MetaTrainer(maml, optim.sgd(0.0), nn.mse, Fixed())
+        return MetaTrainer(maml, optim.sgd(0.0), nn.mse, zoo.Fixed())
 
     driver = trainer(norm="per-step")
     driver.fit(2, 3)

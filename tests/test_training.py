@@ -43,15 +43,8 @@ def learner(backend: Backend, steps: int = 2, **settings: Any) -> MAML:
 
 
 def trainer(maml: MAML, optimizer: Any = None, **settings: Any) -> MetaTrainer:
-    sampler = settings.pop("sampler", None) or Fixed()
+    sampler = settings.pop("sampler", None) or zoo.Fixed()
     return MetaTrainer(maml, optimizer or optim.sgd(OUTER), nn.mse, sampler, **settings)
-
-
-class Fixed:
-    """The same tasks again and again."""
-
-    def sample(self, meta_batch_size: int) -> list[Task]:
-        return zoo.tasks(meta_batch_size)
 
 
 def numbers(maml: MAML, backend: Backend) -> dict[str, np.ndarray[Any, Any]]:
@@ -136,7 +129,7 @@ def test_tasks_in_chunks_change_nothing(backend: Backend, chunk_size: int, compi
 
         how = StepSettings(task_map="vmap", chunk_size=chunk, compiled=compiled)
         maml = learner(backend)
-        runner = MetaTrainer(maml, optim.adam(1e-2), counted, Fixed(), settings=how)
+        runner = MetaTrainer(maml, optim.adam(1e-2), counted, zoo.Fixed(), settings=how)
         history = runner.fit(3, TASKS)
         calls.append(count)
         measured = evaluate(maml, nn.mse, zoo.tasks(TASKS), steps=2, settings=how)
@@ -198,7 +191,7 @@ def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) 
     for k in range(fewest, 3):
         cost, _, _ = maml.meta_value_and_grad(loss_fn, tasks, steps=k, compiled=False)
         assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
-    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, Fixed(), metric=loss_fn)
+    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, zoo.Fixed(), metric=loss_fn)
     loss = runner.meta_step(tasks)
     assert loss == pytest.approx(curve[2], rel=1e-12)
     assert runner.meta_step(tasks) != loss
@@ -308,7 +301,7 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
     with pytest.raises(InputTypeError, match="meta_optimizer is a str"):
         trainer(learner(backend), "adam")
     with pytest.raises(InputTypeError, match="loss_fn must be a function"):
-        MetaTrainer(learner(backend), optim.sgd(1.0), None, Fixed())  # type: ignore[arg-type]
+        MetaTrainer(learner(backend), optim.sgd(1.0), None, zoo.Fixed())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="given twice"):
         trainer(learner(backend), schedule=lambda step: 0.1).meta_step(zoo.tasks())
     with pytest.raises(InputError, match="no learning rate"):
@@ -456,7 +449,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_task(backend: Backend) -> 
         return params["w"] * x
 
     maml = MAML((scaled, {"w": ops.asarray(0.0)}), 0.1)
-    runner = MetaTrainer(maml, optim.sgd(0.1), root, Fixed())
+    runner = MetaTrainer(maml, optim.sgd(0.1), root, zoo.Fixed())
     tasks = [Task(np.ones(2), np.ones(2), np.ones(2), np.ones(2)) for _ in range(3)]
     tasks[2] = Task(np.zeros(2), np.ones(2), np.ones(2), np.zeros(2))
     with pytest.raises(NonFiniteError, match="step 0: the meta-gradient of task 2 of the batch"):
@@ -471,7 +464,7 @@ def test_early_stopping_waits_and_then_stops(backend: Backend) -> None:
         def _evaluate(self, tasks: Any) -> Evaluation:
             return Evaluation(np.array([[next(losses)]]))
 
-    runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, Fixed())
+    runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, zoo.Fixed())
     history = runner.fit(
         10, 2, eval_every=1, eval_tasks=zoo.tasks(), callbacks=[EarlyStopping(patience=2)]
     )
@@ -496,7 +489,7 @@ def test_every_library_trains(library: zoo.Library) -> None:
     backend = load_backend(library.backend)
     maml = MAML(module, RATE, 1)
     loss_fn = nn.mse
-    runner = MetaTrainer(maml, optim.sgd(OUTER), loss_fn, Fixed())
+    runner = MetaTrainer(maml, optim.sgd(OUTER), loss_fn, zoo.Fixed())
     runner.fit(2, 3)
     v = zoo.weights()
     for _ in range(2):

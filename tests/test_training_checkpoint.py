@@ -242,6 +242,41 @@ def test_checkpoints_from_before_validations_were_kept_are_read() -> None:
         assert other.step == 9
 
 
+class Unplaced:
+    """A sampler that cannot say where it is."""
+
+    def __init__(self) -> None:
+        self._inner = SinusoidTaskSampler(seed=0)
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        return self._inner.sample(meta_batch_size)
+
+
+def test_tasks_that_may_come_again_are_warned_of(tmp_path: Path) -> None:
+    def unplaced() -> MetaTrainer:
+        return MetaTrainer(trainer().maml, optim.adam(1e-2), nn.mse, Unplaced())
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        makers = (unplaced, trainer)
+        for make in makers:
+            one = make()
+            one.fit(2, 3)
+            save_checkpoint(tmp_path / make.__name__, one)
+        save_checkpoint(tmp_path / "start", unplaced())
+        load_checkpoint(tmp_path / "start", unplaced())
+        load_checkpoint(tmp_path / "trainer", trainer())
+        for written, read, which in (
+            ("unplaced", unplaced, "this sampler"),
+            ("trainer", unplaced, "this sampler"),
+            ("unplaced", trainer, "the sampler that it was saved with"),
+        ):
+            other = read()
+            with pytest.warns(UserWarning, match=f"after 2 steps, .* {which} has no state"):
+                load_checkpoint(tmp_path / written, other)
+            assert other.step == 2
+
+
 @pytest.mark.parametrize("reader", BACKENDS)
 @pytest.mark.parametrize("writer", BACKENDS)
 def test_written_on_one_backend_read_on_another(writer: str, reader: str, tmp_path: Path) -> None:

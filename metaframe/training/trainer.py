@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -153,7 +154,9 @@ class MetaTrainer:
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
-            prefetch: sample batches ahead in a background thread; changes no result.
+            prefetch: sample batches ahead in a background thread. It changes no result, as long as
+                nothing else draws from the training sampler: with a callback that does, turn it
+                off, or give the callback a sampler of its own.
 
         Returns:
             The loss of every iteration and of every evaluation.
@@ -232,7 +235,9 @@ class MetaTrainer:
         """Go on from what `state` returned, on this or another backend.
 
         Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
-        come from, and are left as they are on another. What is refused changes nothing.
+        come from, and are left as they are on another. A sampler that cannot be put back, for want
+        of `state` and `restore`, stays where it is, with a warning. What is refused changes
+        nothing.
 
         Raises:
             CheckpointError: another model, algorithm or optimizer.
@@ -251,6 +256,8 @@ class MetaTrainer:
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
+        if step and (plain["sampler"] is None or not is_restorable(sampler)):
+            _warn_of_position(step, sampler)
         # Checkpoints from before there were these have neither.
         self._owes_validation = bool(plain.get("owes_validation", False))
         self._merits = list(plain.get("merits", []))
@@ -379,6 +386,17 @@ class MetaTrainer:
 
     def _evaluate(self, tasks: Any) -> Evaluation:
         return self._evaluator(tasks, inductive=False, whole_curve=False)
+
+
+def _warn_of_position(step: int, sampler: TaskSampler) -> None:
+    lacking = "this sampler" if not is_restorable(sampler) else "the sampler that it was saved with"
+    warnings.warn(
+        f"the checkpoint was taken after {step} steps, and the task sampler "
+        f"({type(sampler).__qualname__}) cannot be put back to where it was then: {lacking} has no "
+        "state() and restore(). Training goes on with whatever tasks it gives next, perhaps those "
+        "of the first steps again. Give it both, see TaskSampler.",
+        stacklevel=3,
+    )
 
 
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
