@@ -303,9 +303,71 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
     with pytest.raises(InputTypeError, match="loss_fn must be a function"):
         MetaTrainer(learner(backend), optim.sgd(1.0), None, zoo.Fixed())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="given twice"):
-        trainer(learner(backend), schedule=lambda step: 0.1).meta_step(zoo.tasks())
+        trainer(learner(backend), schedule=lambda step: 0.1)
     with pytest.raises(InputError, match="no learning rate"):
-        trainer(learner(backend), optim.sgd()).meta_step(zoo.tasks())
+        trainer(learner(backend), optim.sgd())
+
+
+WRONG: list[tuple[str, Callable[[MAML], Any], str]] = [
+    ("schedule", lambda m: trainer(m, optim.sgd(), schedule=0.1), "schedule must be a function"),
+    ("sampler", lambda m: trainer(m, sampler=zoo.tasks()), "task_sampler must have .* list"),
+    ("learner", lambda m: trainer(nn.mse), "maml must be a learner, received function"),  # type: ignore[arg-type]
+    ("metric", lambda m: trainer(m, metric="accuracy"), "metric must be a function"),
+    (
+        "evaluated",
+        lambda m: evaluate(m.module, nn.mse, zoo.tasks()),
+        "maml must be a learner, received",
+    ),
+    (
+        "evaluated-by",
+        lambda m: evaluate(m, nn.mse, zoo.tasks(), metric="accuracy"),  # type: ignore[arg-type]
+        "metric must be a function",
+    ),
+    ("callbacks", lambda m: trainer(m).fit(1, 2, callbacks=EarlyStopping(2)), "must be a list of"),  # type: ignore[arg-type]
+    (
+        "callback",
+        lambda m: trainer(m).fit(1, 2, callbacks=[Stop(), print]),  # type: ignore[list-item]
+        r"callbacks\[1\] is a builtin",
+    ),
+    (
+        "uninstantiated",
+        lambda m: trainer(m).fit(1, 2, callbacks=[Stop]),  # type: ignore[list-item]
+        r"callbacks\[0\] is a type",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_what_an_argument_is_not_is_found_at_the_door(
+    call: Callable[[MAML], Any], says: str
+) -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        maml = learner(backend)
+        before = numbers(maml, backend)
+        with pytest.raises(InputTypeError, match=says):
+            call(maml)
+        for name, value in numbers(maml, backend).items():
+            np.testing.assert_array_equal(value, before[name])
+
+
+def each_error(prediction: Any, target: Any) -> Any:
+    return ops.mean(ops.square(prediction - target), axis=1)
+
+
+def test_a_metric_that_is_no_scalar_is_found_before_anything_changed(backend: Backend) -> None:
+    runner = trainer(learner(backend), metric=each_error)
+    before = numbers(runner.maml, backend)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"metric returned shape \(5,\), need a scalar"):
+        runner.fit(2, 3, eval_every=2, eval_tasks=zoo.tasks())
+    assert runner.step == 0
+    for name, value in numbers(runner.maml, backend).items():  # type: ignore[arg-type]
+        np.testing.assert_array_equal(value, before[name])
+    for found in ({"metric": each_error}, {}):
+        loss_fn = nn.mse if found else each_error
+        name = "metric" if found else "loss_fn"
+        with pytest.raises(InputError, match=rf"{name} returned shape \(5,\), need a scalar"):
+            evaluate(learner(backend), loss_fn, zoo.tasks(), steps=0, **found)
 
 
 @hardly_depends_on_the_backend

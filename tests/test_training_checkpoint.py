@@ -459,6 +459,14 @@ def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
             save_checkpoint(tmp_path / "c", odd)
         with pytest.raises(InputError, match="a checkpoint's config must be plain JSON"):
             save_checkpoint(tmp_path / "c", other, {"model": object()})
+        for runner, config, what in (
+            (odd, {}, r"the sampler's state\(\)"),
+            (other, {"model": object()}, "a checkpoint's config"),
+        ):
+            saver = Checkpoints(tmp_path, every=2, config=config)
+            with pytest.raises(InputError, match=f"{what} must be plain JSON"):
+                runner.fit(3, 2, callbacks=[saver])
+            assert runner.step == 0
     with pytest.raises(InputError, match="the optimizer's settings must be plain JSON"):
         encode(Checkpoint({}, {"step": 0, "optimizer": {"lr": {0.1}}}))
     assert list(tmp_path.iterdir()) == []

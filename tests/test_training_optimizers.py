@@ -199,7 +199,10 @@ def test_a_schedule_is_for_our_optimizers(name: str, make: Callable[[MAML], Any]
     library = BY_ID[name]
     require(library.backend)
     maml = MAML(library.build(zoo.weights()), 0.1, 1)
-    runner = MetaTrainer(maml, make(maml), nn.mse, zoo.Fixed(), schedule=lambda step: 0.1)
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
+        MetaTrainer(maml, make(maml), nn.mse, zoo.Fixed(), schedule=lambda step: 0.1)
+    runner = MetaTrainer(maml, make(maml), nn.mse, zoo.Fixed())
+    runner.schedule = lambda step: 0.1
     with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())
 
@@ -210,7 +213,10 @@ def test_a_schedule_is_not_ignored_by_another_pair() -> None:
     ours = optim.sgd(0.1)
     pair = types.SimpleNamespace(init=ours.init, update=lambda g, s, p: ours.update(g, s, p))
     maml = MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1)
-    runner = MetaTrainer(maml, pair, nn.mse, zoo.Fixed(), schedule=lambda step: 0.0)
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
+        MetaTrainer(maml, pair, nn.mse, zoo.Fixed(), schedule=lambda step: 0.0)
+    runner = MetaTrainer(maml, pair, nn.mse, zoo.Fixed())
+    runner.schedule = lambda step: 0.0
     with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())
     assert runner.step == 0

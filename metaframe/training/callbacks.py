@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaframe import checks
+from metaframe.errors import InputTypeError
 from metaframe.training.evaluation import Evaluation
 from metaframe.training.step import StepReport
 
@@ -186,6 +187,26 @@ def merit(evaluation: Evaluation | None) -> float:
     if evaluation.scores is None:
         return -evaluation.loss.mean
     return evaluation.transductive.mean
+
+
+def watchers_of(callbacks: Any, callback: Callable[[int, float], None] | None) -> list[Callback]:
+    """What watches a run, in one list.
+
+    Raises:
+        InputTypeError: something that is no callback.
+    """
+    if not isinstance(callbacks, Iterable):
+        raise InputTypeError(
+            f"callbacks must be a list of Callback, received {type(callbacks).__qualname__}."
+        )
+    found = list(callbacks)
+    for i, watcher in enumerate(found):
+        if not isinstance(watcher, Callback):
+            raise InputTypeError(
+                f"callbacks[{i}] is a {type(watcher).__qualname__}, expected an instance of "
+                "Callback. A function of iteration and loss is callback=."
+            )
+    return found if callback is None else [*found, EachStep(callback)]
 
 
 @contextmanager

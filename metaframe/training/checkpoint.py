@@ -171,14 +171,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return decode(data, str(path))
 
 
-def encode(checkpoint: Checkpoint) -> bytes:
-    """The bytes of a checkpoint file."""
-    from safetensors.numpy import save
+def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """What is no array can be written as JSON.
 
+    Raises:
+        InputError: it cannot, naming what.
+    """
     parts = {
-        "a checkpoint's config": checkpoint.config,
-        "the optimizer's settings": checkpoint.plain.get("optimizer"),
-        "the sampler's state()": checkpoint.plain.get("sampler"),
+        "a checkpoint's config": config,
+        "the optimizer's settings": plain.get("optimizer"),
+        "the sampler's state()": plain.get("sampler"),
     }
     for what, value in parts.items():
         try:
@@ -187,6 +189,13 @@ def encode(checkpoint: Checkpoint) -> bytes:
             raise InputError(
                 f"{what} must be plain JSON values in a checkpoint: {error}."
             ) from error
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The bytes of a checkpoint file."""
+    from safetensors.numpy import save
+
+    check_plain(checkpoint.config, checkpoint.plain)
     content = {
         "format": FORMAT,
         "backend": checkpoint.backend,
@@ -291,7 +300,8 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range; in `fit`, a folder with checkpoints of later steps.
+        InputError: a number out of range; in `fit`, before any step, a folder with checkpoints of
+            later steps, or a config or a sampler's state that cannot be written as JSON.
 
     >>> import tempfile
     >>> import torch
@@ -330,6 +340,7 @@ class Checkpoints(Callback):
 
     def on_start(self, run: Run) -> None:
         """Look at what there is: does this run go on from it, and how good is the best one?"""
+        check_plain(self._config, run.trainer.state()[1])
         found, step = checkpoint_files(self.folder), run.trainer.step
         if found and found[-1] > self._path(step):
             raise InputError(

@@ -28,6 +28,7 @@ from metaframe.learners.pure import Adaptation, Adapted
 from metaframe.meta import Strategy, map_tasks, strategy
 from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
+from metaframe.training import arguments
 from metaframe.training.step import StepSettings
 
 TASKS_AT_ONCE = 50
@@ -146,6 +147,7 @@ class Evaluator:
     def __init__(
         self, maml: MetaLearner, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
     ) -> None:
+        arguments.learner(maml, loss_fn, metric)
         self._maml = maml
         self._loss_fn = loss_fn
         self._metric = metric
@@ -213,10 +215,13 @@ class Evaluator:
     def _score_together(self, view: _View, at: Adapted) -> dict[str, Array]:
         task = view.task
         output = view.predict(at, task.query_x)
-        found = {"loss": self._loss_fn(output, task.query_y)}
+        found = {"loss": self._scalar(self._loss_fn, "loss_fn", output, task)}
         if self._metric is not None:
-            found["score"] = self._metric(output, task.query_y)
+            found["score"] = self._scalar(self._metric, "metric", output, task)
         return found
+
+    def _scalar(self, fn: LossFn, name: str, output: Any, task: Task) -> Array:
+        return checks.scalar(fn(output, task.query_y), name, self._maml.backend)
 
     def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
         task = view.task

@@ -18,8 +18,9 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
+from metaframe.training import arguments
 from metaframe.training.batches import Batch, batches, is_restorable
-from metaframe.training.callbacks import Callback, EachStep, History, Run, merit, watched
+from metaframe.training.callbacks import Callback, History, Run, merit, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
@@ -50,8 +51,9 @@ class MetaTrainer:
             over `maml.parameters()`, or a Keras optimizer.
         loss_fn: `loss_fn(prediction, target) -> scalar`, pure.
         task_sampler: where training tasks come from.
-        metric: `metric(prediction, target) -> scalar`, reported besides the loss. The higher the
-            better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate an error.
+        metric: `metric(prediction, target) -> scalar` of a task, reported besides the loss. The
+            higher the better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate
+            an error.
         schedule: from the number of steps taken to the learning rate of the next one; for an
             optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
         settings: how steps run.
@@ -63,7 +65,8 @@ class MetaTrainer:
         step: how many outer steps were taken.
 
     Raises:
-        InputTypeError: an unknown kind of optimizer, or what should be a function is none.
+        InputTypeError: an unknown kind of optimizer, or an argument that is not what it should be.
+        InputError: no learning rate, or two of them.
 
     >>> import torch
     >>> from metaframe import MAML, optim
@@ -92,10 +95,11 @@ class MetaTrainer:
         settings: StepSettings | None = None,
         steps_per_epoch: int = 500,
     ) -> None:
-        checks.function(loss_fn, "loss_fn")
+        arguments.learner(maml, loss_fn, metric)
+        arguments.sampler(task_sampler)
         checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
-        if metric is not None:
-            checks.function(metric, "metric")
+        if schedule is not None:
+            checks.function(schedule, "schedule")
         self.maml = maml
         self.meta_optimizer = meta_optimizer
         self.loss_fn = loss_fn
@@ -111,7 +115,9 @@ class MetaTrainer:
                 "norm='per-step' collects statistics over the tasks of one process, and processes "
                 "would drift apart: train without distributed=True, or with another norm."
             )
-        self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
+        self._outer = outer_step(
+            *(maml, meta_optimizer, loss_fn, metric, settings), scheduled=schedule is not None
+        )
         self._evaluator = Evaluator(maml, loss_fn, metric, settings)
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
@@ -162,8 +168,9 @@ class MetaTrainer:
             The loss of every iteration and of every evaluation.
 
         Raises:
-            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, or
-                a number out of range; before any step.
+            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, what
+                is no callback, or a number out of range; before any step. A loss or metric that is
+                no scalar; in the first step, before it changes anything.
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
                 Processes that share a run agree on it, as on `Run.stop`, after every tenth
@@ -176,7 +183,7 @@ class MetaTrainer:
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
             source_of(eval_tasks)  # and not when the first evaluation comes due
-        watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        watchers = watchers_of(callbacks, callback)
         share, num_tasks = None, None
         if self._distributed:
             self._agree(num_iterations, meta_batch_size, eval_every)
