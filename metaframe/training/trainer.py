@@ -303,15 +303,15 @@ class MetaTrainer:
         self.maml.epoch = self.step // self.steps_per_epoch
         rate = None if self.schedule is None else float(self.schedule(self.step))
         statistics = self.maml.statistics
-        if statistics:
-            self._collect(batch)
-        outcome = self._outer(batch, rate, num_tasks)
         try:
+            if statistics:
+                self._collect(batch)
+            outcome = self._outer(batch, rate, num_tasks)
             self._check_finite(outcome.report, batch)
-        except NonFiniteError:
+            outcome.apply()
+        except BaseException:
             self.maml.assign_statistics(statistics)
             raise
-        outcome.apply()
         self.step += 1
         self._owes_validation = False
         return outcome.report
