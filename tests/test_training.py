@@ -351,6 +351,28 @@ def test_what_an_argument_is_not_is_found_at_the_door(
             np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize("name", ["maml", "meta_optimizer", "loss_fn", "metric"])
+def test_what_a_step_is_made_of_is_not_set_later(name: str) -> None:
+    """It would change nothing, or half."""
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        runner = trainer(learner(backend), metric=nn.mse)
+        with pytest.raises(AttributeError):
+            setattr(runner, name, getattr(runner, name))
+
+
+def test_a_score_is_recorded_where_an_evaluation_has_one() -> None:
+    class Scored(MetaTrainer):
+        def _evaluate(self, tasks: Any) -> Evaluation:
+            return Evaluation(np.array([[2.0]]), scores=np.array([[0.5]]))
+
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        runner = Scored(learner(backend), optim.sgd(0.1), nn.mse, zoo.Fixed())
+        history = runner.fit(1, 2, eval_every=1, eval_tasks=zoo.tasks())
+    assert (history.eval_loss, history.eval_score) == ([(0, 2.0)], [(0, 0.5)])
+
+
 def each_error(prediction: Any, target: Any) -> Any:
     return ops.mean(ops.square(prediction - target), axis=1)
 

@@ -63,6 +63,7 @@ class MetaTrainer:
 
     Attributes:
         step: how many outer steps were taken.
+        schedule, task_sampler, steps_per_epoch: as given; what is set counts from the next step.
 
     Raises:
         InputTypeError: an unknown kind of optimizer, or an argument that is not what it should be.
@@ -100,10 +101,10 @@ class MetaTrainer:
         checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
         if schedule is not None:
             checks.function(schedule, "schedule")
-        self.maml = maml
-        self.meta_optimizer = meta_optimizer
-        self.loss_fn = loss_fn
-        self.metric = metric
+        self._maml = maml
+        self._meta_optimizer = meta_optimizer
+        self._loss_fn = loss_fn
+        self._metric = metric
         self.schedule = schedule
         self.task_sampler = task_sampler
         self.steps_per_epoch = steps_per_epoch
@@ -123,6 +124,26 @@ class MetaTrainer:
         self._position: Mapping[str, Any] | None = None
         self._owes_validation = False  # one that came due after this step and is not done
         self._merits: list[float] = []
+
+    @property
+    def maml(self) -> MetaLearner:
+        """The learner. Steps are made for it, as for the next three; for others, make a trainer."""
+        return self._maml
+
+    @property
+    def meta_optimizer(self) -> Any:
+        """The outer optimizer, as it was given."""
+        return self._meta_optimizer
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss."""
+        return self._loss_fn
+
+    @property
+    def metric(self) -> LossFn | None:
+        """The metric, if there is one."""
+        return self._metric
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
@@ -386,7 +407,7 @@ class MetaTrainer:
         self._owes_validation = False
         self._merits.append(merit(run.evaluation))
         run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
-        if self.metric is not None:
+        if run.evaluation.scores is not None:
             run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
         for watcher in watchers:
             watcher.on_evaluation(run)
