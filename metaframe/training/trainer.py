@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -13,17 +11,17 @@ import numpy as np
 
 from metaframe import checks, tree
 from metaframe.distributed.agreement import agree
-from metaframe.errors import InputError, NonFiniteError
+from metaframe.errors import InputError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
-from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training import arguments
-from metaframe.training.batches import Batch, batches, is_restorable
+from metaframe.training.batches import Batch, batches, is_restorable, warn_of_position
 from metaframe.training.callbacks import Callback, History, Run, merit, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
+from metaframe.training.finite import check_finite, task_to_blame
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.parameters import Arrays, checked_parameters, group
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
@@ -285,7 +283,7 @@ class MetaTrainer:
         assign()
         self.step = step
         if step and (plain["sampler"] is None or not is_restorable(sampler)):
-            _warn_of_position(step, sampler)
+            warn_of_position(step, sampler)
         # Checkpoints from before there were these have neither.
         self._owes_validation = bool(plain.get("owes_validation", False))
         self._merits = list(plain.get("merits", []))
@@ -328,7 +326,7 @@ class MetaTrainer:
             if statistics:
                 self._collect(batch)
             outcome = self._outer(batch, rate, num_tasks)
-            self._check_finite(outcome.report, batch)
+            check_finite(outcome.report, self.step, lambda: self._blame(batch))
             outcome.apply()
         except BaseException:
             self.maml.assign_statistics(statistics)
@@ -348,32 +346,10 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def _check_finite(self, report: StepReport, batch: Task) -> None:
-        losses = report.task_losses
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
-            raise NonFiniteError(
-                f"step {self.step}: the loss of task {bad[0]} of the batch is {losses[bad[0]]}. "
-                f"The learner is as it was after {self.step} steps. {_REMEDIES}"
-            )
-        if not math.isfinite(report.grad_norm):
-            raise NonFiniteError(
-                f"step {self.step}: the meta-gradient of {self._blame(batch)} is not finite, with "
-                f"finite losses. The learner is as it was after {self.step} steps. {_REMEDIES}"
-            )
-
     def _blame(self, batch: Task) -> str:
-        """Which task's gradient it is; computed again, since a step only has the mean."""
         if self._distributed and self._workers().processes > 1:
             return "the batch as a whole"  # a process that does not have the task could not tell
-        backend = self.maml.backend
-        stacked = as_batch(batch, self.maml.meta_parameters(), backend)
-        for i in range(len(tree.leaves(stacked)[0])):
-            one = tree.map(lambda x, i=i: x[i : i + 1], stacked)
-            grads = self.maml.meta_value_and_grad(self.loss_fn, one, compiled=False).grads
-            if not all(np.isfinite(backend.to_numpy(g)).all() for g in grads.values()):
-                return f"task {i} of the batch"
-        return "the batch as a whole"
+        return task_to_blame(self.maml, self.loss_fn, batch)
 
     def _step_within(
         self,
@@ -414,17 +390,3 @@ class MetaTrainer:
 
     def _evaluate(self, tasks: Any) -> Evaluation:
         return self._evaluator(tasks, inductive=False, whole_curve=False)
-
-
-def _warn_of_position(step: int, sampler: TaskSampler) -> None:
-    lacking = "this sampler" if not is_restorable(sampler) else "the sampler that it was saved with"
-    warnings.warn(
-        f"the checkpoint was taken after {step} steps, and the task sampler "
-        f"({type(sampler).__qualname__}) cannot be put back to where it was then: {lacking} has no "
-        "state() and restore(). Training goes on with whatever tasks it gives next, perhaps those "
-        "of the first steps again. Give it both, see TaskSampler.",
-        stacklevel=3,
-    )
-
-
-_REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
