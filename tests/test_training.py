@@ -225,6 +225,47 @@ def test_inductive_and_transductive_differ_by_what_a_prediction_sees(backend: Ba
     assert found.inductive[0] == pytest.approx(np.mean((2 * np.array(together)) ** 2))
 
 
+@pytest.mark.parametrize(
+    ("backend_name", "task_map", "compiled"),
+    [
+        *(("torch", how, False) for how in ("vmap", "scan", "loop")),
+        slow("torch", "vmap", True),
+        *(slow(name, how, True) for name in ("jax", "tensorflow") for how in ("vmap", "scan")),
+    ],
+    indirect=["backend_name"],
+)
+@pytest.mark.parametrize(
+    ("support", "chunk_size", "at_once"), [(3, None, 11), (100, None, 2), (3, 4, 4), (400, None, 1)]
+)
+def test_few_queries_at_once_are_predicted_alone(
+    backend: Backend,
+    task_map: Any,
+    compiled: bool,
+    support: int,
+    chunk_size: int | None,
+    at_once: int,
+) -> None:
+    """A support set comes with each of them; how many go together is bounded and does not show."""
+    calls = 0
+
+    def centred(params: Any, x: Any) -> Any:
+        nonlocal calls
+        calls += x.shape[0] == support + 1
+        return params["w"] * (x - ops.mean(x))
+
+    maml = MAML((centred, {"w": ops.asarray(2.0)}), 0.1)
+    rng = np.random.default_rng(0)
+    xs = [(rng.normal(size=support), rng.normal(size=11)) for _ in range(5)]
+    tasks = [Task(s, np.zeros(support), q, np.zeros(11)) for s, q in xs]
+    how = StepSettings(task_map=task_map, chunk_size=chunk_size, compiled=compiled)
+    found = evaluate(maml, nn.mse, tasks, steps=0, settings=how).inductive
+    expected = [np.mean([(2 * (q - np.mean([*s, q]))) ** 2 for q in queries]) for s, queries in xs]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    if not compiled:
+        parts = {"vmap": 1 if chunk_size is None else 2, "scan": 5, "loop": 5}[task_map]
+        assert calls == parts * (11 if task_map == "loop" else -(-11 // at_once))
+
+
 @hardly_depends_on_the_backend
 def test_metric_is_reported_next_to_the_loss(backend: Backend) -> None:
     def worst(prediction: Any, target: Any) -> Any:

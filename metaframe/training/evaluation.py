@@ -33,6 +33,8 @@ from metaframe.training.step import StepSettings
 
 TASKS_AT_ONCE = 50
 """Tasks in one batch of an evaluation."""
+EXAMPLES_AT_ONCE = 256
+"""Of one task, in the inductive form: support sets next to a query example each."""
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -232,9 +234,11 @@ class Evaluator:
             return tree.map(lambda y: y[-1], output)
 
         # The weights are the same for all of them, so that vectorising pays even where it does
-        # not over tasks.
+        # not over tasks. But each comes with the whole support set.
         how: Strategy = "loop" if self._task_map == "loop" else "vmap"
-        output = map_tasks(alone, task_map=how)(task.query_x)
+        at_once = max(1, EXAMPLES_AT_ONCE // (1 + tree.leaves(task.support_x)[0].shape[0]))
+        chunk_size = min(at_once, self._settings.chunk_size or at_once)
+        output = map_tasks(alone, task_map=how, chunk_size=chunk_size)(task.query_x)
         return (self._metric or self._loss_fn)(output, task.query_y)
 
 

@@ -45,7 +45,8 @@ class StepSettings:
     Attributes:
         task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",
             one after the other for convolutions on a CPU, at once for everything else.
-        chunk_size: with "vmap", how many tasks at once.
+        chunk_size: with "vmap", how many tasks at once; in an inductive evaluation also how many
+            query examples of a task at most.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
         distributed: divide the tasks of a step among the active workers, see
