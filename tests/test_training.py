@@ -27,6 +27,7 @@ from metaframe.training import (
     Callback,
     EarlyStopping,
     Evaluation,
+    Evaluator,
     History,
     MetaTrainer,
     Run,
@@ -264,6 +265,29 @@ def test_few_queries_at_once_are_predicted_alone(
     if not compiled:
         parts = {"vmap": 1 if chunk_size is None else 2, "scan": 5, "loop": 5}[task_map]
         assert calls == parts * (11 if task_map == "loop" else -(-11 // at_once))
+
+
+def test_an_evaluator_compiles_once_and_measures_what_is() -> None:
+    require("jax")
+    calls = 0
+
+    def counted(prediction: Any, target: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return nn.mse(prediction, target)
+
+    with use_backend("jax", dtype="float64") as backend:
+        maml = learner(backend)
+        measure = Evaluator(maml, counted)
+        found = []
+        for _ in range(2):
+            found.append(measure(zoo.tasks(), steps=0, inductive=False).loss.mean)
+            before, calls = calls, 0
+            maml.assign({n: 2 * x for n, x in maml.meta_parameters().items()})
+    assert before == 0
+    assert found[0] == pytest.approx(zoo.meta_cost(zoo.weights(), rates(), 0, zoo.tasks()))
+    doubled = {n: 2 * x for n, x in zoo.weights().items()}
+    assert found[1] == pytest.approx(zoo.meta_cost(doubled, rates(), 0, zoo.tasks()))
 
 
 @hardly_depends_on_the_backend

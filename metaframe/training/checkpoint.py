@@ -129,7 +129,11 @@ def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
 
 
 def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
-    """Set the meta-parameters of `maml` to those of the checkpoint at `path`, and nothing else.
+    """Set the meta-parameters of `maml` to those of the checkpoint at `path`.
+
+    With norm="per-step" the running statistics too, without which the parameters mean little; and
+    nothing else. A new trainer over `maml` starts at step 0, and its first step replaces the
+    statistics.
 
     Raises:
         CheckpointError: a damaged file, or one of another model or algorithm.

@@ -113,7 +113,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to each of many tasks and measure the query set after every step.
 
-    The learner is not changed and no meta-gradient is computed.
+    The learner is not changed and no meta-gradient is computed. Every call compiles anew; to
+    evaluate a learner again and again, keep an `Evaluator`.
 
     Args:
         maml: the learner.
@@ -138,17 +139,42 @@ def evaluate(
     >>> found.losses.shape, len(found.curve)
     ((20, 4), 4)
     """
-    return Evaluator(maml, loss_fn, metric, settings or StepSettings())(
-        tasks, num_tasks, steps=steps, inductive=inductive
-    )
+    evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
+    return evaluator(tasks, num_tasks, steps=steps, inductive=inductive)
 
 
 class Evaluator:
-    """`evaluate` with its programs kept from one call to the next."""
+    """`evaluate` with its programs kept from one call to the next.
+
+    Args:
+        maml, loss_fn, metric, settings: as for `evaluate`. Each call measures the learner as it is
+            then.
+
+    Raises:
+        InputTypeError: no learner, or what should be a function is none.
+
+    >>> import torch
+    >>> from metaframe.learners import MAML
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    >>> measure = Evaluator(maml, torch.nn.functional.mse_loss)
+    >>> sampler = SinusoidTaskSampler(seed=0, split="test")
+    >>> before = measure(sampler, 20, steps=3)
+    >>> with torch.no_grad():
+    ...     _ = maml.module.weight.zero_()
+    >>> before.loss == measure(sampler, 20, steps=3).loss
+    False
+    """
 
     def __init__(
-        self, maml: MetaLearner, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
+        self,
+        maml: MetaLearner,
+        loss_fn: LossFn,
+        *,
+        metric: LossFn | None = None,
+        settings: StepSettings | None = None,
     ) -> None:
+        settings = settings or StepSettings()
         arguments.learner(maml, loss_fn, metric)
         self._maml = maml
         self._loss_fn = loss_fn

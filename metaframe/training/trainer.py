@@ -117,7 +117,7 @@ class MetaTrainer:
         self._outer = outer_step(
             *(maml, meta_optimizer, loss_fn, metric, settings), scheduled=schedule is not None
         )
-        self._evaluator = Evaluator(maml, loss_fn, metric, settings)
+        self._evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
         self._owes_validation = False  # one that came due after this step and is not done
@@ -230,6 +230,8 @@ class MetaTrainer:
 
     def evaluate(self, tasks: Any) -> float:
         """Adapt to each task and return the mean query loss after it; updates nothing.
+
+        What was compiled is used again by later calls, and by the evaluations of `fit`.
 
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
