@@ -49,7 +49,7 @@ def main() -> None:
         found["stopped"] = [len(history.meta_loss), history.stopped]
         tasks = SinusoidTaskSampler(seed=1).sample(2)
         try:
-            trainer.fit(100, 4, eval_every=6, eval_tasks=tasks, callbacks=[CtrlC()])
+            trainer.fit(100, 4, eval_every=13, eval_tasks=tasks, callbacks=[CtrlC()])
         except KeyboardInterrupt:
             found["interrupted"] = trainer.step
     (Path(folder) / f"{workers.process}.json").write_text(json.dumps(found))

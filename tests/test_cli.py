@@ -140,6 +140,19 @@ def test_resume_ends_where_an_uninterrupted_run_does(
     assert losses[0] == losses[1]
 
 
+def test_resume_does_not_train_on_what_stopped_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    flags += ["--outer-lr", "1e-12", "--patience", "2", "--eval-every", "1"]
+    # The parameters hardly move, so that no validation is better than the first.
+    first = as_json(capsys, "train", *flags, "--iterations", "2")
+    assert (first["steps"], first["stopped"]) == (2, None)
+    for _ in range(2):
+        found = as_json(capsys, "resume", str(tmp_path / "run"), "--iterations", "9")
+        assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
+
+
 @hardly_depends_on_the_backend
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains(

@@ -24,7 +24,7 @@ from metaframe.backend import Backend, load_backend
 from metaframe.container import Container
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
 from metaframe.tasks import Task
-from metaframe.training import MetaTrainer, evaluate
+from metaframe.training import MetaTrainer, StepSettings, evaluate
 from test_models_norm import MODELS, snapshot
 
 LR, STEPS, EPS = 0.1, 2, 1e-5
@@ -266,13 +266,9 @@ def test_backward_reaches_the_tables() -> None:
 
 @hardly_depends_on_the_backend
 def test_training_collects_and_a_checkpoint_keeps(backend: Backend) -> None:
-    class Fixed:
-        def sample(self, meta_batch_size: int) -> list[Task]:
-            return zoo.tasks(meta_batch_size)
-
     def trainer(**settings: Any) -> MetaTrainer:
         maml = MAML(pair(backend, start()), LR, STEPS, **settings)
-        return MetaTrainer(maml, optim.sgd(0.0), nn.mse, Fixed())
+        return MetaTrainer(maml, optim.sgd(0.0), nn.mse, zoo.Fixed())
 
     driver = trainer(norm="per-step")
     driver.fit(2, 3)
@@ -293,6 +289,32 @@ def test_training_collects_and_a_checkpoint_keeps(backend: Backend) -> None:
         driver.meta_step(bad)
     found = backend.to_numpy(driver.maml.statistics["layer1/mean"])
     np.testing.assert_allclose(found, second["mean"], rtol=0, atol=1e-12)
+
+
+@hardly_depends_on_the_backend
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_step_that_fails_moves_no_statistics(backend: Backend, error: type[Exception]) -> None:
+    """Whatever it fails with, here in the optimizer, after they were collected."""
+
+    def update(grads: Any, state: Any, params: Any, lr: Any) -> Any:
+        del params, lr
+        if failing:
+            raise error
+        return tree.map(lambda g: 0 * g, grads), state
+
+    failing = False
+    maml = MAML(pair(backend, start()), LR, STEPS, norm="per-step")
+    optimizer = optim.Optimizer(lambda params: (), update, 0.0)
+    settings = StepSettings(compiled=False)
+    driver = MetaTrainer(maml, optimizer, nn.mse, zoo.Fixed(), settings=settings)
+    driver.meta_step(zoo.tasks())
+    before = {name: backend.to_numpy(x).copy() for name, x in maml.statistics.items()}
+    failing = True
+    with pytest.raises(error):
+        driver.meta_step(zoo.tasks())
+    assert driver.step == 1
+    for name, value in maml.statistics.items():
+        np.testing.assert_array_equal(backend.to_numpy(value), before[name])
 
 
 @hardly_depends_on_the_backend

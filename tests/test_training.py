@@ -27,6 +27,7 @@ from metaframe.training import (
     Callback,
     EarlyStopping,
     Evaluation,
+    Evaluator,
     History,
     MetaTrainer,
     Run,
@@ -43,15 +44,8 @@ def learner(backend: Backend, steps: int = 2, **settings: Any) -> MAML:
 
 
 def trainer(maml: MAML, optimizer: Any = None, **settings: Any) -> MetaTrainer:
-    sampler = settings.pop("sampler", None) or Fixed()
+    sampler = settings.pop("sampler", None) or zoo.Fixed()
     return MetaTrainer(maml, optimizer or optim.sgd(OUTER), nn.mse, sampler, **settings)
-
-
-class Fixed:
-    """The same tasks again and again."""
-
-    def sample(self, meta_batch_size: int) -> list[Task]:
-        return zoo.tasks(meta_batch_size)
 
 
 def numbers(maml: MAML, backend: Backend) -> dict[str, np.ndarray[Any, Any]]:
@@ -136,7 +130,7 @@ def test_tasks_in_chunks_change_nothing(backend: Backend, chunk_size: int, compi
 
         how = StepSettings(task_map="vmap", chunk_size=chunk, compiled=compiled)
         maml = learner(backend)
-        runner = MetaTrainer(maml, optim.adam(1e-2), counted, Fixed(), settings=how)
+        runner = MetaTrainer(maml, optim.adam(1e-2), counted, zoo.Fixed(), settings=how)
         history = runner.fit(3, TASKS)
         calls.append(count)
         measured = evaluate(maml, nn.mse, zoo.tasks(TASKS), steps=2, settings=how)
@@ -198,7 +192,7 @@ def test_the_whole_family_is_evaluated_and_trained(backend: Backend, name: str) 
     for k in range(fewest, 3):
         cost, _, _ = maml.meta_value_and_grad(loss_fn, tasks, steps=k, compiled=False)
         assert curve[k] == pytest.approx(float(backend.to_numpy(cost)), rel=1e-12)
-    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, Fixed(), metric=loss_fn)
+    runner = MetaTrainer(maml, optim.sgd(0.01), loss_fn, zoo.Fixed(), metric=loss_fn)
     loss = runner.meta_step(tasks)
     assert loss == pytest.approx(curve[2], rel=1e-12)
     assert runner.meta_step(tasks) != loss
@@ -230,6 +224,70 @@ def test_inductive_and_transductive_differ_by_what_a_prediction_sees(backend: Ba
     together = [q - np.mean([*support, q]) for q in query]
     assert found.inductive is not None
     assert found.inductive[0] == pytest.approx(np.mean((2 * np.array(together)) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "task_map", "compiled"),
+    [
+        *(("torch", how, False) for how in ("vmap", "scan", "loop")),
+        slow("torch", "vmap", True),
+        *(slow(name, how, True) for name in ("jax", "tensorflow") for how in ("vmap", "scan")),
+    ],
+    indirect=["backend_name"],
+)
+@pytest.mark.parametrize(
+    ("support", "chunk_size", "at_once"), [(3, None, 11), (100, None, 2), (3, 4, 4), (400, None, 1)]
+)
+def test_few_queries_at_once_are_predicted_alone(
+    backend: Backend,
+    task_map: Any,
+    compiled: bool,
+    support: int,
+    chunk_size: int | None,
+    at_once: int,
+) -> None:
+    """A support set comes with each of them; how many go together is bounded and does not show."""
+    calls = 0
+
+    def centred(params: Any, x: Any) -> Any:
+        nonlocal calls
+        calls += x.shape[0] == support + 1
+        return params["w"] * (x - ops.mean(x))
+
+    maml = MAML((centred, {"w": ops.asarray(2.0)}), 0.1)
+    rng = np.random.default_rng(0)
+    xs = [(rng.normal(size=support), rng.normal(size=11)) for _ in range(5)]
+    tasks = [Task(s, np.zeros(support), q, np.zeros(11)) for s, q in xs]
+    how = StepSettings(task_map=task_map, chunk_size=chunk_size, compiled=compiled)
+    found = evaluate(maml, nn.mse, tasks, steps=0, settings=how).inductive
+    expected = [np.mean([(2 * (q - np.mean([*s, q]))) ** 2 for q in queries]) for s, queries in xs]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    if not compiled:
+        parts = {"vmap": 1 if chunk_size is None else 2, "scan": 5, "loop": 5}[task_map]
+        assert calls == parts * (11 if task_map == "loop" else -(-11 // at_once))
+
+
+def test_an_evaluator_compiles_once_and_measures_what_is() -> None:
+    require("jax")
+    calls = 0
+
+    def counted(prediction: Any, target: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return nn.mse(prediction, target)
+
+    with use_backend("jax", dtype="float64") as backend:
+        maml = learner(backend)
+        measure = Evaluator(maml, counted)
+        found = []
+        for _ in range(2):
+            found.append(measure(zoo.tasks(), steps=0, inductive=False).loss.mean)
+            before, calls = calls, 0
+            maml.assign({n: 2 * x for n, x in maml.meta_parameters().items()})
+    assert before == 0
+    assert found[0] == pytest.approx(zoo.meta_cost(zoo.weights(), rates(), 0, zoo.tasks()))
+    doubled = {n: 2 * x for n, x in zoo.weights().items()}
+    assert found[1] == pytest.approx(zoo.meta_cost(doubled, rates(), 0, zoo.tasks()))
 
 
 @hardly_depends_on_the_backend
@@ -308,11 +366,95 @@ def test_bad_arguments_are_refused(backend: Backend) -> None:
     with pytest.raises(InputTypeError, match="meta_optimizer is a str"):
         trainer(learner(backend), "adam")
     with pytest.raises(InputTypeError, match="loss_fn must be a function"):
-        MetaTrainer(learner(backend), optim.sgd(1.0), None, Fixed())  # type: ignore[arg-type]
+        MetaTrainer(learner(backend), optim.sgd(1.0), None, zoo.Fixed())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="given twice"):
-        trainer(learner(backend), schedule=lambda step: 0.1).meta_step(zoo.tasks())
+        trainer(learner(backend), schedule=lambda step: 0.1)
     with pytest.raises(InputError, match="no learning rate"):
-        trainer(learner(backend), optim.sgd()).meta_step(zoo.tasks())
+        trainer(learner(backend), optim.sgd())
+
+
+WRONG: list[tuple[str, Callable[[MAML], Any], str]] = [
+    ("schedule", lambda m: trainer(m, optim.sgd(), schedule=0.1), "schedule must be a function"),
+    ("sampler", lambda m: trainer(m, sampler=zoo.tasks()), "task_sampler must have .* list"),
+    ("learner", lambda m: trainer(nn.mse), "maml must be a learner, received function"),  # type: ignore[arg-type]
+    ("metric", lambda m: trainer(m, metric="accuracy"), "metric must be a function"),
+    (
+        "evaluated",
+        lambda m: evaluate(m.module, nn.mse, zoo.tasks()),
+        "maml must be a learner, received",
+    ),
+    (
+        "evaluated-by",
+        lambda m: evaluate(m, nn.mse, zoo.tasks(), metric="accuracy"),  # type: ignore[arg-type]
+        "metric must be a function",
+    ),
+    ("callbacks", lambda m: trainer(m).fit(1, 2, callbacks=EarlyStopping(2)), "must be a list of"),  # type: ignore[arg-type]
+    (
+        "callback",
+        lambda m: trainer(m).fit(1, 2, callbacks=[Stop(), print]),  # type: ignore[list-item]
+        r"callbacks\[1\] is a builtin",
+    ),
+    (
+        "uninstantiated",
+        lambda m: trainer(m).fit(1, 2, callbacks=[Stop]),  # type: ignore[list-item]
+        r"callbacks\[0\] is a type",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_what_an_argument_is_not_is_found_at_the_door(
+    call: Callable[[MAML], Any], says: str
+) -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        maml = learner(backend)
+        before = numbers(maml, backend)
+        with pytest.raises(InputTypeError, match=says):
+            call(maml)
+        for name, value in numbers(maml, backend).items():
+            np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("name", ["maml", "meta_optimizer", "loss_fn", "metric"])
+def test_what_a_step_is_made_of_is_not_set_later(name: str) -> None:
+    """It would change nothing, or half."""
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        runner = trainer(learner(backend), metric=nn.mse)
+        with pytest.raises(AttributeError):
+            setattr(runner, name, getattr(runner, name))
+
+
+def test_a_score_is_recorded_where_an_evaluation_has_one() -> None:
+    class Scored(MetaTrainer):
+        def _evaluate(self, tasks: Any) -> Evaluation:
+            return Evaluation(np.array([[2.0]]), scores=np.array([[0.5]]))
+
+    require("torch")
+    with use_backend("torch", dtype="float64") as backend:
+        runner = Scored(learner(backend), optim.sgd(0.1), nn.mse, zoo.Fixed())
+        history = runner.fit(1, 2, eval_every=1, eval_tasks=zoo.tasks())
+    assert (history.eval_loss, history.eval_score) == ([(0, 2.0)], [(0, 0.5)])
+
+
+def each_error(prediction: Any, target: Any) -> Any:
+    return ops.mean(ops.square(prediction - target), axis=1)
+
+
+def test_a_metric_that_is_no_scalar_is_found_before_anything_changed(backend: Backend) -> None:
+    runner = trainer(learner(backend), metric=each_error)
+    before = numbers(runner.maml, backend)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"metric returned shape \(5,\), need a scalar"):
+        runner.fit(2, 3, eval_every=2, eval_tasks=zoo.tasks())
+    assert runner.step == 0
+    for name, value in numbers(runner.maml, backend).items():  # type: ignore[arg-type]
+        np.testing.assert_array_equal(value, before[name])
+    for found in ({"metric": each_error}, {}):
+        loss_fn = nn.mse if found else each_error
+        name = "metric" if found else "loss_fn"
+        with pytest.raises(InputError, match=rf"{name} returned shape \(5,\), need a scalar"):
+            evaluate(learner(backend), loss_fn, zoo.tasks(), steps=0, **found)
 
 
 @hardly_depends_on_the_backend
@@ -456,7 +598,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_task(backend: Backend) -> 
         return params["w"] * x
 
     maml = MAML((scaled, {"w": ops.asarray(0.0)}), 0.1)
-    runner = MetaTrainer(maml, optim.sgd(0.1), root, Fixed())
+    runner = MetaTrainer(maml, optim.sgd(0.1), root, zoo.Fixed())
     tasks = [Task(np.ones(2), np.ones(2), np.ones(2), np.ones(2)) for _ in range(3)]
     tasks[2] = Task(np.zeros(2), np.ones(2), np.ones(2), np.zeros(2))
     with pytest.raises(NonFiniteError, match="step 0: the meta-gradient of task 2 of the batch"):
@@ -471,7 +613,7 @@ def test_early_stopping_waits_and_then_stops(backend: Backend) -> None:
         def _evaluate(self, tasks: Any) -> Evaluation:
             return Evaluation(np.array([[next(losses)]]))
 
-    runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, Fixed())
+    runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, zoo.Fixed())
     history = runner.fit(
         10, 2, eval_every=1, eval_tasks=zoo.tasks(), callbacks=[EarlyStopping(patience=2)]
     )
@@ -496,7 +638,7 @@ def test_every_library_trains(library: zoo.Library) -> None:
     backend = load_backend(library.backend)
     maml = MAML(module, RATE, 1)
     loss_fn = nn.mse
-    runner = MetaTrainer(maml, optim.sgd(OUTER), loss_fn, Fixed())
+    runner = MetaTrainer(maml, optim.sgd(OUTER), loss_fn, zoo.Fixed())
     runner.fit(2, 3)
     v = zoo.weights()
     for _ in range(2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,14 @@ from frameworks import BACKENDS, hardly_depends_on_the_backend, require
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import CheckpointError, InputError
-from metaframe.tasks import SinusoidTaskSampler
+from metaframe.tasks import SinusoidTaskSampler, Task
 from metaframe.training import (
     Callback,
     Checkpoint,
     Checkpoints,
+    EarlyStopping,
+    Evaluation,
+    History,
     MetaTrainer,
     Run,
     latest_checkpoint,
@@ -36,6 +40,7 @@ from metaframe.training import (
     save_checkpoint,
 )
 from metaframe.training.checkpoint import checkpoint_files, decode, encode
+from metaframe.training.metrics import MetricsLog, read_metrics
 
 SMALL = Checkpoint(
     {"params/w": np.arange(6.0).reshape(2, 3), "optimizer/count": np.array(3.0)},
@@ -89,6 +94,187 @@ def test_a_checkpoint_in_the_middle_of_a_run_knows_its_tasks(
     load_checkpoint(checkpoint_files(tmp_path)[1], second)
     second.fit(4, 3)
     same(whole, second)
+
+
+def held_out(count: int = 3) -> list[Task]:
+    return SinusoidTaskSampler(seed=0, split="validation").sample(count)
+
+
+@pytest.mark.parametrize("parts", [(2, 6), (5, 3), (3, 1, 4)])
+def test_a_run_in_parts_validates_as_one_in_a_single_piece(
+    parts: tuple[int, ...], tmp_path: Path
+) -> None:
+    """After the same steps, with the same figures, the same best and the same result."""
+
+    def go_on(runner: MetaTrainer, steps: int, folder: str) -> list[tuple[int, float]]:
+        before, saver = runner.step, Checkpoints(tmp_path / folder, every=100)
+        history = runner.fit(steps, 3, eval_every=3, eval_tasks=tasks, callbacks=[saver])
+        return [(before + i + 1, loss) for i, loss in history.eval_loss]
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        tasks, whole, found = held_out(), trainer(), []
+        expected = go_on(whole, 8, "whole")
+        for steps in parts:
+            runner = trainer(seed=9)
+            if checkpoint_files(tmp_path / "parted"):
+                load_checkpoint(latest_checkpoint(tmp_path / "parted"), runner)
+            else:
+                runner = trainer()
+            found += go_on(runner, steps, "parted")
+        assert found == expected
+        assert [step for step, _ in found] == [3, 6]
+        same(whole, runner)
+        best = [tmp_path / folder / "best.safetensors" for folder in ("whole", "parted")]
+        assert len({load_parameters(file, runner.maml).step for file in best}) == 1
+
+
+class Failing(MetaTrainer):
+    """Its validation after step 4 does not end; `left` is what a killed process would leave."""
+
+    folder: Path
+    left: Path
+
+    def _evaluate(self, tasks: Any) -> Evaluation:
+        if self.step == 4:
+            shutil.copytree(self.folder, self.left)
+            raise MemoryError("no memory for an evaluation")
+        return super()._evaluate(tasks)
+
+
+@pytest.mark.parametrize("ended", ["killed", "failed"])
+def test_no_validation_is_lost(ended: str, tmp_path: Path) -> None:
+    """Whatever ends a run within one: who goes on does it, and measures and keeps the same."""
+
+    def go_on(runner: MetaTrainer, folder: Path) -> History:
+        watchers = [MetricsLog(folder), Checkpoints(folder, every=2)]
+        left = 8 - runner.step
+        return runner.fit(left, 3, eval_every=2, eval_tasks=held_out(), callbacks=watchers)
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        whole, again, other = trainer(), trainer(seed=9), trainer()
+        go_on(whole, tmp_path / "whole")
+        failing = Failing(other.maml, optim.adam(1e-2), nn.mse, other.task_sampler)
+        failing.folder, failing.left = tmp_path / "failed", tmp_path / "killed"
+        with pytest.raises(MemoryError):
+            go_on(failing, tmp_path / "failed")
+        step = load_checkpoint(latest_checkpoint(tmp_path / ended), again).step
+        assert step == {"killed": 2, "failed": 4}[ended]
+        history = go_on(again, tmp_path / ended)
+    same(whole, again)
+    assert [i + step + 1 for i, _ in history.eval_loss] == [4, 6, 8]
+    records = [
+        [{**record, "seconds": 0} for record in read_metrics(tmp_path / folder)]
+        for folder in ("whole", ended)
+    ]
+    assert records[0] == records[1]
+    assert [r["step"] for r in records[0] if "eval_loss" in r] == [2, 4, 6, 8]
+    best = [read_checkpoint(tmp_path / folder / "best.safetensors") for folder in ("whole", ended)]
+    assert best[0].step == best[1].step
+    assert best[0].config == best[1].config
+    assert not read_checkpoint(tmp_path / ended / "step-00000004.safetensors").plain[
+        "owes_validation"
+    ]
+
+
+class Scripted(MetaTrainer):
+    """Its validations find what was told."""
+
+    def _evaluate(self, tasks: Any) -> Evaluation:
+        return Evaluation(np.array([[{1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9}.get(self.step, 2.4)]]))
+
+
+def scripted() -> Scripted:
+    other = trainer()
+    return Scripted(other.maml, optim.adam(1e-2), nn.mse, other.task_sampler)
+
+
+def until(runner: MetaTrainer, steps: int, *watchers: Callback) -> History:
+    left = steps - runner.step
+    return runner.fit(left, 2, eval_every=1, eval_tasks=held_out(1), callbacks=watchers)
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5, 6])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_early_stopping_of_a_run_in_parts(cut: int, loaded: bool, tmp_path: Path) -> None:
+    """It waits for as long as in a single piece, 4 being the best, and what ended has ended."""
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        runner = scripted()
+        until(runner, cut, EarlyStopping(3))
+        if loaded:
+            save_checkpoint(tmp_path / "c", runner)
+            load_checkpoint(tmp_path / "c", runner := scripted())
+        assert until(runner, 20, EarlyStopping(3)).stopped == "no improvement in 3 evaluations"
+        assert runner.step == 7
+        over = until(runner, 20, EarlyStopping(3))
+        assert (runner.step, over.stopped) == (7, "no improvement in 3 evaluations")
+        assert over.meta_loss == []
+        until(runner, 20, EarlyStopping(5))
+        assert runner.step == 9
+
+
+def test_a_callback_that_is_used_again_starts_anew(tmp_path: Path) -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        stopping, saver = EarlyStopping(3), Checkpoints(tmp_path, every=100)
+        for _ in range(2):
+            runner = scripted()
+            until(runner, 20, stopping, saver)
+            assert runner.step == 7
+            assert read_checkpoint(tmp_path / "best.safetensors").step == 4
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+
+
+def test_checkpoints_from_before_validations_were_kept_are_read() -> None:
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        one, other = scripted(), scripted()
+        until(one, 5)
+        arrays, plain = one.state()
+        assert plain.pop("merits") == [-3.0, -2.0, -2.5, -1.9, -2.4]
+        assert plain.pop("owes_validation") is False
+        other.restore(arrays, plain)
+        assert other.step == 5
+        until(other, 20, EarlyStopping(3))
+        assert other.step == 9
+
+
+class Unplaced:
+    """A sampler that cannot say where it is."""
+
+    def __init__(self) -> None:
+        self._inner = SinusoidTaskSampler(seed=0)
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        return self._inner.sample(meta_batch_size)
+
+
+def test_tasks_that_may_come_again_are_warned_of(tmp_path: Path) -> None:
+    def unplaced() -> MetaTrainer:
+        return MetaTrainer(trainer().maml, optim.adam(1e-2), nn.mse, Unplaced())
+
+    require("torch")
+    with use_backend("torch", dtype="float64"):
+        makers = (unplaced, trainer)
+        for make in makers:
+            one = make()
+            one.fit(2, 3)
+            save_checkpoint(tmp_path / make.__name__, one)
+        save_checkpoint(tmp_path / "start", unplaced())
+        load_checkpoint(tmp_path / "start", unplaced())
+        load_checkpoint(tmp_path / "trainer", trainer())
+        for written, read, which in (
+            ("unplaced", unplaced, "this sampler"),
+            ("trainer", unplaced, "this sampler"),
+            ("unplaced", trainer, "the sampler that it was saved with"),
+        ):
+            other = read()
+            with pytest.warns(UserWarning, match=f"after 2 steps, .* {which} has no state"):
+                load_checkpoint(tmp_path / written, other)
+            assert other.step == 2
 
 
 @pytest.mark.parametrize("reader", BACKENDS)
@@ -273,6 +459,14 @@ def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
             save_checkpoint(tmp_path / "c", odd)
         with pytest.raises(InputError, match="a checkpoint's config must be plain JSON"):
             save_checkpoint(tmp_path / "c", other, {"model": object()})
+        for runner, config, what in (
+            (odd, {}, r"the sampler's state\(\)"),
+            (other, {"model": object()}, "a checkpoint's config"),
+        ):
+            saver = Checkpoints(tmp_path, every=2, config=config)
+            with pytest.raises(InputError, match=f"{what} must be plain JSON"):
+                runner.fit(3, 2, callbacks=[saver])
+            assert runner.step == 0
     with pytest.raises(InputError, match="the optimizer's settings must be plain JSON"):
         encode(Checkpoint({}, {"step": 0, "optimizer": {"lr": {0.1}}}))
     assert list(tmp_path.iterdir()) == []

@@ -79,15 +79,10 @@ def test_mixed_precision_trains_to_nearly_the_same(backend: Backend) -> None:
         for narrow in (False, True):
             model: Any = zoo.pair(zoo.weights(), backend.name)
             maml = MAML(mixed_precision(model) if narrow else model, 0.1, 2)
-            runner = MetaTrainer(maml, optim.sgd(0.1), nn.mse, _Fixed())
+            runner = MetaTrainer(maml, optim.sgd(0.1), nn.mse, zoo.Fixed())
             losses.append(runner.fit(3, 3).meta_loss)
     assert losses[1] != losses[0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
-
-
-class _Fixed:
-    def sample(self, meta_batch_size: int) -> list[Any]:
-        return zoo.tasks(meta_batch_size)
 
 
 @hardly_depends_on_the_backend

@@ -22,11 +22,6 @@ from metaframe.training._keras import KerasOptimizer
 BY_ID = {library.id: library for library in zoo.LIBRARIES}
 
 
-class Fixed:
-    def sample(self, meta_batch_size: int) -> list[Task]:
-        return zoo.tasks(meta_batch_size)
-
-
 def _torch_adam(maml: Any) -> Any:
     import torch
 
@@ -55,7 +50,7 @@ each_adam = pytest.mark.parametrize(("name", "make", "within"), ADAMS, ids=[a[0]
 
 
 def trained(maml: MAML, optimizer: Any, steps: int) -> MetaTrainer:
-    runner = MetaTrainer(maml, optimizer, nn.mse, Fixed())
+    runner = MetaTrainer(maml, optimizer, nn.mse, zoo.Fixed())
     runner.fit(steps, 3)
     return runner
 
@@ -86,7 +81,7 @@ def test_state_of_a_native_optimizer_is_restored(
     first = MAML(library.build(zoo.weights()), 0.1, 1)
     state = trained(first, make(first), 2).state()
     second = MAML(library.build(zoo.weights(seed=7)), 0.1, 1)
-    runner = MetaTrainer(second, make(second), nn.mse, Fixed())
+    runner = MetaTrainer(second, make(second), nn.mse, zoo.Fixed())
     runner.restore(*state)
     assert runner.step == 2
     runner.fit(2, 3)
@@ -102,7 +97,7 @@ def _torch_trainer(make: Any, dtype: str = "float64", seed: int = 0) -> MetaTrai
 
     module = BY_ID["torch"].build(zoo.weights(seed=seed)).to(getattr(torch, dtype))
     maml = MAML(module, 0.1, 1)
-    return MetaTrainer(maml, make(maml.parameters()), nn.mse, Fixed())
+    return MetaTrainer(maml, make(maml.parameters()), nn.mse, zoo.Fixed())
 
 
 def _narrow(tasks: list[Task], dtype: Any) -> Task:
@@ -184,7 +179,7 @@ def test_a_checkpoint_of_another_native_optimizer_is_refused() -> None:
     split = _torch_trainer(lambda ps: torch.optim.Adam([{"params": [p]} for p in ps]), seed=1)
     with pytest.raises(CheckpointError, match=r"of another optimizer: .*parameter groups"):
         split.restore(*one.state())
-    ours = MetaTrainer(split.maml, optim.adam(0.1), nn.mse, Fixed())
+    ours = MetaTrainer(split.maml, optim.adam(0.1), nn.mse, zoo.Fixed())
     with pytest.raises(CheckpointError, match="no optimizer of torch's own"):
         other.restore(*ours.state())
     assert other.step == 0
@@ -204,7 +199,10 @@ def test_a_schedule_is_for_our_optimizers(name: str, make: Callable[[MAML], Any]
     library = BY_ID[name]
     require(library.backend)
     maml = MAML(library.build(zoo.weights()), 0.1, 1)
-    runner = MetaTrainer(maml, make(maml), nn.mse, Fixed(), schedule=lambda step: 0.1)
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
+        MetaTrainer(maml, make(maml), nn.mse, zoo.Fixed(), schedule=lambda step: 0.1)
+    runner = MetaTrainer(maml, make(maml), nn.mse, zoo.Fixed())
+    runner.schedule = lambda step: 0.1
     with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())
 
@@ -215,7 +213,10 @@ def test_a_schedule_is_not_ignored_by_another_pair() -> None:
     ours = optim.sgd(0.1)
     pair = types.SimpleNamespace(init=ours.init, update=lambda g, s, p: ours.update(g, s, p))
     maml = MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1)
-    runner = MetaTrainer(maml, pair, nn.mse, Fixed(), schedule=lambda step: 0.0)
+    with pytest.raises(InputError, match="schedule= is for optimizers of"):
+        MetaTrainer(maml, pair, nn.mse, zoo.Fixed(), schedule=lambda step: 0.0)
+    runner = MetaTrainer(maml, pair, nn.mse, zoo.Fixed())
+    runner.schedule = lambda step: 0.0
     with pytest.raises(InputError, match="schedule= is for optimizers of"):
         runner.meta_step(zoo.tasks())
     assert runner.step == 0

@@ -39,6 +39,19 @@ def tasks(count: int = 3, seed: int = 1) -> list[Task]:
     ]
 
 
+class Fixed:
+    """The same tasks again and again, so that there is no place in them to come back to."""
+
+    def sample(self, meta_batch_size: int) -> list[Task]:
+        return tasks(meta_batch_size)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Any) -> None:
+        del state
+
+
 def predict(v: Values, x: Any) -> Any:
     return np.tanh(x @ v["w1"] + v["b1"]) @ v["w2"] + v["b2"]
 

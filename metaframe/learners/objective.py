@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metaframe import optim, tree
+from metaframe import checks, optim, tree
 from metaframe.backend import Array, Backend, is_neutral
 from metaframe.errors import InputTypeError
 from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
@@ -45,7 +45,8 @@ class Setting:
         cost = objective(run)
         if self.metric is None:
             return cost, {"costs": cost}
-        return cost, {"costs": cost, "scores": self.metric(run.prediction, task.query_y)}
+        score = self.metric(run.prediction, task.query_y)
+        return cost, {"costs": cost, "scores": checks.scalar(score, "metric", self.adapter.backend)}
 
 
 class TaskRun:

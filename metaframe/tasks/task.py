@@ -118,6 +118,18 @@ tree.register(Task, _flatten, _unflatten)
 class TaskSampler(Protocol):
     """Anything that samples tasks: what training and evaluation ask for.
 
+    `sample` is all that it has to have. What it may have besides, and what that is good for:
+
+    - `state()`, plain JSON values that say where it stands, and `restore(state)`, which goes back
+      there. With both, training samples ahead in a thread, a checkpoint holds the position, and a
+      resumed run goes on with the tasks that would have come next. Without, its tasks are those
+      that the sampler happens to give, and `load_checkpoint` warns.
+    - `sample_batch(meta_batch_size)`, the same tasks stacked in one `Task`. Training then calls it
+      and not `sample`, which would place each task alone. Override both or neither.
+    - `task(index)`, for which see `evaluate`.
+
+    `IndexedSampler` has all of them.
+
     >>> class Fixed:
     ...     def sample(self, meta_batch_size):
     ...         return [Task(1.0, 2.0, 3.0, 4.0)] * meta_batch_size

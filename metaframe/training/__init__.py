@@ -12,6 +12,7 @@ from metaframe.training.checkpoint import load_parameters as load_parameters
 from metaframe.training.checkpoint import read_checkpoint as read_checkpoint
 from metaframe.training.checkpoint import save_checkpoint as save_checkpoint
 from metaframe.training.evaluation import Evaluation as Evaluation
+from metaframe.training.evaluation import Evaluator as Evaluator
 from metaframe.training.evaluation import evaluate as evaluate
 from metaframe.training.step import Schedule as Schedule
 from metaframe.training.step import StepReport as StepReport
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoints",
     "EarlyStopping",
     "Evaluation",
+    "Evaluator",
     "History",
     "MetaTrainer",
     "Run",

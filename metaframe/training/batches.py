@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +42,18 @@ def sample_batch(sampler: TaskSampler, count: int, share: Sequence[int] | None =
 def is_restorable(sampler: object) -> bool:
     """Can the sampler say where it is and go back there?"""
     return hasattr(sampler, "state") and hasattr(sampler, "restore")
+
+
+def warn_of_position(step: int, sampler: TaskSampler) -> None:
+    """That a resumed run may come to other tasks; `sampler` is the one that it goes on with."""
+    lacking = "this sampler" if not is_restorable(sampler) else "the sampler that it was saved with"
+    warnings.warn(
+        f"the checkpoint was taken after {step} steps, and the task sampler "
+        f"({type(sampler).__qualname__}) cannot be put back to where it was then: {lacking} has no "
+        "state() and restore(). Training goes on with whatever tasks it gives next, perhaps those "
+        "of the first steps again. Give it both, see TaskSampler.",
+        stacklevel=3,
+    )
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaframe import checks
+from metaframe.errors import InputTypeError
 from metaframe.training.evaluation import Evaluation
 from metaframe.training.step import StepReport
 
@@ -21,7 +23,8 @@ class History:
 
     Attributes:
         meta_loss: the mean query loss of every iteration.
-        eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0.
+        eval_loss: `(iteration, loss)` of every evaluation; iterations count from 0, and -1 is for
+            one that a failed run left to this one.
         eval_score: `(iteration, metric)` likewise, if the trainer has a metric.
         stopped: why the run ended before its last iteration; None if it did not.
 
@@ -48,6 +51,9 @@ class Run:
         iteration: the current iteration of this call, from 0.
         report: what the last outer step found.
         evaluation: what the last evaluation found.
+        merits: the metric, or without one minus the loss, of every evaluation within `fit` since
+            the trainer was made; those before this call too, and before a checkpoint that it was
+            loaded from.
 
     >>> run = Run(trainer=None, num_iterations=10, tasks_per_step=4)
     >>> run.stop("good enough")
@@ -62,9 +68,10 @@ class Run:
     iteration: int = -1
     report: StepReport | None = None
     evaluation: Evaluation | None = None
+    merits: list[float] = field(default_factory=list)
 
     def stop(self, reason: str) -> None:
-        """End the run after this iteration.
+        """End the run after this iteration; called in `on_start`, before the first.
 
         Of several processes that share a run one is enough, and all of them end after the next
         iteration in which they agree on it: every tenth, and every one with an evaluation.
@@ -101,6 +108,9 @@ class Callback:
     def on_evaluation(self, run: Run) -> None:
         """After every evaluation, which comes after the step's `on_step`."""
 
+    def on_iteration(self, run: Run) -> None:
+        """At the end of every iteration: after its step, and its evaluation if one was due."""
+
     def on_end(self, run: Run) -> None:
         """After the last iteration, also of a run that was stopped, interrupted or failed.
 
@@ -123,7 +133,9 @@ class EachStep(Callback):
 class EarlyStopping(Callback):
     """Stops when evaluations no longer improve.
 
-    What improves is the metric, which rises, or without one the loss, which falls.
+    What improves is the metric, which rises, or without one the loss, which falls. All evaluations
+    within `fit` of the same trainer count, also before it was saved and loaded: a run in parts
+    stops where one in a single piece does, and does not go on once it has. More patience lets it.
 
     Args:
         patience: evaluations without an improvement before the run stops, at least 1.
@@ -146,13 +158,24 @@ class EarlyStopping(Callback):
         self._best = -math.inf
         self._waited = 0
 
+    def on_start(self, run: Run) -> None:
+        """Take in what the trainer has measured before."""
+        self._best, self._waited = -math.inf, 0
+        for value in run.merits:
+            self._compare(value)
+        self._stop_if_enough(run)
+
     def on_evaluation(self, run: Run) -> None:
         """Compare with the best so far."""
-        value = merit(run.evaluation)
-        if value > self._best + self._min_delta:
-            self._best, self._waited = value, 0
-            return
-        self._waited += 1
+        self._compare(merit(run.evaluation))
+        self._stop_if_enough(run)
+
+    def _compare(self, value: float) -> None:
+        improved = value > self._best + self._min_delta
+        self._best = value if improved else self._best
+        self._waited = 0 if improved else self._waited + 1
+
+    def _stop_if_enough(self, run: Run) -> None:
         if self._waited >= self._patience:
             run.stop(f"no improvement in {self._waited} evaluations")
 
@@ -164,3 +187,38 @@ def merit(evaluation: Evaluation | None) -> float:
     if evaluation.scores is None:
         return -evaluation.loss.mean
     return evaluation.transductive.mean
+
+
+def watchers_of(callbacks: Any, callback: Callable[[int, float], None] | None) -> list[Callback]:
+    """What watches a run, in one list.
+
+    Raises:
+        InputTypeError: something that is no callback.
+    """
+    if not isinstance(callbacks, Iterable):
+        raise InputTypeError(
+            f"callbacks must be a list of Callback, received {type(callbacks).__qualname__}."
+        )
+    found = list(callbacks)
+    for i, watcher in enumerate(found):
+        if not isinstance(watcher, Callback):
+            raise InputTypeError(
+                f"callbacks[{i}] is a {type(watcher).__qualname__}, expected an instance of "
+                "Callback. A function of iteration and loss is callback=."
+            )
+    return found if callback is None else [*found, EachStep(callback)]
+
+
+@contextmanager
+def watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
+    """Every callback that has started ends, in the same order, whatever others raise."""
+    started: list[Callback] = []
+    try:
+        for watcher in watchers:
+            watcher.on_start(run)
+            started.append(watcher)
+        yield
+    finally:
+        with ExitStack() as ends:
+            for watcher in reversed(started):
+                ends.callback(watcher.on_end, run)

@@ -24,7 +24,8 @@ import numpy as np
 from metaframe import checks
 from metaframe.errors import CheckpointError, InputError
 from metaframe.training.callbacks import Callback, Run, merit
-from metaframe.training.trainer import MetaTrainer, checked_parameters
+from metaframe.training.parameters import checked_parameters
+from metaframe.training.trainer import MetaTrainer
 
 if TYPE_CHECKING:
     from metaframe.learners.meta_learner import MetaLearner
@@ -128,7 +129,11 @@ def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
 
 
 def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
-    """Set the meta-parameters of `maml` to those of the checkpoint at `path`, and nothing else.
+    """Set the meta-parameters of `maml` to those of the checkpoint at `path`.
+
+    With norm="per-step" the running statistics too, without which the parameters mean little; and
+    nothing else. A new trainer over `maml` starts at step 0, and its first step replaces the
+    statistics.
 
     Raises:
         CheckpointError: a damaged file, or one of another model or algorithm.
@@ -170,14 +175,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return decode(data, str(path))
 
 
-def encode(checkpoint: Checkpoint) -> bytes:
-    """The bytes of a checkpoint file."""
-    from safetensors.numpy import save
+def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """What is no array can be written as JSON.
 
+    Raises:
+        InputError: it cannot, naming what.
+    """
     parts = {
-        "a checkpoint's config": checkpoint.config,
-        "the optimizer's settings": checkpoint.plain.get("optimizer"),
-        "the sampler's state()": checkpoint.plain.get("sampler"),
+        "a checkpoint's config": config,
+        "the optimizer's settings": plain.get("optimizer"),
+        "the sampler's state()": plain.get("sampler"),
     }
     for what, value in parts.items():
         try:
@@ -186,6 +193,13 @@ def encode(checkpoint: Checkpoint) -> bytes:
             raise InputError(
                 f"{what} must be plain JSON values in a checkpoint: {error}."
             ) from error
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The bytes of a checkpoint file."""
+    from safetensors.numpy import save
+
+    check_plain(checkpoint.config, checkpoint.plain)
     content = {
         "format": FORMAT,
         "backend": checkpoint.backend,
@@ -276,7 +290,8 @@ class Checkpoints(Callback):
     """Keeps the last few checkpoints of a run, and the best one, in a folder.
 
     Saved every so many steps, and at the end of a run, also of one that was interrupted or failed.
-    The best is the one whose evaluation had the highest metric, without one the lowest loss.
+    The best is the one whose evaluation had the highest metric, without one the lowest loss, of the
+    evaluations since the folder was this run's.
 
     A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
     a run does not start next to checkpoints of later steps, removes only what it saved or goes on
@@ -289,7 +304,8 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range; in `fit`, a folder with checkpoints of later steps.
+        InputError: a number out of range; in `fit`, before any step, a folder with checkpoints of
+            later steps, or a config or a sampler's state that cannot be written as JSON.
 
     >>> import tempfile
     >>> import torch
@@ -324,9 +340,11 @@ class Checkpoints(Callback):
         self._config = dict(config or {})
         self._best = -np.inf
         self._own: set[Path] = set()
+        self._trainer: MetaTrainer | None = None
 
     def on_start(self, run: Run) -> None:
         """Look at what there is: does this run go on from it, and how good is the best one?"""
+        check_plain(self._config, run.trainer.state()[1])
         found, step = checkpoint_files(self.folder), run.trainer.step
         if found and found[-1] > self._path(step):
             raise InputError(
@@ -337,19 +355,16 @@ class Checkpoints(Callback):
             )
         for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
+        if run.trainer is not self._trainer:
+            self._trainer, self._own = run.trainer, set()
         if self._path(step) in found:
             self._own.update(found)
-        best = self.folder / BEST
+        best, self._best = self.folder / BEST, -np.inf
         if best.exists() and self._own:
             self._best = float(read_checkpoint(best).config["merit"])
         elif best.exists():
             taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
             best.rename(next(path for path in taken if not path.exists()))
-
-    def on_step(self, run: Run) -> None:
-        """Save when it is time."""
-        if run.trainer.step % self._every == 0:
-            self._save(run.trainer)
 
     def on_evaluation(self, run: Run) -> None:
         """Keep the best."""
@@ -358,6 +373,14 @@ class Checkpoints(Callback):
             self._best = found
             config = {**self._config, "merit": found}
             save_checkpoint(self.folder / BEST, run.trainer, config)
+
+    def on_iteration(self, run: Run) -> None:
+        """Save when it is time, or instead of what was saved before an evaluation that failed.
+
+        Not before the step's evaluation, which a run that goes on from here would not come to.
+        """
+        if run.iteration < 0 or run.trainer.step % self._every == 0:
+            self._save(run.trainer)
 
     def on_end(self, run: Run) -> None:
         """Save the end, unless that was saved already."""

@@ -2,8 +2,8 @@
 
 Ctrl-C reaches one process a step before another, and a callback that runs in the first process
 alone stops that one alone. Whoever left would be waited for in the next step's sum. So a wish to
-stop is carried out at steps that all processes know of, where they exchange two numbers: not at
-every step, which would then have a second exchange.
+stop is carried out at steps that all processes know of, where they exchange two numbers: before the
+first and then not at every step, which would have a second exchange.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from metaframe.training.interrupt import Interrupt
 from metaframe.workers import AllSum
 
 AGREE_EVERY = 10
-"""Iterations from one exchange to the next; there is one after every evaluation too."""
+"""Iterations from one exchange to the next, from 0; there is one after every evaluation too."""
 ELSEWHERE = "stopped by another process"
 
 

@@ -28,10 +28,13 @@ from metaframe.learners.pure import Adaptation, Adapted
 from metaframe.meta import Strategy, map_tasks, strategy
 from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
+from metaframe.training import arguments
 from metaframe.training.step import StepSettings
 
 TASKS_AT_ONCE = 50
 """Tasks in one batch of an evaluation."""
+EXAMPLES_AT_ONCE = 256
+"""Of one task, in the inductive form: support sets next to a query example each."""
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -110,7 +113,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to each of many tasks and measure the query set after every step.
 
-    The learner is not changed and no meta-gradient is computed.
+    The learner is not changed and no meta-gradient is computed. Every call compiles anew; to
+    evaluate a learner again and again, keep an `Evaluator`.
 
     Args:
         maml: the learner.
@@ -135,17 +139,43 @@ def evaluate(
     >>> found.losses.shape, len(found.curve)
     ((20, 4), 4)
     """
-    return Evaluator(maml, loss_fn, metric, settings or StepSettings())(
-        tasks, num_tasks, steps=steps, inductive=inductive
-    )
+    evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
+    return evaluator(tasks, num_tasks, steps=steps, inductive=inductive)
 
 
 class Evaluator:
-    """`evaluate` with its programs kept from one call to the next."""
+    """`evaluate` with its programs kept from one call to the next.
+
+    Args:
+        maml, loss_fn, metric, settings: as for `evaluate`. Each call measures the learner as it is
+            then.
+
+    Raises:
+        InputTypeError: no learner, or what should be a function is none.
+
+    >>> import torch
+    >>> from metaframe.learners import MAML
+    >>> from metaframe.tasks import SinusoidTaskSampler
+    >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.01)
+    >>> measure = Evaluator(maml, torch.nn.functional.mse_loss)
+    >>> sampler = SinusoidTaskSampler(seed=0, split="test")
+    >>> before = measure(sampler, 20, steps=3)
+    >>> with torch.no_grad():
+    ...     _ = maml.module.weight.zero_()
+    >>> before.loss == measure(sampler, 20, steps=3).loss
+    False
+    """
 
     def __init__(
-        self, maml: MetaLearner, loss_fn: LossFn, metric: LossFn | None, settings: StepSettings
+        self,
+        maml: MetaLearner,
+        loss_fn: LossFn,
+        *,
+        metric: LossFn | None = None,
+        settings: StepSettings | None = None,
     ) -> None:
+        settings = settings or StepSettings()
+        arguments.learner(maml, loss_fn, metric)
         self._maml = maml
         self._loss_fn = loss_fn
         self._metric = metric
@@ -213,10 +243,13 @@ class Evaluator:
     def _score_together(self, view: _View, at: Adapted) -> dict[str, Array]:
         task = view.task
         output = view.predict(at, task.query_x)
-        found = {"loss": self._loss_fn(output, task.query_y)}
+        found = {"loss": self._scalar(self._loss_fn, "loss_fn", output, task)}
         if self._metric is not None:
-            found["score"] = self._metric(output, task.query_y)
+            found["score"] = self._scalar(self._metric, "metric", output, task)
         return found
+
+    def _scalar(self, fn: LossFn, name: str, output: Any, task: Task) -> Array:
+        return checks.scalar(fn(output, task.query_y), name, self._maml.backend)
 
     def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
         task = view.task
@@ -227,9 +260,11 @@ class Evaluator:
             return tree.map(lambda y: y[-1], output)
 
         # The weights are the same for all of them, so that vectorising pays even where it does
-        # not over tasks.
+        # not over tasks. But each comes with the whole support set.
         how: Strategy = "loop" if self._task_map == "loop" else "vmap"
-        output = map_tasks(alone, task_map=how)(task.query_x)
+        at_once = max(1, EXAMPLES_AT_ONCE // (1 + tree.leaves(task.support_x)[0].shape[0]))
+        chunk_size = min(at_once, self._settings.chunk_size or at_once)
+        output = map_tasks(alone, task_map=how, chunk_size=chunk_size)(task.query_x)
         return (self._metric or self._loss_fn)(output, task.query_y)
 
 

@@ -45,7 +45,8 @@ class StepSettings:
     Attributes:
         task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",
             one after the other for convolutions on a CPU, at once for everything else.
-        chunk_size: with "vmap", how many tasks at once.
+        chunk_size: with "vmap", how many tasks at once; in an inductive evaluation also how many
+            query examples of a task at most.
         mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
         compiled: compile whole steps; default: where the backend compiles quickly.
         distributed: divide the tasks of a step among the active workers, see
@@ -120,11 +121,14 @@ def outer_step(
     loss_fn: LossFn,
     metric: LossFn | None,
     settings: StepSettings,
+    *,
+    scheduled: bool = False,
 ) -> OuterStep:
-    """The step for `optimizer`, whatever kind it is.
+    """The step for `optimizer`, whatever kind it is; with `scheduled`, it gets a rate each time.
 
     Raises:
         InputTypeError: it is none that the model's framework or metaframe knows.
+        InputError: it has no learning rate and none is scheduled, or the other way round.
     """
 
     def gradient(num_tasks: int | None) -> MetaGradient:
@@ -142,6 +146,10 @@ def outer_step(
     native = maml.backend.native_optimizer(optimizer) or keras_optimizer(
         optimizer, maml.variables()
     )
+    if isinstance(optimizer, optim.Optimizer):
+        _check_one_rate(optimizer, scheduled)
+    elif scheduled and (native is not None or hasattr(optimizer, "update")):
+        raise InputError(_NO_SCHEDULE)
     if native is not None:
         return _NativeStep(maml, native, gradient, compiled)
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
@@ -263,12 +271,29 @@ class _NativeStep:
         self._optimizer.restore(arrays, plain)
 
 
+_NO_SCHEDULE = (
+    "schedule= is for optimizers of metaframe.optim made without a learning rate. Schedule another "
+    "optimizer by its own means: optax by a schedule in the place of the rate, a framework's own "
+    "optimizer in a callback."
+)
+
+
 def _refuse_rate(rate: float | None) -> None:
     if rate is not None:
+        raise InputError(_NO_SCHEDULE)
+
+
+def _check_one_rate(optimizer: optim.Optimizer, scheduled: bool) -> None:
+    if scheduled and optimizer.learning_rate is not None:
         raise InputError(
-            "schedule= is for optimizers of metaframe.optim made without a learning rate. Schedule "
-            "another optimizer by its own means: optax by a schedule in the place of the rate, a "
-            "framework's own optimizer in a callback."
+            "the learning rate is given twice: to the optimizer and by schedule=. Leave it out of "
+            "the optimizer, as in optim.adam(), or leave out the schedule."
+        )
+    if not scheduled and optimizer.learning_rate is None:
+        raise InputError(
+            "no learning rate: give one to the optimizer, as in optim.adam(1e-3), or give the "
+            "trainer a schedule=. An Optimizer of your own that needs none says so by its "
+            "learning_rate, which is None if the loop has to provide it."
         )
 
 

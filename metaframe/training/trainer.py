@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaframe import checks, tree
 from metaframe.distributed.agreement import agree
-from metaframe.errors import CheckpointError, InputError, NonFiniteError
+from metaframe.errors import InputError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
-from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task, TaskSampler, stack_tasks
-from metaframe.training.batches import Batch, batches, is_restorable
-from metaframe.training.callbacks import Callback, EachStep, History, Run
+from metaframe.training import arguments
+from metaframe.training.batches import Batch, batches, is_restorable, warn_of_position
+from metaframe.training.callbacks import Callback, History, Run, merit, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
+from metaframe.training.finite import check_finite, task_to_blame
 from metaframe.training.interrupt import held_interrupt
+from metaframe.training.parameters import Arrays, checked_parameters, group
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
 from metaframe.workers import Workers
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
+
+
+class _Validation(NamedTuple):
+    tasks: Any
+    every: int | None
+
+    def is_due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
 
 
 class MetaTrainer:
@@ -41,8 +49,9 @@ class MetaTrainer:
             over `maml.parameters()`, or a Keras optimizer.
         loss_fn: `loss_fn(prediction, target) -> scalar`, pure.
         task_sampler: where training tasks come from.
-        metric: `metric(prediction, target) -> scalar`, reported besides the loss. The higher the
-            better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate an error.
+        metric: `metric(prediction, target) -> scalar` of a task, reported besides the loss. The
+            higher the better: by it `EarlyStopping` stops and `Checkpoints` keeps the best. Negate
+            an error.
         schedule: from the number of steps taken to the learning rate of the next one; for an
             optimizer of `metaframe.optim` made without a rate. See `metaframe.training.schedules`.
         settings: how steps run.
@@ -52,9 +61,11 @@ class MetaTrainer:
 
     Attributes:
         step: how many outer steps were taken.
+        schedule, task_sampler, steps_per_epoch: as given; what is set counts from the next step.
 
     Raises:
-        InputTypeError: an unknown kind of optimizer, or what should be a function is none.
+        InputTypeError: an unknown kind of optimizer, or an argument that is not what it should be.
+        InputError: no learning rate, or two of them.
 
     >>> import torch
     >>> from metaframe import MAML, optim
@@ -83,14 +94,15 @@ class MetaTrainer:
         settings: StepSettings | None = None,
         steps_per_epoch: int = 500,
     ) -> None:
-        checks.function(loss_fn, "loss_fn")
+        arguments.learner(maml, loss_fn, metric)
+        arguments.sampler(task_sampler)
         checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
-        if metric is not None:
-            checks.function(metric, "metric")
-        self.maml = maml
-        self.meta_optimizer = meta_optimizer
-        self.loss_fn = loss_fn
-        self.metric = metric
+        if schedule is not None:
+            checks.function(schedule, "schedule")
+        self._maml = maml
+        self._meta_optimizer = meta_optimizer
+        self._loss_fn = loss_fn
+        self._metric = metric
         self.schedule = schedule
         self.task_sampler = task_sampler
         self.steps_per_epoch = steps_per_epoch
@@ -102,10 +114,34 @@ class MetaTrainer:
                 "norm='per-step' collects statistics over the tasks of one process, and processes "
                 "would drift apart: train without distributed=True, or with another norm."
             )
-        self._outer = outer_step(maml, meta_optimizer, loss_fn, metric, settings)
-        self._evaluator = Evaluator(maml, loss_fn, metric, settings)
+        self._outer = outer_step(
+            *(maml, meta_optimizer, loss_fn, metric, settings), scheduled=schedule is not None
+        )
+        self._evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
         self._position: Mapping[str, Any] | None = None
+        self._owes_validation = False  # one that came due after this step and is not done
+        self._merits: list[float] = []
+
+    @property
+    def maml(self) -> MetaLearner:
+        """The learner. Steps are made for it, as for the next three; for others, make a trainer."""
+        return self._maml
+
+    @property
+    def meta_optimizer(self) -> Any:
+        """The outer optimizer, as it was given."""
+        return self._meta_optimizer
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss."""
+        return self._loss_fn
+
+    @property
+    def metric(self) -> LossFn | None:
+        """The metric, if there is one."""
+        return self._metric
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
@@ -137,18 +173,23 @@ class MetaTrainer:
         Args:
             num_iterations: meta-updates, 0 or more, on top of those taken before.
             meta_batch_size: tasks in each of them.
-            eval_every: evaluate after every so many iterations.
+            eval_every: evaluate whenever `step` is a multiple of it, so that a run in parts
+                evaluates after the same steps as one in a single piece. An evaluation that a
+                failure cut short comes first when the run goes on.
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
-            prefetch: sample batches ahead in a background thread; changes no result.
+            prefetch: sample batches ahead in a background thread. It changes no result, as long as
+                nothing else draws from the training sampler: with a callback that does, turn it
+                off, or give the callback a sampler of its own.
 
         Returns:
             The loss of every iteration and of every evaluation.
 
         Raises:
-            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, or
-                a number out of range; before any step.
+            InputError, InputTypeError: `eval_every` without `eval_tasks` or with what is none, what
+                is no callback, or a number out of range; before any step. A loss or metric that is
+                no scalar; in the first step, before it changes anything.
             NonFiniteError: as `meta_step`, naming the step.
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
                 Processes that share a run agree on it, as on `Run.stop`, after every tenth
@@ -161,23 +202,27 @@ class MetaTrainer:
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
             source_of(eval_tasks)  # and not when the first evaluation comes due
-        watchers = [*callbacks, *([EachStep(callback)] if callback else [])]
+        watchers = watchers_of(callbacks, callback)
         share, num_tasks = None, None
         if self._distributed:
             self._agree(num_iterations, meta_batch_size, eval_every)
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
-        run = Run(self, num_iterations, meta_batch_size)
-        with _watched(run, watchers), held_interrupt(run.stop) as interrupt:
+        run = Run(self, num_iterations, meta_batch_size, merits=self._merits)
+        validation = _Validation(eval_tasks, eval_every)
+        with watched(run, watchers), held_interrupt(run.stop) as interrupt:
             source = batches(
                 self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
             )
             with self._standing(), source as ahead:
-                for batch in ahead:
-                    self._iterate(run, batch, watchers, num_tasks)
-                    due = bool(eval_every) and (run.iteration + 1) % (eval_every or 1) == 0
-                    if due:
-                        self._evaluate_within(run, eval_tasks, watchers)
+                owed = self._owes_validation and validation.is_due(self.step)
+                if owed:
+                    self._end_iteration(run, validation, watchers)
+                # A callback may have found that the run was over before this call.
+                over = self._ending(run, interrupt, evaluated=owed)
+                for batch in () if over else ahead:
+                    self._step_within(run, batch, validation, watchers, num_tasks)
+                    due = self._end_iteration(run, validation, watchers)
                     if self._ending(run, interrupt, evaluated=due):
                         break
         interrupt.raise_if_held()
@@ -185,6 +230,8 @@ class MetaTrainer:
 
     def evaluate(self, tasks: Any) -> float:
         """Adapt to each task and return the mean query loss after it; updates nothing.
+
+        What was compiled is used again by later calls, and by the evaluations of `fit`.
 
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
@@ -208,13 +255,17 @@ class MetaTrainer:
             "dtypes": {name: backend.dtype_name(x) for name, x in meta.items()},
             "optimizer": plain,
             "sampler": None if position is None else dict(position),
+            "owes_validation": self._owes_validation,
+            "merits": list(self._merits),
         }
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
         """Go on from what `state` returned, on this or another backend.
 
         Hidden random streams, such as those of dropout in torch, go on exactly on the backend they
-        come from, and are left as they are on another. What is refused changes nothing.
+        come from, and are left as they are on another. A sampler that cannot be put back, for want
+        of `state` and `restore`, stays where it is, with a warning. What is refused changes
+        nothing.
 
         Raises:
             CheckpointError: another model, algorithm or optimizer.
@@ -226,17 +277,23 @@ class MetaTrainer:
             if plain["sampler"] is not None and is_restorable(sampler):
                 undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
                 sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-            if random := _group(arrays, f"rng.{backend.name}/"):
+            if random := group(arrays, f"rng.{backend.name}/"):
                 undo.callback(backend.restore_random_state, backend.random_state())
                 backend.restore_random_state(random)
-            self._outer.restore(_group(arrays, "optimizer/"), plain["optimizer"])
+            self._outer.restore(group(arrays, "optimizer/"), plain["optimizer"])
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
+        if step and (plain["sampler"] is None or not is_restorable(sampler)):
+            warn_of_position(step, sampler)
+        # Checkpoints from before there were these have neither.
+        self._owes_validation = bool(plain.get("owes_validation", False))
+        self._merits = list(plain.get("merits", []))
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
         arrays, plain = self.state()
+        del plain["merits"]  # measured by each process for itself, perhaps to another last bit
         digests = {
             name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
             for name, x in arrays.items()
@@ -267,16 +324,17 @@ class MetaTrainer:
         self.maml.epoch = self.step // self.steps_per_epoch
         rate = None if self.schedule is None else float(self.schedule(self.step))
         statistics = self.maml.statistics
-        if statistics:
-            self._collect(batch)
-        outcome = self._outer(batch, rate, num_tasks)
         try:
-            self._check_finite(outcome.report, batch)
-        except NonFiniteError:
+            if statistics:
+                self._collect(batch)
+            outcome = self._outer(batch, rate, num_tasks)
+            check_finite(outcome.report, self.step, lambda: self._blame(batch))
+            outcome.apply()
+        except BaseException:
             self.maml.assign_statistics(statistics)
             raise
-        outcome.apply()
         self.step += 1
+        self._owes_validation = False
         return outcome.report
 
     def _collect(self, batch: Task) -> None:
@@ -290,111 +348,47 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def _check_finite(self, report: StepReport, batch: Task) -> None:
-        losses = report.task_losses
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
-            raise NonFiniteError(
-                f"step {self.step}: the loss of task {bad[0]} of the batch is {losses[bad[0]]}. "
-                f"The learner is as it was after {self.step} steps. {_REMEDIES}"
-            )
-        if not math.isfinite(report.grad_norm):
-            raise NonFiniteError(
-                f"step {self.step}: the meta-gradient of {self._blame(batch)} is not finite, with "
-                f"finite losses. The learner is as it was after {self.step} steps. {_REMEDIES}"
-            )
-
     def _blame(self, batch: Task) -> str:
-        """Which task's gradient it is; computed again, since a step only has the mean."""
         if self._distributed and self._workers().processes > 1:
             return "the batch as a whole"  # a process that does not have the task could not tell
-        backend = self.maml.backend
-        stacked = as_batch(batch, self.maml.meta_parameters(), backend)
-        for i in range(len(tree.leaves(stacked)[0])):
-            one = tree.map(lambda x, i=i: x[i : i + 1], stacked)
-            grads = self.maml.meta_value_and_grad(self.loss_fn, one, compiled=False).grads
-            if not all(np.isfinite(backend.to_numpy(g)).all() for g in grads.values()):
-                return f"task {i} of the batch"
-        return "the batch as a whole"
+        return task_to_blame(self.maml, self.loss_fn, batch)
 
-    def _iterate(
-        self, run: Run, batch: Batch, watchers: Sequence[Callback], num_tasks: int | None
+    def _step_within(
+        self,
+        run: Run,
+        batch: Batch,
+        validation: _Validation,
+        watchers: Sequence[Callback],
+        num_tasks: int | None,
     ) -> None:
         run.iteration += 1
         run.report = self._advance(batch.tasks, num_tasks)
+        self._owes_validation = validation.is_due(self.step)
         self._position = batch.position
         run.history.meta_loss.append(run.report.loss)
         for watcher in watchers:
             watcher.on_step(run)
 
+    def _end_iteration(
+        self, run: Run, validation: _Validation, watchers: Sequence[Callback]
+    ) -> bool:
+        """Validate if that is due; was it?"""
+        due = self._owes_validation
+        if due:
+            self._evaluate_within(run, validation.tasks, watchers)
+        for watcher in watchers:
+            watcher.on_iteration(run)
+        return due
+
     def _evaluate_within(self, run: Run, tasks: Any, watchers: Sequence[Callback]) -> None:
         run.evaluation = self._evaluate(tasks)
+        self._owes_validation = False
+        self._merits.append(merit(run.evaluation))
         run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
-        if self.metric is not None:
+        if run.evaluation.scores is not None:
             run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
         for watcher in watchers:
             watcher.on_evaluation(run)
 
     def _evaluate(self, tasks: Any) -> Evaluation:
         return self._evaluator(tasks, inductive=False, whole_curve=False)
-
-
-_REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
-
-
-def checked_parameters(
-    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
-) -> Callable[[], None]:
-    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
-
-    Raises:
-        CheckpointError: other names, shapes or dtypes than the learner's.
-    """
-    found, own, backend = _group(arrays, "params/"), maml.meta_parameters(), maml.backend
-    if set(found) != set(own):
-        raise CheckpointError(
-            "the checkpoint is of another model or algorithm: "
-            f"missing {sorted(set(own) - set(found))}, unexpected {sorted(set(found) - set(own))}."
-        )
-    for name, value in own.items():
-        there = (found[name].shape, dtypes.get(name))
-        here = (tuple(value.shape), backend.dtype_name(value))
-        if there != here:
-            raise CheckpointError(
-                f"parameter {name!r} is {there[1]} of shape {there[0]} in the checkpoint and "
-                f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
-                "was trained with."
-            )
-    statistics, own = _group(arrays, "statistics/"), maml.statistics
-    if set(statistics) != set(own):
-        raise CheckpointError(
-            "the checkpoint is of another normalisation policy: it has statistics for "
-            f"{sorted(statistics)}, the learner for {sorted(own)}."
-        )
-
-    def assign() -> None:
-        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
-        maml.assign_statistics(
-            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
-        )
-
-    return assign
-
-
-def _group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
-    return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
-
-
-@contextmanager
-def _watched(run: Run, watchers: Sequence[Callback]) -> Iterator[None]:
-    """Every callback that has started ends, in the same order, whatever others raise."""
-    started: list[Callback] = []
-    try:
-        for watcher in watchers:
-            watcher.on_start(run)
-            started.append(watcher)
-        yield
-    finally:
-        with ExitStack() as ends:
-            for watcher in reversed(started):
-                ends.callback(watcher.on_end, run)

@@ -1,0 +1,57 @@
+"""From a checkpoint's arrays to a learner's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from metaframe.errors import CheckpointError
+from metaframe.learners.meta_learner import MetaLearner
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+def checked_parameters(
+    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
+) -> Callable[[], None]:
+    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
+
+    Raises:
+        CheckpointError: other names, shapes or dtypes than the learner's.
+    """
+    found, own, backend = group(arrays, "params/"), maml.meta_parameters(), maml.backend
+    if set(found) != set(own):
+        raise CheckpointError(
+            "the checkpoint is of another model or algorithm: "
+            f"missing {sorted(set(own) - set(found))}, unexpected {sorted(set(found) - set(own))}."
+        )
+    for name, value in own.items():
+        there = (found[name].shape, dtypes.get(name))
+        here = (tuple(value.shape), backend.dtype_name(value))
+        if there != here:
+            raise CheckpointError(
+                f"parameter {name!r} is {there[1]} of shape {there[0]} in the checkpoint and "
+                f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
+                "was trained with."
+            )
+    statistics, own = group(arrays, "statistics/"), maml.statistics
+    if set(statistics) != set(own):
+        raise CheckpointError(
+            "the checkpoint is of another normalisation policy: it has statistics for "
+            f"{sorted(statistics)}, the learner for {sorted(own)}."
+        )
+
+    def assign() -> None:
+        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
+        maml.assign_statistics(
+            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
+        )
+
+    return assign
+
+
+def group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays whose names begin with `prefix`, without it."""
+    return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
