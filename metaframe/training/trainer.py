@@ -114,8 +114,9 @@ class MetaTrainer:
                 "norm='per-step' collects statistics over the tasks of one process, and processes "
                 "would drift apart: train without distributed=True, or with another norm."
             )
+        scheduled = schedule is not None
         self._outer = outer_step(
-            *(maml, meta_optimizer, loss_fn, metric, settings), scheduled=schedule is not None
+            maml, meta_optimizer, loss_fn, metric, settings, scheduled=scheduled
         )
         self._evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
         self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
