@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +190,25 @@ def test_the_flags_of_clipping_reach_the_optimizer() -> None:
     assert np.abs(found[0] - found[2]).max() > 1e-6
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to look at."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert (
+        main(["train", *QUICK, *execution("torch"), "--no-plots", "-q", "--out", str(folder)]) == 0
+    )
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every file below `folder` holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 WRONG = [
     (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
@@ -239,6 +260,93 @@ def test_a_run_is_not_overwritten_by_accident(
     assert main(["train", *flags]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["train", *flags, "--overwrite"]) == 0
+
+
+UNUSABLE = [
+    ["--device", "cuda:7"],
+    ["--algorithm", "imaml", "--proximal", "0"],
+    ["--algorithm", "cavia", "--context", "0"],
+    ["--norm", "per-step"],
+    ["--algorithm", "maml++", "--learn-norms"],
+    ["--seed", str(2**64)],
+    ["--eval-seed", str(2**64)],
+    ["--tensorboard"],
+]
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE, ids=" ".join)
+def test_settings_that_cannot_be_used_cost_no_run(
+    unusable: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the one that would be overwritten, nor is there anything in a new folder."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    flags = [*QUICK, *execution("torch"), "-q", *unusable]
+    before = contents(run)
+    assert main(["train", *flags, "--overwrite", "--out", str(run)]) != 0
+    assert contents(run) == before
+    assert main(["train", *flags, "--out", str(tmp_path / "new" / "run")]) != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_starting_anew_removes_the_old_run_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboardX")
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(elsewhere, target_is_directory=True)
+    (out / "notes.txt").write_text("mine")
+    flags = [*QUICK, *execution("torch"), "--out", str(out)]
+    as_json(capsys, "train", *flags, "--tensorboard")
+    there = contents(elsewhere)
+    assert there
+    found = as_json(capsys, "train", *flags, "--iterations", "2", "--no-plots", "--overwrite")
+    assert found["steps"] == 2
+    assert contents(elsewhere) == there
+    assert set(contents(out)) == {
+        *("config.toml", "metrics.jsonl", "metrics.csv", "result.json", "notes.txt"),
+        *("checkpoints/best.safetensors", "checkpoints/step-00000002.safetensors"),
+    }
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 2]
+
+
+def test_a_run_that_cannot_be_removed_is_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*QUICK, *execution("torch"), "--no-plots", "-q", "--out", str(tmp_path / "run")]
+    assert main(["train", *flags]) == 0
+    unlink = os.unlink
+
+    def busy(path: Any, **kwargs: Any) -> None:
+        if str(path).endswith("step-00000004.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        assert main(["train", *flags, "--overwrite"]) == 1
+    assert "step-00000004.safetensors: Permission denied" in capsys.readouterr().err
+    assert main(["train", *flags]) == 2, "and what is left is no run of these settings"
+    assert "is of another run, which has no config.toml" in capsys.readouterr().err
+
+
+def test_processes_that_start_again_continue_no_other_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of torchrun that failed before they had begun anew."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(out)]
+    old = read_checkpoint(latest_checkpoint(out / "checkpoints"))
+    as_json(capsys, "train", *flags, "--seed", "1", "--overwrite")
+    new = read_checkpoint(latest_checkpoint(out / "checkpoints"))
+    assert (old.config["seed"], new.config["seed"]) == (0, 1)
+    (out / "result.json").unlink()
+    (out / "checkpoints" / "step-00000004.safetensors").unlink()
+    assert main(["train", *flags, "--seed", "1"]) == 0
+    assert "continuing after 2 steps" in capsys.readouterr().err
 
 
 def test_settings_come_from_flags_then_file_then_preset_then_defaults(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,10 @@ def train(
     settings = presets.preset(preset).settings if preset else {}
     config = resolve(given(flags), file, settings)
     folder = out or runs.default_folder(config)
-    runs.begin(config, folder, overwrite=overwrite)
-    _trained(config, folder, output, runs.Extras(plots, tensorboard))
+    extras = runs.Extras(plots, tensorboard)
+    with _saved(folder, f"metaframe resume {runs.quoted(folder)}", output):
+        result = runs.train(config, folder, output, extras, overwrite=overwrite)
+    _report(result, folder, output)
 
 
 @cli.command()
@@ -136,15 +139,23 @@ def resume(
     if iterations is not None:
         config = runs.extend(run, config, iterations)
     output = Output(as_json=as_json, quiet=quiet)
-    _trained(config, run, output, runs.Extras(plots, tensorboard))
+    with _saved(run, f"metaframe resume {runs.quoted(run)}", output):
+        result = runs.go_on(config, run, output, runs.Extras(plots, tensorboard))
+    _report(result, run, output)
 
 
-def _trained(config: Any, folder: Path, output: Output, extras: runs.Extras) -> None:
+@contextmanager
+def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
+    """After Ctrl-C, say which command goes on."""
     try:
-        result = runs.train(config, folder, output, extras)
+        yield
     except KeyboardInterrupt:
-        output.remark(f"saved; continue with: metaframe resume {folder}")
+        if (folder / runs.CONFIG).exists():
+            output.remark(f"saved; continue with: {command}")
         raise
+
+
+def _report(result: Mapping[str, Any], folder: Path, output: Output) -> None:
     percent = result["metric"] == "accuracy"
     lines = described(result["evaluation"], percent=percent)
     output.result({"folder": str(folder), **result}, [*lines, f"everything is in {folder}"])
@@ -195,10 +206,9 @@ def reproduce(
     chosen = presets.preset(name)
     config = resolve(given(flags), None, chosen.settings)
     folder = out or Path("runs") / f"{name}-{config.backend}"
-    runs.begin(config, folder, overwrite=overwrite)
     output = Output(as_json=as_json, quiet=quiet)
     output.remark(f"{name}: {chosen.about}")
-    runs.train(config, folder, output, runs.Extras(plots, tensorboard))
+    runs.train(config, folder, output, runs.Extras(plots, tensorboard), overwrite=overwrite)
     verdict = presets.judge(chosen, folder)
     output.result(verdict.as_dict(), verdict.lines())
     if not verdict.met:

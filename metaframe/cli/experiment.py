@@ -91,6 +91,12 @@ class Experiment:
             settings=self.settings,
         )
 
+    def check(self) -> None:
+        """Make what else can fail before the first step: the trainer, and a task of each split."""
+        _ = self.trainer
+        for split in ("train", *(["validation"] if self.config.eval_every else [])):
+            self.sampler(split).task(0)
+
     def sampler(self, split: Any) -> IndexedSampler:
         """The tasks of a split; those that are measured on have a seed of their own."""
         seed = self.config.seed if split == "train" else self.config.eval_seed

@@ -24,13 +24,13 @@ COLOURS = {"right": "#2b8a3e", "wrong": "#c92a2a"}
 
 def draw_all(experiment: Experiment, folder: Path) -> list[str]:
     """Draw what there is data for; returns the files."""
-    pictures: dict[str, Callable[[], Figure | None]] = {
-        "learning_curve.png": lambda: learning_curve(read_metrics(folder)),
-        "adaptation.png": lambda: adaptation(runs.read_result(folder)),
-        "predictions.png": lambda: predictions(experiment),
-    }
+    pictures: tuple[Callable[[], Figure | None], ...] = (
+        lambda: learning_curve(read_metrics(folder)),
+        lambda: adaptation(runs.read_result(folder)),
+        lambda: predictions(experiment),
+    )
     written = []
-    for name, draw in pictures.items():
+    for name, draw in zip(runs.PICTURES, pictures, strict=True):
         figure = draw()
         if figure is not None:
             figure.savefig(folder / name, dpi=120)

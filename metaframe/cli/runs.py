@@ -5,6 +5,7 @@ metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the s
 checkpoints/    the last few, and the best by validation
 result.json     what the evaluation on held-out tasks found
 *.png           plots, where matplotlib is installed
+tensorboard/    the metrics once more, if asked for
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.output import Output
-from metaframe.distributed import is_first, is_restarted
+from metaframe.distributed import Workers, is_first, is_restarted
 from metaframe.distributed.agreement import agree
+from metaframe.errors import MissingDependencyError
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,
@@ -40,7 +43,11 @@ from metaframe.training.checkpoint import (
 from metaframe.training.metrics import MetricsLog
 from metaframe.training.progress import ProgressBar
 
-CONFIG, RESULT, CHECKPOINTS = "config.toml", "result.json", "checkpoints"
+CONFIG, RESULT = "config.toml", "result.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+FILES = (RESULT, "metrics.jsonl", "metrics.csv")
+"""What a run measures."""
+PICTURES = ("learning_curve.png", "adaptation.png", "predictions.png")
 
 
 @dataclass(frozen=True)
@@ -58,27 +65,54 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / name
 
 
+def quoted(folder: Path) -> str:
+    """The folder as one writes it on a command line."""
+    return shlex.quote(str(folder))
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """There is no run in `folder`, or it may go.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if overwrite:
+        return
+    if (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} has a run already. Continue it with `metaframe resume {quoted(folder)}`, "
+            "choose another folder with --out, or start anew with --overwrite."
+        )
+    left = [folder / name for name in FILES if (folder / name).exists()]
+    if found := left + checkpoint_files(folder / CHECKPOINTS):
+        raise UsageError(
+            f"{found[0]} is of another run, which has no {CONFIG}. Choose another folder with "
+            "--out, or start anew with --overwrite."
+        )
+
+
 def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
-    """Make a run folder, in the first of the processes that share it.
+    """Make a run folder, without anything of a run that was in it before.
 
     Raises:
         UsageError: there is a run in it already.
-        UsageError, InputError: the data set cannot be used; the folder stays as it is.
+        OSError: something of it cannot be removed, or the folder cannot be made.
     """
-    tables.check_tasks(config)
-    if not is_first() or (is_restarted() and (folder / CONFIG).exists()):
-        return
-    if (folder / CONFIG).exists():
-        if not overwrite:
-            raise UsageError(
-                f"{folder} has a run already. Continue it with `metaframe resume {folder}`, choose "
-                "another folder with --out, or start anew with --overwrite."
-            )
-        for name in (CONFIG, RESULT, "metrics.jsonl", "metrics.csv"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    check_free(folder, overwrite=overwrite)
+    if overwrite:
+        # The settings first: what is left if this fails is then not taken for the old run.
+        for name in (CONFIG, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+            _remove(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, config.to_toml().encode())
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
@@ -92,19 +126,63 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
     return resolve({**read_toml(folder / CONFIG), **changes})
 
 
-def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
-    """Train in `folder` up to `config.iterations` steps, evaluate, and return the result.
+Start = Callable[[Experiment, Workers], None]
+"""Prepares the folder, or the trainer, for the first step. Called when nothing else can fail."""
 
-    A folder with checkpoints is continued from the last one.
+
+def train(
+    config: RunConfig, folder: Path, output: Output, extras: Extras, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Begin a run in `folder`, train, evaluate, and return the result.
+
+    What fails before the first step leaves the folder as it was. Processes that torchrun has
+    started again go on with the run that they began.
+
+    Raises:
+        UsageError: there is a run in it already.
     """
+    if is_restarted() and is_of(config, folder):
+        return go_on(config, folder, output, extras)
+    check_free(folder, overwrite=overwrite)
+
+    def start(experiment: Experiment, workers: Workers) -> None:
+        del experiment
+        if workers.is_first:
+            begin(config, folder, overwrite=overwrite)
+        workers.tell("begun")  # and nobody looks at what was there before
+
+    return _trained(config, folder, output, extras, start)
+
+
+def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
+    """Train on from the last checkpoint in `folder`, evaluate, and return the result."""
+
+    def start(experiment: Experiment, workers: Workers) -> None:
+        del workers
+        _restore(experiment, folder, output)
+
+    return _trained(config, folder, output, extras, start)
+
+
+def is_of(config: RunConfig, folder: Path) -> bool:
+    """Is the run in `folder` the one that `config` describes?"""
+    return (folder / CONFIG).is_file() and opened(folder, {}) == config
+
+
+def _trained(
+    config: RunConfig, folder: Path, output: Output, extras: Extras, start: Start
+) -> dict[str, Any]:
     started = time.perf_counter()
+    tables.check_tasks(config)
+    if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise MissingDependencyError(
+            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+        )
     with selected(config) as workers:
         agree(load_backend(config.backend or ""), config=config.as_dict())
         experiment = Experiment(config)
-        if checkpoint_files(folder / CHECKPOINTS):
-            file = latest_checkpoint(folder / CHECKPOINTS)
-            load_checkpoint(file, experiment.trainer)
-            output.remark(f"continuing after {experiment.trainer.step} steps")
+        experiment.check()
+        start(experiment, workers)
         stopped = _fit(experiment, folder, output, extras)
         workers.tell("trained")  # and the first one has written its last checkpoint
         chosen = _choose(experiment, folder)
@@ -119,6 +197,12 @@ def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
         if extras.plots and workers.is_first:
             draw(experiment, folder, output)
     return result
+
+
+def _restore(experiment: Experiment, folder: Path, output: Output) -> None:
+    if checkpoint_files(folder / CHECKPOINTS):
+        load_checkpoint(latest_checkpoint(folder / CHECKPOINTS), experiment.trainer)
+        output.remark(f"continuing after {experiment.trainer.step} steps")
 
 
 def evaluate(
