@@ -120,9 +120,10 @@ def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     if config.data is None:
         raise UsageError("dataset folder needs its files: --data FOLDER, with one for each class.")
     data = _folder_of_images(config.data, stamp(Path(config.data)))
-    classes = data.own_split or data.split_classes()
     if config.held_out:
         classes = data.hold_out(config.held_out)
+    else:
+        classes = data.own_split or data.split_classes()
     return _few_shot(data, _with_validation(classes, config), config, split, seed)
 
 
