@@ -147,7 +147,9 @@ def test_resume_ends_where_an_uninterrupted_run_does(
 def test_every_algorithm_trains(
     algorithm: str, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution(backend_name), "--no-plots"]
+    flags = ["--algorithm", algorithm, *execution(backend_name), "--no-plots"]
+    if "inner_steps" not in ALGORITHMS[algorithm].ignores:
+        flags += ["--inner-steps", "2"]
     if ALGORITHMS[algorithm].classifies:
         flags += ["--dataset", "digits"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
@@ -209,6 +211,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+PROTONET = ["train", "--dataset", "digits", "--algorithm", "protonet"]
+RUNS = ["train", "--preset", "omniglot-oneshot-runs"]
 WRONG = [
     (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
@@ -222,6 +226,18 @@ WRONG = [
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
     (["train", "--algorithm", "protonet"], "is for classification, received dataset=sinusoid"),
     (["train", "--proximal", "1"], "proximal is a setting of imaml, received algorithm=maml"),
+    (["train", "--features", "8"], "a setting of protonet, protomaml, received algorithm=maml"),
+    (["train", "--held-out", "Greek"], "a setting of omniglot, folder, received dataset=sinusoid"),
+    (["train", "--ways", "20"], "ways is a setting of digits, omniglot, mini-imagenet, tiered"),
+    (["train", "--protocol", "runs"], "is a setting of omniglot, received dataset=sinusoid"),
+    (["train", "--dataset", "digits", "--data", "x"], "data is a setting of omniglot"),
+    (["train", "--dataset", "digits", "--parts", "x"], "parts is a setting of omniglot"),
+    (["train", "--dataset", "digits", "--patience", "2"], "patience=2 with eval_every=0, which"),
+    ([*PROTONET, "--inner-lr", "5"], "inner_lr has no effect on algorithm protonet, received"),
+    ([*PROTONET, "--inner-steps", "9"], "inner_steps has no effect on algorithm protonet"),
+    ([*RUNS, "--parts", "background,evaluation"], "drawn from the alphabets of part evaluation"),
+    ([*RUNS, "--held-out", "Greek"], "held_out has no effect with protocol=runs"),
+    ([*RUNS, "--eval-tasks", "100"], "eval_tasks has no effect with protocol=runs: there are 20"),
     (["train", "--dataset", "omniglot"], "needs its files: --data FOLDER"),
     (["reproduce", "sinusoid-mmal"], "Did you mean 'sinusoid-maml'?"),
     (["resume", "/nowhere"], "no run folder: it has no config.toml"),
@@ -382,7 +398,8 @@ def test_configuration_files_are_checked(text: str, says: str, tmp_path: Path) -
 
 
 def test_resolved_settings_survive_a_file(tmp_path: Path) -> None:
-    config = resolve({"backend": "torch", "data": 'a "b" \\ c\n', "held_out": ["x, y", "z"]})
+    texts = {"data": 'a "b" \\ c\n', "held_out": ["x, y", "z"]}
+    config = resolve({"backend": "torch", "dataset": "folder", **texts})
     file = tmp_path / "c.toml"
     file.write_text(config.to_toml())
     assert resolve(read_toml(file)) == config
@@ -393,6 +410,15 @@ def test_every_setting_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     for key in known_keys():
         assert f"--{key.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("data", sorted(DATASETS))
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_the_defaults_of_data_sets_and_algorithms_fit_each_other(algorithm: str, data: str) -> None:
+    if ALGORITHMS[algorithm].classifies and DATASETS[data].regression:
+        return
+    config = resolve({"dataset": data, "algorithm": algorithm, "backend": "torch"})
+    assert resolve(config.as_dict()) == config, "as from the run's folder"
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

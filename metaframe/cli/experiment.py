@@ -15,6 +15,7 @@ from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.uses import check_fit
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -40,7 +41,7 @@ def resolve(
     chosen = algorithms.algorithm(str(given.get("algorithm", RunConfig.algorithm)))
     data = tables.dataset(name)
     config = RunConfig(**{**data.defaults, **chosen.defaults, **given})
-    algorithms.check_fit(config, regression=data.regression)
+    check_fit(config)
     backend = config.backend or _installed()
     if backend not in known_backends():
         raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
