@@ -5,24 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from frameworks import hardly_depends_on_the_backend
+from frameworks import hardly_depends_on_the_backend, slow
 from metaframe import MetaTrainer, nn, ops, optim
 from metaframe.cli import main, plots
 from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
-from metaframe.cli.presets import PRESETS
+from metaframe.cli.presets import PRESETS, judge
+from metaframe.cli.runs import read_result
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
@@ -140,6 +144,126 @@ def test_resume_ends_where_an_uninterrupted_run_does(
         [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (whole, parted)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The finished run, to change."""
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_resume_records_the_number_of_steps_and_nothing_else(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_toml(copy / "config.toml")
+    longer = ["resume", str(copy), "--no-plots", "--iterations"]
+    assert main([*longer, "5", "--device", "nonsense"]) != 0
+    assert main([*longer, "3"]) == 2
+    assert "has taken 4 steps, received iterations=3. Give as many" in capsys.readouterr().err
+    assert read_toml(copy / "config.toml") == before
+    assert as_json(capsys, *longer, "5", "--device", "cpu")["steps"] == 5
+    assert read_toml(copy / "config.toml") == {**before, "iterations": 5}
+
+
+def test_resume_says_where_a_longer_cosine_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosine = ["--schedule", "cosine", "--outer-lr", "0.1"]
+    out = str(tmp_path / "run")
+    as_json(capsys, "train", *QUICK, *execution("torch"), *cosine, "--no-plots", "--out", out)
+    assert main(["resume", out, "--iterations", "8", "--no-plots"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "now ends after 8 steps: the next learning rate is 0.05, and was to be 0" in said
+
+
+@pytest.mark.parametrize(
+    ("damaged", "way_out"),
+    [
+        ("best", "to go on without it."),
+        ("step-00000004", "to go on from step-00000002.safetensors."),
+    ],
+)
+def test_a_damaged_checkpoint_can_be_got_round(
+    damaged: str, way_out: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / "checkpoints" / f"{damaged}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert main(["resume", str(copy), "--iterations", "5", "--no-plots"]) == 1
+    said = capsys.readouterr().err
+    assert f"{file} is damaged" in said
+    assert way_out in said
+    file.rename(copy / "away")
+    assert as_json(capsys, "resume", str(copy), "--iterations", "5", "--no-plots")["steps"] == 5
+
+
+def test_checkpoints_are_found_in_the_run_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "step-00000002.safetensors"
+    shutil.copy(run / "checkpoints" / name, tmp_path / "another")
+    for wanted in (name, f"checkpoints/{name}", str(tmp_path / "another")):
+        found = as_json(capsys, "evaluate", str(run), "--checkpoint", wanted)
+        assert found["checkpoint"] == f"{Path(wanted).name} (step 2)"
+    assert main(["evaluate", str(run), "--checkpoint", "lastest"]) == 2
+    assert "has no checkpoint 'lastest'" in (said := capsys.readouterr().err)
+    assert "Did you mean 'latest'?" in said
+
+
+def test_a_damaged_result_is_one_message(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{", "{}", "[]"):
+        (copy / "result.json").write_text(text)
+        assert main(["plot", str(copy)]) == 1
+        said = capsys.readouterr().err
+        assert f"{copy / 'result.json'} is damaged" in said
+        assert f"`metaframe resume {copy}` writes it again" in said
+
+
+def test_what_is_no_number_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    out = tmp_path / "run"
+    flags = [*QUICK, "--eval-tasks", "1", *execution("torch"), "--out", str(out)]
+    assert main(["train", *flags, "--json"]) == 0
+    for text in (capsys.readouterr().out, (out / "result.json").read_text()):
+        found = json.loads(text, parse_constant=refuse)["evaluation"]
+        assert found["transductive"]["ci95"] is None
+        assert found["transductive"]["mean"] > 0
+    assert main(["evaluate", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"after 2 steps: \d+\.\d+ \(1 task\)$", said, re.M)
+
+
+@pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
+def test_float64_from_the_command_line(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On JAX too, where it has to be switched on, and training samples in another thread."""
+    flags = [*QUICK, *execution(backend_name), "--precision", "float64", "--no-plots"]
+    out = tmp_path / "run"
+    with without_x64(backend_name):
+        expected = as_json(capsys, "train", *flags, "--out", str(out))
+        assert as_json(capsys, "evaluate", str(out))["evaluation"] == expected["evaluation"]
+        assert as_json(capsys, "resume", str(out), "--iterations", "5", "--no-plots")["steps"] == 5
+    arrays = read_checkpoint(latest_checkpoint(out / "checkpoints")).arrays
+    assert {x.dtype for n, x in arrays.items() if n.startswith("params/")} == {np.dtype("float64")}
+
+
+@contextmanager
+def without_x64(backend_name: str) -> Iterator[None]:
+    """As JAX is outside of our tests, in every thread."""
+    if backend_name != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @hardly_depends_on_the_backend
@@ -405,6 +529,16 @@ def test_resolved_settings_survive_a_file(tmp_path: Path) -> None:
     assert resolve(read_toml(file)) == config
 
 
+def test_a_data_folder_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = {"backend": "torch", "dataset": "omniglot"}
+    assert resolve({**flags, "data": "~/omniglot"}).data == str(tmp_path / "home" / "omniglot")
+    assert resolve({**flags, "data": "omniglot"}).data == str(tmp_path / "omniglot")
+
+
 def test_every_setting_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -426,6 +560,7 @@ def test_presets_are_settings_that_exist(name: str) -> None:
     preset = PRESETS[name]
     config = resolve({"backend": "torch"}, None, preset.settings)
     assert preset.source
+    assert (preset.step or 0) <= config.eval_steps
     assert (preset.expected < 1) == (
         not DATASETS[config.dataset].regression or name.endswith("maml")
     )
@@ -439,6 +574,45 @@ def test_reproduce_compares_with_the_expected_number(
     out = capsys.readouterr().out
     assert "expected at most 0.900" in out
     assert "NOT REACHED" in out
+
+
+def test_reproduce_goes_on_with_its_own_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--eval-tasks", "5", *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    again = ["reproduce", "sinusoid-maml", "--iterations", "4", *flags]
+    assert main(again) == 1
+    (tmp_path / "run" / "result.json").unlink()  # as after Ctrl-C
+    assert main(again) == 1
+    captured = capsys.readouterr()
+    assert "continuing after 4 steps" in captured.err
+    assert captured.out.count("NOT REACHED") == 2
+    assert main([*again, "--seed", "1"]) == 2
+    assert "has a run already, with seed=0; received seed=1" in capsys.readouterr().err
+
+
+def test_reproduce_reproduces_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", "sinusoid-maml", "--out", str(tmp_path / "run")]
+    for flag, value in (("dataset", "digits"), ("eval-steps", "0"), ("inner-lr", "1")):
+        assert main([*command, f"--{flag}", value]) == 2
+        assert f"--{flag} would change what is reproduced" in capsys.readouterr().err
+    assert main([*command, "--no-learn-norms"]) == 2
+    assert "--learn-norms would change" in capsys.readouterr().err
+    assert main([*command, "--iterations", "2001"]) == 2
+    assert "takes 2000 iterations, received 2001" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_that_is_not_finite_is_not_reached(tmp_path: Path) -> None:
+    point = {"mean": None, "ci95": None}
+    found = {"tasks": 5, "curve": [point] * 11, "transductive": point, "inductive": None}
+    (tmp_path / "result.json").write_text(json.dumps({"metric": "mse", "evaluation": found}))
+    verdict = judge(PRESETS["sinusoid-maml"], tmp_path)
+    assert not verdict.met
+    assert verdict.lines()[-1] == "NOT REACHED: not finite"
+    plots.adaptation(read_result(tmp_path))
 
 
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,13 +663,14 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
 def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "my run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
     terminal = Terminal("train", *flags, *execution("torch"), "--out", out)
     terminal.expect("tasks/s")
     terminal.process.send_signal(signal.SIGINT)
     terminal.expect("saved; continue with: metaframe resume")
     assert terminal.wait() == 130
+    assert f"metaframe resume '{out}'" in "".join(terminal.shown.splitlines())
     assert "interrupted" in terminal.shown
     step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
     assert step > 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def resolve(
     data = tables.dataset(name)
     config = RunConfig(**{**data.defaults, **chosen.defaults, **given})
     check_fit(config)
+    if config.data is not None:  # found again from wherever the run is continued
+        config = dataclasses.replace(config, data=os.path.abspath(Path(config.data).expanduser()))
     backend = config.backend or _installed()
     if backend not in known_backends():
         raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
@@ -87,7 +90,7 @@ class Experiment:
             self.loss_fn,
             self.sampler("train"),
             metric=self.metric,
-            schedule=_schedule(c),
+            schedule=schedule(c),
             steps_per_epoch=c.steps_per_epoch,
             settings=self.settings,
         )
@@ -136,18 +139,20 @@ def selected(config: RunConfig) -> Iterator[Workers]:
         Who shares the work; this process alone if it was started alone.
     """
     name = config.backend or _installed()
-    load_backend(name)
-    dtype = "float64" if config.precision == "float64" else "float32"
+    backend, double = load_backend(name), config.precision == "float64"
+    dtype = "float64" if double else "float32"
     # First of all: JAX and TensorFlow join others only before they make an array.
     with (
+        backend.double_precision() if double else nullcontext(),
         session(name, timeout=config.timeout) as workers,
         use_backend(name, device=config.device, dtype=dtype),
     ):
         yield workers
 
 
-def _schedule(config: RunConfig) -> Schedule:
-    schedule = schedules.constant(config.outer_lr)
+def schedule(config: RunConfig) -> Schedule:
+    """The outer learning rate of every step."""
+    rates = schedules.constant(config.outer_lr)
     if config.schedule == "cosine":
-        schedule = schedules.cosine(config.outer_lr, config.iterations)
-    return schedules.warmup(schedule, config.warmup_steps)
+        rates = schedules.cosine(config.outer_lr, config.iterations)
+    return schedules.warmup(rates, config.warmup_steps)

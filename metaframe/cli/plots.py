@@ -69,8 +69,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     axes = figure.subplots()
     axes.errorbar(
         range(len(curve)),
-        [factor * point["mean"] for point in curve],
-        [factor * point["ci95"] for point in curve],
+        [factor * _number(point["mean"]) for point in curve],
+        [factor * _number(point["ci95"]) for point in curve],
         marker="o",
         capsize=3,
         label="query examples in one batch (transductive)",
@@ -79,8 +79,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     if percent and alone is not None:
         axes.errorbar(
             [len(curve) - 1],
-            [factor * alone["mean"]],
-            [factor * alone["ci95"]],
+            [factor * _number(alone["mean"])],
+            [factor * _number(alone["ci95"])],
             marker="s",
             capsize=3,
             label="each query alone (inductive)",
@@ -90,6 +90,11 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
+
+
+def _number(value: float | None) -> float:
+    """What JSON has null for."""
+    return np.nan if value is None else value
 
 
 def predictions(experiment: Experiment) -> Figure:
