@@ -161,7 +161,7 @@ def test_folders_of_splits_in_capitals(tmp_path: Path) -> None:
         (["train/cat", "Val/emu"], r"folders Val, train and no test, .*--held-out"),
         (["train/cat"], r"folders train and no test, so nothing to test on"),
     ],
-    ids=" ".join,
+    ids=["a folder", "a class", "an alphabet", "without test", "train alone"],
 )
 def test_half_a_split_is_not_divided_at_random(
     homes: list[str], message: str, tmp_path: Path
