@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from frameworks import hardly_depends_on_the_backend
+from frameworks import hardly_depends_on_the_backend, slow
 from metaframe import MetaTrainer, nn, ops, optim
 from metaframe.cli import main, plots
 from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
-from metaframe.cli.presets import PRESETS
+from metaframe.cli.presets import PRESETS, judge
+from metaframe.cli.runs import read_result
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
@@ -153,12 +159,134 @@ def test_resume_does_not_train_on_what_stopped_early(
         assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
 
 
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The finished run, to change."""
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_resume_records_the_number_of_steps_and_nothing_else(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_toml(copy / "config.toml")
+    longer = ["resume", str(copy), "--no-plots", "--iterations"]
+    assert main([*longer, "5", "--device", "nonsense"]) != 0
+    assert main([*longer, "3"]) == 2
+    assert "has taken 4 steps, received iterations=3. Give as many" in capsys.readouterr().err
+    assert read_toml(copy / "config.toml") == before
+    assert as_json(capsys, *longer, "5", "--device", "cpu")["steps"] == 5
+    assert read_toml(copy / "config.toml") == {**before, "iterations": 5}
+
+
+def test_resume_says_where_a_longer_cosine_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosine = ["--schedule", "cosine", "--outer-lr", "0.1"]
+    out = str(tmp_path / "run")
+    as_json(capsys, "train", *QUICK, *execution("torch"), *cosine, "--no-plots", "--out", out)
+    assert main(["resume", out, "--iterations", "8", "--no-plots"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "now ends after 8 steps: the next learning rate is 0.05, and was to be 0" in said
+
+
+@pytest.mark.parametrize(
+    ("damaged", "way_out"),
+    [
+        ("best", "to go on without it."),
+        ("step-00000004", "to go on from step-00000002.safetensors."),
+    ],
+)
+def test_a_damaged_checkpoint_can_be_got_round(
+    damaged: str, way_out: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / "checkpoints" / f"{damaged}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert main(["resume", str(copy), "--iterations", "5", "--no-plots"]) == 1
+    said = capsys.readouterr().err
+    assert f"{file} is damaged" in said
+    assert way_out in said
+    file.rename(copy / "away")
+    assert as_json(capsys, "resume", str(copy), "--iterations", "5", "--no-plots")["steps"] == 5
+
+
+def test_checkpoints_are_found_in_the_run_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "step-00000002.safetensors"
+    shutil.copy(run / "checkpoints" / name, tmp_path / "another")
+    for wanted in (name, f"checkpoints/{name}", str(tmp_path / "another")):
+        found = as_json(capsys, "evaluate", str(run), "--checkpoint", wanted)
+        assert found["checkpoint"] == f"{Path(wanted).name} (step 2)"
+    assert main(["evaluate", str(run), "--checkpoint", "lastest"]) == 2
+    assert "has no checkpoint 'lastest'" in (said := capsys.readouterr().err)
+    assert "Did you mean 'latest'?" in said
+
+
+def test_a_damaged_result_is_one_message(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{", "{}", "[]"):
+        (copy / "result.json").write_text(text)
+        assert main(["plot", str(copy)]) == 1
+        said = capsys.readouterr().err
+        assert f"{copy / 'result.json'} is damaged" in said
+        assert f"`metaframe resume {copy}` writes it again" in said
+
+
+def test_what_is_no_number_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    out = tmp_path / "run"
+    flags = [*QUICK, "--eval-tasks", "1", *execution("torch"), "--out", str(out)]
+    assert main(["train", *flags, "--json"]) == 0
+    for text in (capsys.readouterr().out, (out / "result.json").read_text()):
+        found = json.loads(text, parse_constant=refuse)["evaluation"]
+        assert found["transductive"]["ci95"] is None
+        assert found["transductive"]["mean"] > 0
+    assert main(["evaluate", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"after 2 steps: \d+\.\d+ \(1 task\)$", said, re.M)
+
+
+@pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
+def test_float64_from_the_command_line(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On JAX too, where it has to be switched on, and training samples in another thread."""
+    flags = [*QUICK, *execution(backend_name), "--precision", "float64", "--no-plots"]
+    out = tmp_path / "run"
+    with without_x64(backend_name):
+        expected = as_json(capsys, "train", *flags, "--out", str(out))
+        assert as_json(capsys, "evaluate", str(out))["evaluation"] == expected["evaluation"]
+        assert as_json(capsys, "resume", str(out), "--iterations", "5", "--no-plots")["steps"] == 5
+    arrays = read_checkpoint(latest_checkpoint(out / "checkpoints")).arrays
+    assert {x.dtype for n, x in arrays.items() if n.startswith("params/")} == {np.dtype("float64")}
+
+
+@contextmanager
+def without_x64(backend_name: str) -> Iterator[None]:
+    """As JAX is outside of our tests, in every thread."""
+    if backend_name != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 @hardly_depends_on_the_backend
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains(
     algorithm: str, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, "--inner-steps", "2", *execution(backend_name), "--no-plots"]
+    flags = ["--algorithm", algorithm, *execution(backend_name), "--no-plots"]
+    if "inner_steps" not in ALGORITHMS[algorithm].ignores:
+        flags += ["--inner-steps", "2"]
     if ALGORITHMS[algorithm].classifies:
         flags += ["--dataset", "digits"]
     result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
@@ -201,6 +329,27 @@ def test_the_flags_of_clipping_reach_the_optimizer() -> None:
     assert np.abs(found[0] - found[2]).max() > 1e-6
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to look at."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert (
+        main(["train", *QUICK, *execution("torch"), "--no-plots", "-q", "--out", str(folder)]) == 0
+    )
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every file below `folder` holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+PROTONET = ["train", "--dataset", "digits", "--algorithm", "protonet"]
+RUNS = ["train", "--preset", "omniglot-oneshot-runs"]
 WRONG = [
     (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
@@ -214,6 +363,18 @@ WRONG = [
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
     (["train", "--algorithm", "protonet"], "is for classification, received dataset=sinusoid"),
     (["train", "--proximal", "1"], "proximal is a setting of imaml, received algorithm=maml"),
+    (["train", "--features", "8"], "a setting of protonet, protomaml, received algorithm=maml"),
+    (["train", "--held-out", "Greek"], "a setting of omniglot, folder, received dataset=sinusoid"),
+    (["train", "--ways", "20"], "ways is a setting of digits, omniglot, mini-imagenet, tiered"),
+    (["train", "--protocol", "runs"], "is a setting of omniglot, received dataset=sinusoid"),
+    (["train", "--dataset", "digits", "--data", "x"], "data is a setting of omniglot"),
+    (["train", "--dataset", "digits", "--parts", "x"], "parts is a setting of omniglot"),
+    (["train", "--dataset", "digits", "--patience", "2"], "patience=2 with eval_every=0, which"),
+    ([*PROTONET, "--inner-lr", "5"], "inner_lr has no effect on algorithm protonet, received"),
+    ([*PROTONET, "--inner-steps", "9"], "inner_steps has no effect on algorithm protonet"),
+    ([*RUNS, "--parts", "background,evaluation"], "drawn from the alphabets of part evaluation"),
+    ([*RUNS, "--held-out", "Greek"], "held_out has no effect with protocol=runs"),
+    ([*RUNS, "--eval-tasks", "100"], "eval_tasks has no effect with protocol=runs: there are 20"),
     (["train", "--dataset", "omniglot"], "needs its files: --data FOLDER"),
     (["reproduce", "sinusoid-mmal"], "Did you mean 'sinusoid-maml'?"),
     (["resume", "/nowhere"], "no run folder: it has no config.toml"),
@@ -254,6 +415,93 @@ def test_a_run_is_not_overwritten_by_accident(
     assert main(["train", *flags, "--overwrite"]) == 0
 
 
+UNUSABLE = [
+    ["--device", "cuda:7"],
+    ["--algorithm", "imaml", "--proximal", "0"],
+    ["--algorithm", "cavia", "--context", "0"],
+    ["--norm", "per-step"],
+    ["--algorithm", "maml++", "--learn-norms"],
+    ["--seed", str(2**64)],
+    ["--eval-seed", str(2**64)],
+    ["--tensorboard"],
+]
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE, ids=" ".join)
+def test_settings_that_cannot_be_used_cost_no_run(
+    unusable: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the one that would be overwritten, nor is there anything in a new folder."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    flags = [*QUICK, *execution("torch"), "-q", *unusable]
+    before = contents(run)
+    assert main(["train", *flags, "--overwrite", "--out", str(run)]) != 0
+    assert contents(run) == before
+    assert main(["train", *flags, "--out", str(tmp_path / "new" / "run")]) != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_starting_anew_removes_the_old_run_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboardX")
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(elsewhere, target_is_directory=True)
+    (out / "notes.txt").write_text("mine")
+    flags = [*QUICK, *execution("torch"), "--out", str(out)]
+    as_json(capsys, "train", *flags, "--tensorboard")
+    there = contents(elsewhere)
+    assert there
+    found = as_json(capsys, "train", *flags, "--iterations", "2", "--no-plots", "--overwrite")
+    assert found["steps"] == 2
+    assert contents(elsewhere) == there
+    assert set(contents(out)) == {
+        *("config.toml", "metrics.jsonl", "metrics.csv", "result.json", "notes.txt"),
+        *("checkpoints/best.safetensors", "checkpoints/step-00000002.safetensors"),
+    }
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 2]
+
+
+def test_a_run_that_cannot_be_removed_is_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*QUICK, *execution("torch"), "--no-plots", "-q", "--out", str(tmp_path / "run")]
+    assert main(["train", *flags]) == 0
+    unlink = os.unlink
+
+    def busy(path: Any, **kwargs: Any) -> None:
+        if str(path).endswith("step-00000004.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        assert main(["train", *flags, "--overwrite"]) == 1
+    assert "step-00000004.safetensors: Permission denied" in capsys.readouterr().err
+    assert main(["train", *flags]) == 2, "and what is left is no run of these settings"
+    assert "is of another run, which has no config.toml" in capsys.readouterr().err
+
+
+def test_processes_that_start_again_continue_no_other_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of torchrun that failed before they had begun anew."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(out)]
+    old = read_checkpoint(latest_checkpoint(out / "checkpoints"))
+    as_json(capsys, "train", *flags, "--seed", "1", "--overwrite")
+    new = read_checkpoint(latest_checkpoint(out / "checkpoints"))
+    assert (old.config["seed"], new.config["seed"]) == (0, 1)
+    (out / "result.json").unlink()
+    (out / "checkpoints" / "step-00000004.safetensors").unlink()
+    assert main(["train", *flags, "--seed", "1"]) == 0
+    assert "continuing after 2 steps" in capsys.readouterr().err
+
+
 def test_settings_come_from_flags_then_file_then_preset_then_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("inner_lr = 0.2\nshots = 3\nclip_norm = 1\n")
@@ -287,10 +535,21 @@ def test_configuration_files_are_checked(text: str, says: str, tmp_path: Path) -
 
 
 def test_resolved_settings_survive_a_file(tmp_path: Path) -> None:
-    config = resolve({"backend": "torch", "data": 'a "b" \\ c\n', "held_out": ["x, y", "z"]})
+    texts = {"data": 'a "b" \\ c\n', "held_out": ["x, y", "z"]}
+    config = resolve({"backend": "torch", "dataset": "folder", **texts})
     file = tmp_path / "c.toml"
     file.write_text(config.to_toml())
     assert resolve(read_toml(file)) == config
+
+
+def test_a_data_folder_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = {"backend": "torch", "dataset": "omniglot"}
+    assert resolve({**flags, "data": "~/omniglot"}).data == str(tmp_path / "home" / "omniglot")
+    assert resolve({**flags, "data": "omniglot"}).data == str(tmp_path / "omniglot")
 
 
 def test_every_setting_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,11 +559,21 @@ def test_every_setting_is_a_flag_of_train(capsys: pytest.CaptureFixture[str]) ->
         assert f"--{key.replace('_', '-')}" in shown
 
 
+@pytest.mark.parametrize("data", sorted(DATASETS))
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_the_defaults_of_data_sets_and_algorithms_fit_each_other(algorithm: str, data: str) -> None:
+    if ALGORITHMS[algorithm].classifies and DATASETS[data].regression:
+        return
+    config = resolve({"dataset": data, "algorithm": algorithm, "backend": "torch"})
+    assert resolve(config.as_dict()) == config, "as from the run's folder"
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_settings_that_exist(name: str) -> None:
     preset = PRESETS[name]
     config = resolve({"backend": "torch"}, None, preset.settings)
     assert preset.source
+    assert (preset.step or 0) <= config.eval_steps
     assert (preset.expected < 1) == (
         not DATASETS[config.dataset].regression or name.endswith("maml")
     )
@@ -318,6 +587,45 @@ def test_reproduce_compares_with_the_expected_number(
     out = capsys.readouterr().out
     assert "expected at most 0.900" in out
     assert "NOT REACHED" in out
+
+
+def test_reproduce_goes_on_with_its_own_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--eval-tasks", "5", *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    again = ["reproduce", "sinusoid-maml", "--iterations", "4", *flags]
+    assert main(again) == 1
+    (tmp_path / "run" / "result.json").unlink()  # as after Ctrl-C
+    assert main(again) == 1
+    captured = capsys.readouterr()
+    assert "continuing after 4 steps" in captured.err
+    assert captured.out.count("NOT REACHED") == 2
+    assert main([*again, "--seed", "1"]) == 2
+    assert "has a run already, with seed=0; received seed=1" in capsys.readouterr().err
+
+
+def test_reproduce_reproduces_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", "sinusoid-maml", "--out", str(tmp_path / "run")]
+    for flag, value in (("dataset", "digits"), ("eval-steps", "0"), ("inner-lr", "1")):
+        assert main([*command, f"--{flag}", value]) == 2
+        assert f"--{flag} would change what is reproduced" in capsys.readouterr().err
+    assert main([*command, "--no-learn-norms"]) == 2
+    assert "--learn-norms would change" in capsys.readouterr().err
+    assert main([*command, "--iterations", "2001"]) == 2
+    assert "takes 2000 iterations, received 2001" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_that_is_not_finite_is_not_reached(tmp_path: Path) -> None:
+    point = {"mean": None, "ci95": None}
+    found = {"tasks": 5, "curve": [point] * 11, "transductive": point, "inductive": None}
+    (tmp_path / "result.json").write_text(json.dumps({"metric": "mse", "evaluation": found}))
+    verdict = judge(PRESETS["sinusoid-maml"], tmp_path)
+    assert not verdict.met
+    assert verdict.lines()[-1] == "NOT REACHED: not finite"
+    plots.adaptation(read_result(tmp_path))
 
 
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,13 +676,14 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
 def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "my run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
     terminal = Terminal("train", *flags, *execution("torch"), "--out", out)
     terminal.expect("tasks/s")
     terminal.process.send_signal(signal.SIGINT)
     terminal.expect("saved; continue with: metaframe resume")
     assert terminal.wait() == 130
+    assert f"metaframe resume '{out}'" in "".join(terminal.shown.splitlines())
     assert "interrupted" in terminal.shown
     step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
     assert step > 0

@@ -471,6 +471,8 @@ def misspelt():
 
 def nothing():
     return None
+
+number = 3
 """
 
 
@@ -499,6 +501,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("target", "message"),
     [
         ("doctor_cases", "expected module:function"),
+        (".doctor_cases:right", "expected module:function"),
+        ("doctor_cases.:right", "expected module:function"),
+        ("doctor_cases:number", "doctor_cases:number is no function, but of type int"),
         ("doctor_case:right", "no module 'doctor_case'"),
         ("doctor_cases:rigth", "Did you mean 'right'?"),
         ("doctor_cases:misspelt", "Did you mean 'adaptation'?"),

@@ -144,6 +144,34 @@ def test_folders_of_splits(tmp_path: Path) -> None:
     assert load_image_folder(tmp_path / "train").classes == ("cat", "dog")
 
 
+def test_folders_of_splits_in_capitals(tmp_path: Path) -> None:
+    data = load_image_folder(folder_of(tmp_path, "Train/cat", "VAL/emu", "Test/fox"))
+    assert data.own_split == ClassSplit(train=(1,), validation=(2,), test=(0,))
+    folder_of(tmp_path, "train/fox")
+    with pytest.raises(InputError, match=r"class 'fox' in Test and in train"):
+        load_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("homes", "message"),
+    [
+        (["train/cat", "test/dog", "extra/emu"], r"'extra' lies beside test, train, .*hold_out"),
+        (["train/cat", "test/dog", "emu"], r"'emu' lies beside test, train, "),
+        (["train/cat", "Greek/dog"], r"'Greek' lies beside train, "),
+        (["train/cat", "Val/emu"], r"folders Val, train and no test, .*--held-out"),
+        (["train/cat"], r"folders train and no test, so nothing to test on"),
+    ],
+    ids=["a folder", "a class", "an alphabet", "without test", "train alone"],
+)
+def test_half_a_split_is_not_divided_at_random(
+    homes: list[str], message: str, tmp_path: Path
+) -> None:
+    data = load_image_folder(folder_of(tmp_path, *homes))
+    with pytest.raises(InputError, match=message):
+        _ = data.own_split
+    data.hold_out(["train/cat"])
+
+
 def test_linked_folders(animals: Path, tmp_path: Path) -> None:
     subset = tmp_path / "subset"
     subset.mkdir()

@@ -155,6 +155,35 @@ def test_a_generator_gives_the_seed():
     with pytest.raises(InputTypeError, match=r"numpy\.random\.Generator, received int"):
         SinusoidTaskSampler(generator=3)
 
+    class Generator:
+        """As torch's, which has NumPy's name too."""
+
+    with pytest.raises(InputTypeError, match=rf"received {__name__}.*Generator"):
+        SinusoidTaskSampler(generator=Generator())
+
+
+def test_what_training_would_pass_by_is_not_overridden():
+    class Shifted(SinusoidTaskSampler):
+        def draw(self, rng):
+            return tree.map(lambda x: x + 100, super().draw(rng))
+
+    tasks = [Shifted(seed=0).task(0), Shifted(seed=0).sample(1)[0], Shifted(seed=0).sample_batch(1)]
+    assert all(task.query_y.min() > 50 for task in tasks)
+    with pytest.raises(InputTypeError, match=r"Own overrides task\(\).*Override draw\(rng\)"):
+
+        class Own(SinusoidTaskSampler):
+            def task(self, index):
+                return super().task(index + 1)
+
+    class Twice:
+        def sample(self, meta_batch_size):
+            return super().sample(2 * meta_batch_size)
+
+    with pytest.raises(InputTypeError, match=r"Mixed overrides sample\(\)"):
+
+        class Mixed(Twice, SinusoidTaskSampler):
+            pass
+
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_sampling_no_tasks_is_an_error(make, count):
@@ -338,11 +367,26 @@ def shaped(*shapes) -> Task:
         (((3, 1), (3, 1), (3, 1), (4, 1)), "query_x has 3 examples and query_y has 4"),
         (((3, 1), (3, 1), (0, 1), (0, 1)), "query_x has no examples"),
         (((3, 1), (3,), (3, 1), (3, 1)), r"support_y has shape \(3,\) and query_y"),
+        (((3, 2), (3,), (3, 5), (3,)), r"support_x has shape \(3, 2\) and query_x"),
+        (((3, 2), (3, 1), (3, 5), (3, 1)), r"support_x has shape \(3, 2\) and query_x"),
+        (((3, 2), (3, 1), (4, 2), (4, 2)), r"support_y has shape \(3, 1\) and query_y"),
+        (((8, 3, 2), (8, 3), (8, 4, 5), (8, 4)), r"support_x has shape \(8, 3, 2\) and query_x"),
+        (((8, 3, 2), (8, 3), (9, 4, 2), (9, 4)), r"support_x has shape \(8, 3, 2\) and query_x"),
     ],
 )
 def test_a_malformed_task_is_refused(shapes, words):
     with pytest.raises(InputError, match=words):
         shaped(*shapes)
+
+
+def test_a_stacked_task_may_be_written_out():
+    """Behind the tasks, its support and query differ in their examples alone."""
+    for shapes in (
+        ((8, 3, 2), (8, 3), (8, 4, 2), (8, 4)),
+        ((8, 3), (8, 3), (8, 4), (8, 4)),
+        ((8, 3, 2), (8, 3, 1), (8, 4, 2), (8, 4, 1)),
+    ):
+        assert shaped(*shapes).query_x.shape == shapes[2]
 
 
 def test_stacking_names_what_does_not_fit():

@@ -30,8 +30,9 @@ class Algorithm:
     Attributes:
         about: one line.
         build: `(module, config) -> learner`.
-        settings: the settings that only this algorithm has a use for.
+        settings: the settings that this algorithm has a use for, and not all others.
         defaults: settings that differ from the general ones, and from the data set's.
+        ignores: the settings of all the others that it has no use for.
         classifies: is it for classification alone?
     """
 
@@ -39,6 +40,7 @@ class Algorithm:
     build: Callable[[Any, RunConfig], MetaLearner]
     settings: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
     classifies: bool = False
 
 
@@ -104,6 +106,7 @@ ALGORITHMS = {
         lambda model, c: ProtoNet(model, c.ways, norm=c.norm),
         ("features",),
         {"features": 64},
+        ignores=("inner_lr", "inner_steps"),
         classifies=True,
     ),
     "protomaml": Algorithm(
@@ -121,23 +124,3 @@ def algorithm(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         raise UsageError(f"no algorithm called {name!r}. {suggestion(name, ALGORITHMS)}")
     return ALGORITHMS[name]
-
-
-def check_fit(config: RunConfig, *, regression: bool) -> None:
-    """The algorithm can do the task, and every setting has a use.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    chosen = algorithm(config.algorithm)
-    if chosen.classifies and regression:
-        raise UsageError(
-            f"algorithm {config.algorithm} is for classification, received "
-            f"dataset={config.dataset}, which is regression."
-        )
-    for name, other in ALGORITHMS.items():
-        for setting in set(other.settings) - set(chosen.settings):
-            if getattr(config, setting) != getattr(RunConfig, setting):
-                raise UsageError(
-                    f"{setting} is a setting of {name}, received algorithm={config.algorithm}."
-                )

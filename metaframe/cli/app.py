@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import rich_click as click
 from metaframe import __version__
 from metaframe.backend import available_backends
 from metaframe.cli import algorithms, presets, runs, tables
+from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.flags import GROUPS, given, setting_flags
@@ -22,10 +24,11 @@ from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKe
 click.rich_click.TEXT_MARKUP = "rich"
 click.rich_click.OPTION_GROUPS = {
     f"metaframe {command}": [
-        {"name": name, "options": [f"--{n.replace('_', '-')}" for n in names]}
+        {"name": name, "options": [f"--{n.replace('_', '-')}" for n in names if n in settings]}
         for name, names in GROUPS.items()
+        if set(names) & set(settings)
     ]
-    for command in ("train", "reproduce")
+    for command, settings in (("train", known_keys()), ("reproduce", presets.FREE))
 }
 
 Command = Callable[..., Any]
@@ -111,13 +114,20 @@ def train(
     settings = presets.preset(preset).settings if preset else {}
     config = resolve(given(flags), file, settings)
     folder = out or runs.default_folder(config)
-    runs.begin(config, folder, overwrite=overwrite)
-    _trained(config, folder, output, runs.Extras(plots, tensorboard))
+    extras = runs.Extras(plots, tensorboard)
+    with _saved(folder, f"metaframe resume {runs.quoted(folder)}", output):
+        result = runs.train(config, folder, output, extras, overwrite=overwrite)
+    _report(result, folder, output)
 
 
 @cli.command()
 @_run_argument
-@click.option("--iterations", type=int, help="Train up to so many outer steps in all.")
+@click.option(
+    "--iterations",
+    type=int,
+    help="Train up to so many outer steps in all. With a cosine schedule the rate then follows the "
+    "longer curve, which is not the one of an uninterrupted run.",
+)
 @setting_flags(("backend", "device", "data"))
 @click.option("--plots/--no-plots", default=True, help="Draw plots at the end.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too.")
@@ -132,19 +142,26 @@ def resume(
     **flags: Any,
 ) -> None:
     """Go on with an interrupted run, exactly where its last checkpoint left it."""
-    config = runs.opened(run, given(flags))
-    if iterations is not None:
-        config = runs.extend(run, config, iterations)
+    changes = given(flags) if iterations is None else {**given(flags), "iterations": iterations}
+    config = runs.opened(run, changes)
     output = Output(as_json=as_json, quiet=quiet)
-    _trained(config, run, output, runs.Extras(plots, tensorboard))
+    with _saved(run, f"metaframe resume {runs.quoted(run)}", output):
+        result = runs.go_on(config, run, output, runs.Extras(plots, tensorboard))
+    _report(result, run, output)
 
 
-def _trained(config: Any, folder: Path, output: Output, extras: runs.Extras) -> None:
+@contextmanager
+def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
+    """After Ctrl-C, say which command goes on."""
     try:
-        result = runs.train(config, folder, output, extras)
+        yield
     except KeyboardInterrupt:
-        output.remark(f"saved; continue with: metaframe resume {folder}")
+        if (folder / runs.CONFIG).exists():
+            output.remark(f"saved; continue with: {command}")
         raise
+
+
+def _report(result: Mapping[str, Any], folder: Path, output: Output) -> None:
     percent = result["metric"] == "accuracy"
     lines = described(result["evaluation"], percent=percent)
     output.result({"folder": str(folder), **result}, [*lines, f"everything is in {folder}"])
@@ -152,7 +169,9 @@ def _trained(config: Any, folder: Path, output: Output, extras: runs.Extras) -> 
 
 @cli.command()
 @_run_argument
-@click.option("--checkpoint", help="best, latest or a file; default: best if there is one.")
+@click.option(
+    "--checkpoint", help="best, latest or a file, of the run or any; default: best if there is one."
+)
 @setting_flags(("eval_tasks", "eval_steps", "eval_seed", "backend", "device", "data"))
 @_modes
 def evaluate(run: Path, checkpoint: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
@@ -173,9 +192,25 @@ def plot(run: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
     output.result(files, files)
 
 
-@cli.command()
+class _OfPreset(click.RichCommand):
+    """A command whose other settings are those of a preset."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.removeprefix("--").removeprefix("no-")
+            if name.replace("-", "_") not in known_keys():
+                raise
+            raise UsageError(
+                f"--{name} would change what is reproduced. For another experiment use "
+                f"`metaframe train --preset NAME --{name} ...`."
+            ) from None
+
+
+@cli.command(cls=_OfPreset)
 @click.argument("name")
-@setting_flags()
+@setting_flags(presets.FREE)
 @_run_options
 @_modes
 def reproduce(
@@ -190,15 +225,25 @@ def reproduce(
 ) -> None:
     """Run a preset and compare with the number it is expected to reach.
 
-    The exit code is 1 if it does not.
+    The exit code is 1 if it does not. Where its run has begun already, it goes on.
     """
     chosen = presets.preset(name)
-    config = resolve(given(flags), None, chosen.settings)
+    config, most = (resolve(f, None, chosen.settings) for f in (given(flags), {}))
+    if config.iterations > most.iterations:
+        raise UsageError(
+            f"{name} takes {most.iterations} iterations, received {config.iterations}. With more "
+            "it would be another experiment; with fewer it can be tried out."
+        )
     folder = out or Path("runs") / f"{name}-{config.backend}"
-    runs.begin(config, folder, overwrite=overwrite)
     output = Output(as_json=as_json, quiet=quiet)
     output.remark(f"{name}: {chosen.about}")
-    runs.train(config, folder, output, runs.Extras(plots, tensorboard))
+    extras = runs.Extras(plots, tensorboard)
+    with _saved(folder, "the same command", output):
+        if (folder / runs.CONFIG).exists() and not overwrite:
+            runs.check_same(config, folder)
+            runs.go_on(config, folder, output, extras)
+        else:
+            runs.train(config, folder, output, extras, overwrite=overwrite)
     verdict = presets.judge(chosen, folder)
     output.result(verdict.as_dict(), verdict.lines())
     if not verdict.met:

@@ -34,7 +34,7 @@ def examine(target: str, backend: str | None, others: Sequence[str]) -> Report:
 
 def _loaded(target: str) -> Any:
     name, _, attribute = target.partition(":")
-    if not name or not attribute:
+    if not all(name.split(".")) or not attribute:
         raise UsageError(f"expected module:function, such as cases:sinusoid, received {target!r}.")
     # As with `python -m`, modules of the working directory can be named.
     if "" not in sys.path:
@@ -47,7 +47,10 @@ def _loaded(target: str) -> Any:
         raise UsageError(f"there is no module {name!r} here or among what is installed.") from None
     if not hasattr(module, attribute):
         raise UsageError(f"{name} has no {attribute!r}. {nearest(attribute, dir(module))}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise UsageError(f"{target} is no function, but of type {type(found).__name__}.")
+    return found
 
 
 def _check(target: str, arguments: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.uses import check_fit
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -40,7 +42,9 @@ def resolve(
     chosen = algorithms.algorithm(str(given.get("algorithm", RunConfig.algorithm)))
     data = tables.dataset(name)
     config = RunConfig(**{**data.defaults, **chosen.defaults, **given})
-    algorithms.check_fit(config, regression=data.regression)
+    check_fit(config)
+    if config.data is not None:  # found again from wherever the run is continued
+        config = dataclasses.replace(config, data=os.path.abspath(Path(config.data).expanduser()))
     backend = config.backend or _installed()
     if backend not in known_backends():
         raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
@@ -86,10 +90,16 @@ class Experiment:
             self.loss_fn,
             self.sampler("train"),
             metric=self.metric,
-            schedule=_schedule(c),
+            schedule=schedule(c),
             steps_per_epoch=c.steps_per_epoch,
             settings=self.settings,
         )
+
+    def check(self) -> None:
+        """Make what else can fail before the first step: the trainer, and a task of each split."""
+        _ = self.trainer
+        for split in ("train", *(["validation"] if self.config.eval_every else [])):
+            self.sampler(split).task(0)
 
     def sampler(self, split: Any) -> IndexedSampler:
         """The tasks of a split; those that are measured on have a seed of their own."""
@@ -129,18 +139,20 @@ def selected(config: RunConfig) -> Iterator[Workers]:
         Who shares the work; this process alone if it was started alone.
     """
     name = config.backend or _installed()
-    load_backend(name)
-    dtype = "float64" if config.precision == "float64" else "float32"
+    backend, double = load_backend(name), config.precision == "float64"
+    dtype = "float64" if double else "float32"
     # First of all: JAX and TensorFlow join others only before they make an array.
     with (
+        backend.double_precision() if double else nullcontext(),
         session(name, timeout=config.timeout) as workers,
         use_backend(name, device=config.device, dtype=dtype),
     ):
         yield workers
 
 
-def _schedule(config: RunConfig) -> Schedule:
-    schedule = schedules.constant(config.outer_lr)
+def schedule(config: RunConfig) -> Schedule:
+    """The outer learning rate of every step."""
+    rates = schedules.constant(config.outer_lr)
     if config.schedule == "cosine":
-        schedule = schedules.cosine(config.outer_lr, config.iterations)
-    return schedules.warmup(schedule, config.warmup_steps)
+        rates = schedules.cosine(config.outer_lr, config.iterations)
+    return schedules.warmup(rates, config.warmup_steps)

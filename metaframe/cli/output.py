@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class Output:
         if not is_first():
             return
         if self.as_json:
-            print(json.dumps(data, indent=1))
+            print(to_json(data))
             return
         for line in lines:
             self._stdout.print(line, markup=False)
@@ -46,7 +47,7 @@ class Output:
     def table(self, data: Any, title: str, columns: Sequence[str], rows: Any) -> None:
         """A table: `data` for machines, `rows` of texts for people."""
         if self.as_json:
-            print(json.dumps(data, indent=1))
+            print(to_json(data))
             return
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
@@ -54,20 +55,39 @@ class Output:
         self._stdout.print(table)
 
 
+def finite(data: Any) -> Any:
+    """`data` as plain values for JSON, with None for every number that is not finite."""
+    if isinstance(data, Mapping):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def to_json(data: Any) -> str:
+    """`data` as JSON that every reader takes: it knows neither NaN nor Infinity."""
+    return json.dumps(finite(data), indent=1, allow_nan=False)
+
+
 def described(evaluation: Mapping[str, Any], *, percent: bool) -> list[str]:
     """The lines of an evaluation, given as in result.json."""
     factor, unit, what = (100, "%", "accuracy") if percent else (1, "", "mean squared error")
 
-    def figure(point: Mapping[str, float]) -> str:
-        return f"{factor * point['mean']:.2f}{unit} ± {factor * point['ci95']:.2f}"
+    def figure(point: Mapping[str, float | None]) -> str:
+        mean, margin = point["mean"], point["ci95"]
+        if mean is None:
+            return "not finite"
+        shown = f"{factor * mean:.2f}{unit}"
+        return shown if margin is None else f"{shown} ± {factor * margin:.2f}"
 
     curve = evaluation["curve"]
     steps = len(curve) - 1
     noun = "step" if steps == 1 else "steps"
+    several = evaluation["tasks"] > 1  # a single task has no interval
+    of = f"{evaluation['tasks']} tasks, 95% CI" if several else "1 task"
     lines = [
         *([f"{what} before adaptation: {figure(curve[0])}"] if steps else []),
-        f"{what} after {steps} {noun}: {figure(evaluation['transductive'])}"
-        f" ({evaluation['tasks']} tasks, 95% CI)",
+        f"{what} after {steps} {noun}: {figure(evaluation['transductive'])} ({of})",
     ]
     alone = evaluation["inductive"]
     if alone is not None and percent:

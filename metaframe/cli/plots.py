@@ -24,13 +24,13 @@ COLOURS = {"right": "#2b8a3e", "wrong": "#c92a2a"}
 
 def draw_all(experiment: Experiment, folder: Path) -> list[str]:
     """Draw what there is data for; returns the files."""
-    pictures: dict[str, Callable[[], Figure | None]] = {
-        "learning_curve.png": lambda: learning_curve(read_metrics(folder)),
-        "adaptation.png": lambda: adaptation(runs.read_result(folder)),
-        "predictions.png": lambda: predictions(experiment),
-    }
+    pictures: tuple[Callable[[], Figure | None], ...] = (
+        lambda: learning_curve(read_metrics(folder)),
+        lambda: adaptation(runs.read_result(folder)),
+        lambda: predictions(experiment),
+    )
     written = []
-    for name, draw in pictures.items():
+    for name, draw in zip(runs.PICTURES, pictures, strict=True):
         figure = draw()
         if figure is not None:
             figure.savefig(folder / name, dpi=120)
@@ -69,8 +69,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     axes = figure.subplots()
     axes.errorbar(
         range(len(curve)),
-        [factor * point["mean"] for point in curve],
-        [factor * point["ci95"] for point in curve],
+        [factor * _number(point["mean"]) for point in curve],
+        [factor * _number(point["ci95"]) for point in curve],
         marker="o",
         capsize=3,
         label="query examples in one batch (transductive)",
@@ -79,8 +79,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     if percent and alone is not None:
         axes.errorbar(
             [len(curve) - 1],
-            [factor * alone["mean"]],
-            [factor * alone["ci95"]],
+            [factor * _number(alone["mean"])],
+            [factor * _number(alone["ci95"])],
             marker="s",
             capsize=3,
             label="each query alone (inductive)",
@@ -90,6 +90,11 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
+
+
+def _number(value: float | None) -> float:
+    """What JSON has null for."""
+    return np.nan if value is None else value
 
 
 def predictions(experiment: Experiment) -> Figure:

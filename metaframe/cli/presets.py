@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from metaframe.cli.errors import UsageError
+from metaframe.cli.flags import GROUPS
 from metaframe.cli.output import described
 from metaframe.cli.runs import read_result
 from metaframe.errors import nearest
+
+FREE = ("data", "iterations", "seed", "eval_tasks", "eval_seed", *GROUPS["Execution"])
+"""The settings that may differ from a preset's when its number is reproduced."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Verdict:
 
     preset: Preset
     metric: str
-    reached: float
+    reached: float | None
     evaluation: Mapping[str, Any] = field(repr=False)
 
     @property
     def met(self) -> bool:
-        """Is the number reached?"""
+        """Is the number reached? One that is not finite is not."""
+        if self.reached is None:
+            return False
         if self.metric == "mse":
             return self.reached <= self.preset.expected + self.preset.tolerance
         return self.reached >= self.preset.expected - self.preset.tolerance
@@ -70,11 +76,12 @@ class Verdict:
         percent, p = self.metric == "accuracy", self.preset
         shown = "{:.2%}" if percent else "{:.3f}"
         relation = "at least" if percent else "at most"
+        reached = "not finite" if self.reached is None else shown.format(self.reached)
         bound = p.expected - p.tolerance if percent else p.expected + p.tolerance
         return [
             *described(self.evaluation, percent=percent),
             f"expected {relation} {shown.format(bound)} ({p.source})",
-            f"{'reached' if self.met else 'NOT REACHED'}: {shown.format(self.reached)}",
+            f"{'reached' if self.met else 'NOT REACHED'}: {reached}",
         ]
 
 

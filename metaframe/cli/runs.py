@@ -5,6 +5,7 @@ metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the s
 checkpoints/    the last few, and the best by validation
 result.json     what the evaluation on held-out tasks found
 *.png           plots, where matplotlib is installed
+tensorboard/    the metrics once more, if asked for
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +25,30 @@ from metaframe.backend import load_backend
 from metaframe.cli import tables
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import Experiment, resolve, selected
-from metaframe.cli.output import Output
-from metaframe.distributed import is_first, is_restarted
+from metaframe.cli.experiment import Experiment, resolve, schedule, selected
+from metaframe.cli.output import Output, finite, to_json
+from metaframe.distributed import Workers, is_restarted
 from metaframe.distributed.agreement import agree
+from metaframe.errors import CheckpointError, InputError, MissingDependencyError, nearest
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,
+    Checkpoint,
     Checkpoints,
     checkpoint_files,
     latest_checkpoint,
-    load_checkpoint,
     load_parameters,
+    read_checkpoint,
     write_atomically,
 )
 from metaframe.training.metrics import MetricsLog
 from metaframe.training.progress import ProgressBar
 
-CONFIG, RESULT, CHECKPOINTS = "config.toml", "result.json", "checkpoints"
+CONFIG, RESULT = "config.toml", "result.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+FILES = (RESULT, "metrics.jsonl", "metrics.csv")
+"""What a run measures."""
+PICTURES = ("learning_curve.png", "adaptation.png", "predictions.png")
 
 
 @dataclass(frozen=True)
@@ -58,27 +66,54 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / name
 
 
+def quoted(folder: Path) -> str:
+    """The folder as one writes it on a command line."""
+    return shlex.quote(str(folder))
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """There is no run in `folder`, or it may go.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if overwrite:
+        return
+    if (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} has a run already. Continue it with `metaframe resume {quoted(folder)}`, "
+            "choose another folder with --out, or start anew with --overwrite."
+        )
+    left = [folder / name for name in FILES if (folder / name).exists()]
+    if found := left + checkpoint_files(folder / CHECKPOINTS):
+        raise UsageError(
+            f"{found[0]} is of another run, which has no {CONFIG}. Choose another folder with "
+            "--out, or start anew with --overwrite."
+        )
+
+
 def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
-    """Make a run folder, in the first of the processes that share it.
+    """Make a run folder, without anything of a run that was in it before.
 
     Raises:
         UsageError: there is a run in it already.
-        UsageError, InputError: the data set cannot be used; the folder stays as it is.
+        OSError: something of it cannot be removed, or the folder cannot be made.
     """
-    tables.check_tasks(config)
-    if not is_first() or (is_restarted() and (folder / CONFIG).exists()):
-        return
-    if (folder / CONFIG).exists():
-        if not overwrite:
-            raise UsageError(
-                f"{folder} has a run already. Continue it with `metaframe resume {folder}`, choose "
-                "another folder with --out, or start anew with --overwrite."
-            )
-        for name in (CONFIG, RESULT, "metrics.jsonl", "metrics.csv"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    check_free(folder, overwrite=overwrite)
+    if overwrite:
+        # The settings first: what is left if this fails is then not taken for the old run.
+        for name in (CONFIG, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+            _remove(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, config.to_toml().encode())
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
@@ -92,19 +127,106 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
     return resolve({**read_toml(folder / CONFIG), **changes})
 
 
-def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
-    """Train in `folder` up to `config.iterations` steps, evaluate, and return the result.
+Start = Callable[[Experiment, Workers], None]
+"""Prepares the folder, or the trainer, for the first step. Called when nothing else can fail."""
 
-    A folder with checkpoints is continued from the last one.
+
+def train(
+    config: RunConfig, folder: Path, output: Output, extras: Extras, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Begin a run in `folder`, train, evaluate, and return the result.
+
+    What fails before the first step leaves the folder as it was. Processes that torchrun has
+    started again go on with the run that they began.
+
+    Raises:
+        UsageError: there is a run in it already.
     """
+    if is_restarted() and is_of(config, folder):
+        return go_on(config, folder, output, extras)
+    check_free(folder, overwrite=overwrite)
+
+    def start(experiment: Experiment, workers: Workers) -> None:
+        del experiment
+        if workers.is_first:
+            begin(config, folder, overwrite=overwrite)
+        workers.tell("begun")  # and nobody looks at what was there before
+
+    return _trained(config, folder, output, extras, start)
+
+
+def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
+    """Train on from the last checkpoint in `folder`, evaluate, and return the result.
+
+    Another number of outer steps than the run has so far is recorded there; other changes are for
+    this time.
+
+    Raises:
+        UsageError: more steps than that were taken already.
+        CheckpointError: the last checkpoint or the best one is damaged.
+    """
+    before = opened(folder, {})
+
+    def start(experiment: Experiment, workers: Workers) -> None:
+        _restore(experiment, folder, output)
+        if config.iterations == before.iterations:
+            return
+        _check_extension(experiment, before, output)
+        if workers.is_first:
+            longer = dataclasses.replace(before, iterations=config.iterations)
+            write_atomically(folder / CONFIG, longer.to_toml().encode())
+
+    return _trained(config, folder, output, extras, start)
+
+
+def _check_extension(experiment: Experiment, before: RunConfig, output: Output) -> None:
+    config, step = experiment.config, experiment.trainer.step
+    if config.iterations < step:
+        raise UsageError(
+            f"the run has taken {step} steps, received iterations={config.iterations}. Give as "
+            "many or more."
+        )
+    if config.schedule == "cosine":
+        output.remark(
+            f"the cosine schedule now ends after {config.iterations} steps: the next learning rate "
+            f"is {schedule(config)(step):.2g}, and was to be {schedule(before)(step):.2g}"
+        )
+
+
+def is_of(config: RunConfig, folder: Path) -> bool:
+    """Is the run in `folder` the one that `config` describes?"""
+    return (folder / CONFIG).is_file() and opened(folder, {}) == config
+
+
+def check_same(config: RunConfig, folder: Path) -> None:
+    """The run in `folder` is the one that `config` describes.
+
+    Raises:
+        UsageError: it is not, with the first difference.
+    """
+    there, here = opened(folder, {}).as_dict(), config.as_dict()
+    for name, value in here.items():
+        if value != there[name]:
+            raise UsageError(
+                f"{folder} has a run already, with {name}={there[name]}; received {name}={value}. "
+                "Choose another folder with --out, or start anew with --overwrite."
+            )
+
+
+def _trained(
+    config: RunConfig, folder: Path, output: Output, extras: Extras, start: Start
+) -> dict[str, Any]:
     started = time.perf_counter()
+    tables.check_tasks(config)
+    if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise MissingDependencyError(
+            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+        )
     with selected(config) as workers:
         agree(load_backend(config.backend or ""), config=config.as_dict())
         experiment = Experiment(config)
-        if checkpoint_files(folder / CHECKPOINTS):
-            file = latest_checkpoint(folder / CHECKPOINTS)
-            load_checkpoint(file, experiment.trainer)
-            output.remark(f"continuing after {experiment.trainer.step} steps")
+        experiment.check()
+        start(experiment, workers)
         stopped = _fit(experiment, folder, output, extras)
         workers.tell("trained")  # and the first one has written its last checkpoint
         chosen = _choose(experiment, folder)
@@ -119,6 +241,25 @@ def train(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
         if extras.plots and workers.is_first:
             draw(experiment, folder, output)
     return result
+
+
+def _restore(experiment: Experiment, folder: Path, output: Output) -> None:
+    found, best = checkpoint_files(folder / CHECKPOINTS), folder / CHECKPOINTS / BEST
+    if not found:
+        return
+    earlier = f"from {found[-2].name}" if found[1:] else "from the beginning"
+    latest = _whole(found[-1], f"go on {earlier}")
+    if best.exists():
+        _whole(best, "go on without it")
+    experiment.trainer.restore(latest.arrays, latest.plain)
+    output.remark(f"continuing after {experiment.trainer.step} steps")
+
+
+def _whole(file: Path, without: str) -> Checkpoint:
+    try:
+        return read_checkpoint(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Or move the file away, to {without}.") from error
 
 
 def evaluate(
@@ -168,6 +309,7 @@ def _fit(experiment: Experiment, folder: Path, output: Output, extras: Extras) -
         eval_every=config.eval_every or None,
         eval_tasks=_validation(experiment),
         callbacks=callbacks,
+        prefetch=config.precision != "float64",  # JAX has float64 switched on in this thread alone
     )
     return history.stopped
 
@@ -182,17 +324,32 @@ def _validation(experiment: Experiment) -> Any:
 
 def _choose(experiment: Experiment, folder: Path, wanted: str | None = None) -> str:
     """Load the parameters to evaluate: those that validation chose, otherwise the last."""
-    best = folder / CHECKPOINTS / BEST
     if wanted is None:
-        wanted = "best" if best.exists() else "latest"
-    if wanted == "best":
-        file = best
-    elif wanted == "latest":
-        file = latest_checkpoint(folder / CHECKPOINTS)
-    else:
-        file = Path(wanted)
+        wanted = "best" if (folder / CHECKPOINTS / BEST).exists() else "latest"
+    file = latest_checkpoint(folder / CHECKPOINTS) if wanted == "latest" else _named(folder, wanted)
     step = load_parameters(file, experiment.learner).step
     return f"{file.name} (step {step})"
+
+
+def _named(folder: Path, name: str) -> Path:
+    """The checkpoint with this name in the run folder, or this file.
+
+    Raises:
+        UsageError: there is neither, with the nearest name.
+    """
+    inside = folder / CHECKPOINTS
+    places = [Path(name), inside / name, folder / name]
+    if name == "best":
+        places = [inside / BEST]
+    for file in places:
+        if file.is_file():
+            return file
+    known = {"latest", *(file.name for file in inside.glob("*.safetensors"))}
+    if BEST in known:
+        known.add("best")
+    raise UsageError(
+        f"{folder} has no checkpoint {name!r}, nor is it a file. {nearest(name, known)}"
+    )
 
 
 def _measured(experiment: Experiment, checkpoint: str, output: Output) -> dict[str, Any]:
@@ -202,26 +359,30 @@ def _measured(experiment: Experiment, checkpoint: str, output: Output) -> dict[s
         "checkpoint": checkpoint,
         "metric": "mse" if experiment.dataset.regression else "accuracy",
         "config": config.as_dict(),
-        "evaluation": experiment.evaluate().as_dict(),
+        "evaluation": finite(experiment.evaluate().as_dict()),
     }
 
 
 def _write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_atomically(folder / RESULT, to_json(result).encode())
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What result.json holds; None if there is none yet."""
+    """What result.json holds; None if there is none yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = folder / RESULT
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
-
-
-def extend(folder: Path, config: RunConfig, iterations: int) -> RunConfig:
-    """Another number of outer steps for the run in `folder`, recorded there."""
-    config = dataclasses.replace(config, iterations=iterations)
-    if is_first():
-        write_atomically(folder / CONFIG, config.to_toml().encode())
-    return config
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        _ = result["evaluation"]["curve"], result["metric"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged: {error}. Remove it, and `metaframe resume {quoted(folder)}` "
+            "writes it again."
+        ) from error
+    found: dict[str, Any] = result
+    return found

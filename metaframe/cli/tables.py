@@ -39,6 +39,7 @@ class Dataset:
         about: one line.
         sampler: `(config, split, seed) -> sampler`.
         model: `config -> model`.
+        settings: the settings that this data set has a use for, and not all others.
         regression: mean squared error instead of cross-entropy and accuracy.
         convolutional: is its model slow on a CPU when vectorised over tasks?
         defaults: settings that differ from the general ones.
@@ -47,6 +48,7 @@ class Dataset:
     about: str
     sampler: Callable[[RunConfig, Split, int], IndexedSampler]
     model: Callable[[RunConfig], nn.Model]
+    settings: tuple[str, ...] = ()
     regression: bool = False
     convolutional: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -120,9 +122,10 @@ def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
     if config.data is None:
         raise UsageError("dataset folder needs its files: --data FOLDER, with one for each class.")
     data = _folder_of_images(config.data, stamp(Path(config.data)))
-    classes = data.own_split or data.split_classes()
     if config.held_out:
         classes = data.hold_out(config.held_out)
+    else:
+        classes = data.own_split or data.split_classes()
     return _few_shot(data, _with_validation(classes, config), config, split, seed)
 
 
@@ -169,8 +172,6 @@ def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
     """What a run is measured on: tasks of the test split, or a data set's official ones."""
     if config.protocol == "random":
         return dataset(config.dataset).sampler(config, "test", config.eval_seed)
-    if config.dataset != "omniglot":
-        raise UsageError(f"protocol runs is for omniglot, received dataset={config.dataset}.")
     return _official_runs(config)
 
 
@@ -211,19 +212,21 @@ DATASETS = {
         "handwritten digits in four rotations, from scikit-learn",
         _digits,
         _digits_model,
+        ("ways",),
         defaults={
             "queries": 10,
             "width": 128,
             "inner_lr": 0.1,
             "inner_steps": 3,
             "iterations": 300,
-            "eval_every": 0,  # forty classes are too few to give some away
+            "eval_every": 0,  # it is over in seconds, before there is anything to choose from
         },
     ),
     "omniglot": Dataset(
         "handwritten characters of many alphabets; needs --data",
         _omniglot,
         _omniglot_model,
+        ("data", "parts", "held_out", "protocol", "ways"),
         convolutional=True,
         defaults={"parts": ("small1",), "queries": 5, "inner_lr": 0.4, "eval_steps": 3},
     ),
@@ -231,6 +234,7 @@ DATASETS = {
         "photographs of 100 classes; needs --data with train.csv and so on, and images",
         functools.partial(_imagenet, load_mini_imagenet),
         _imagenet_model,
+        ("data", "ways"),
         convolutional=True,
         defaults=_AS_MAML,
     ),
@@ -238,6 +242,7 @@ DATASETS = {
         "photographs of 608 classes, unlike between splits; needs --data with npz files or folders",
         functools.partial(_imagenet, load_tiered_imagenet),
         _imagenet_model,
+        ("data", "ways"),
         convolutional=True,
         defaults=_AS_MAML,
     ),
@@ -245,6 +250,7 @@ DATASETS = {
         "images of your own; needs --data with a folder for each class, also within others",
         _folder,
         _imagenet_model,
+        ("data", "held_out", "ways"),
         convolutional=True,
         defaults=_AS_MAML,
     ),

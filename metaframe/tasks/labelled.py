@@ -70,16 +70,39 @@ class LabelledImages:
 
     @property
     def own_split(self) -> ClassSplit | None:
-        """The split that outermost folders called train, val and test make; None without them."""
-        homes = [_SPLIT_NAMES.get(folder) for folder in map(_folder, self.classes)]
-        if "test" not in homes or None in homes:
+        """The split that outermost folders called train, val and test make; None without them.
+
+        Capitals do not matter; valid and validation are val.
+
+        Raises:
+            InputError: some classes are in other folders, or test is missing.
+        """
+        homes = [_split_of(_folder(name)) for name in self.classes]
+        if not any(homes):
             return None
+        self._check_homes(homes)
         return ClassSplit(
             *(
                 tuple(i for i, home in enumerate(homes) if home == split)
                 for split in ("train", "validation", "test")
             )
         )
+
+    def _check_homes(self, homes: Sequence[str | None]) -> None:
+        found = {_folder(name) for name, home in zip(self.classes, homes, strict=True) if home}
+        beside = ", ".join(sorted(found))
+        remedy = "Or name what to test on: hold_out(...), on the command line --held-out."
+        for name, home in zip(self.classes, homes, strict=True):
+            if home is None:
+                raise InputError(
+                    f"{_folder(name) or name!r} lies beside {beside}, and classes of such folders "
+                    f"are divided by the folder they are in. Move it into one of them. {remedy}"
+                )
+        if "test" not in homes:
+            raise InputError(
+                f"there are folders {beside} and no test, so nothing to test on. Add it, or pass "
+                f"one of the folders alone, whose classes are then divided at random. {remedy}"
+            )
 
     def _labels_of(self, names: Sequence[str | int]) -> tuple[int, ...]:
         found: list[int] = []
@@ -114,12 +137,17 @@ def check_folders(where: str, names: Iterable[str]) -> None:
     home: dict[str, str] = {}
     for name in sorted(set(names)):
         folder, _, rest = name.partition("/")
-        if folder in _SPLIT_NAMES and rest and home.setdefault(rest, folder) != folder:
+        if _split_of(folder) and rest and home.setdefault(rest, folder) != folder:
             raise InputError(
                 f"{where} has class {rest!r} in {home[rest]} and in {folder}; few-shot tasks are "
                 f"tested on classes that were not trained on. Pass {where}/{folder} alone, and "
                 "divide its classes."
             )
+
+
+def _split_of(folder: str) -> str | None:
+    """The split that a folder is called after, if it is."""
+    return _SPLIT_NAMES.get(folder.lower())
 
 
 def _folder(name: str | int) -> str:

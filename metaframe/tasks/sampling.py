@@ -127,7 +127,8 @@ class IndexedSampler(abc.ABC):
     """Base of samplers whose tasks are pure functions of (seed, split, index).
 
     A subclass writes one method, `draw(rng) -> Task`, in NumPy and using nothing but `rng` and
-    its own settings.
+    its own settings. `task` and `sample` are not overridden: training draws whole batches, and
+    would pass them by.
 
     `task` and `sample` return NumPy arrays while no backend is selected, and arrays of the
     selected backend otherwise (`metaframe.set_backend`).
@@ -152,6 +153,16 @@ class IndexedSampler(abc.ABC):
     >>> lines.position
     2
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("task", "sample"):
+            if getattr(cls, name) is not getattr(IndexedSampler, name):
+                raise InputTypeError(
+                    f"{cls.__qualname__} overrides {name}(), which training does not call: it "
+                    "draws whole batches. Override draw(rng) instead; to change what it returns, "
+                    "change what super().draw(rng) returned."
+                )
 
     def __init__(
         self,

@@ -92,8 +92,10 @@ def _seed_from(generator: np.random.Generator, seed: int | None) -> int:
     if seed is not None:
         raise InputError(f"give generator or seed, not both; received seed={seed!r} as well.")
     if not isinstance(generator, np.random.Generator):
+        kind = type(generator)
+        where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
         raise InputTypeError(
-            f"generator must be a numpy.random.Generator, received {type(generator).__qualname__}. "
+            f"generator must be a numpy.random.Generator, received {where}{kind.__qualname__}. "
             "Tasks are drawn in NumPy on every backend: pass numpy.random.default_rng(0) or seed=0."
         )
     return int(generator.integers(2**63))

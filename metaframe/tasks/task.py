@@ -8,7 +8,7 @@ steps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,7 @@ from metaframe.backend import backend_of, is_neutral, register_with_frameworks
 from metaframe.errors import InputError, InputTypeError
 
 Array = Any
+Shape = tuple[Any, ...]
 
 
 # Comparing arrays field by field has no truth value, so tasks compare by identity.
@@ -36,7 +37,7 @@ class Task:
 
     Raises:
         InputError: inputs and targets of different length, no examples at all, or support and
-            query with a different number of axes. Only plain arrays are checked.
+            query that differ in more than their length. Only plain arrays are checked.
 
     >>> import numpy as np
     >>> Task(np.zeros((10, 1)), np.zeros((10, 1)), np.zeros((5, 1)), np.zeros((5, 1)))
@@ -55,8 +56,9 @@ class Task:
         register_with_frameworks(Task, _flatten, _unflatten)
         _check_lengths("support_x", self.support_x, "support_y", self.support_y)
         _check_lengths("query_x", self.query_x, "query_y", self.query_y)
-        _check_axes("support_x", self.support_x, "query_x", self.query_x)
-        _check_axes("support_y", self.support_y, "query_y", self.query_y)
+        shapes = {name: _shape(getattr(self, name)) for name in _FIELDS}
+        _check_axes("support_x", "query_x", shapes)
+        _check_axes("support_y", "query_y", shapes)
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={_describe(getattr(self, name))}" for name in _FIELDS)
@@ -66,7 +68,7 @@ class Task:
 _FIELDS = tuple(field.name for field in dataclasses.fields(Task))
 
 
-def _shape(x: Array) -> tuple[Any, ...] | None:
+def _shape(x: Array) -> Shape | None:
     """The shape of a plain array with at least one axis, otherwise None."""
     shape = getattr(x, "shape", None)
     return tuple(shape) if shape else None
@@ -84,13 +86,36 @@ def _check_lengths(x_name: str, x: Array, y_name: str, y: Array) -> None:
         )
 
 
-def _check_axes(support_name: str, support: Array, query_name: str, query: Array) -> None:
-    shapes = _shape(support), _shape(query)
-    if shapes[0] and shapes[1] and len(shapes[0]) != len(shapes[1]):
+def _check_axes(support_name: str, query_name: str, shapes: Mapping[str, Shape | None]) -> None:
+    support, query = shapes[support_name], shapes[query_name]
+    if not (support and query):
+        return
+    counted = 1 if _is_stacked(**shapes) else 0
+    differ = len(support) != len(query) or any(
+        i != counted and not _same(*lengths)
+        for i, lengths in enumerate(zip(support, query, strict=True))
+    )
+    if differ:
         raise InputError(
-            f"{support_name} has shape {shapes[0]} and {query_name} has shape {shapes[1]}; they "
-            "must have the same number of axes and may differ in length only."
+            f"{support_name} has shape {support} and {query_name} has shape {query}; they must "
+            "have the same number of axes and may differ in length only."
         )
+
+
+def _is_stacked(
+    support_x: Shape | None, support_y: Shape | None, query_x: Shape | None, query_y: Shape | None
+) -> bool:
+    """May these be the shapes of a stacked task, whose examples are counted by the second axis?"""
+    known = [shape for shape in (support_x, support_y, query_x, query_y) if shape]
+    pairs = [(x, y) for x, y in ((support_x, support_y), (query_x, query_y)) if x and y]
+    return all(len(shape) > 1 and _same(shape[0], known[0][0]) for shape in known) and all(
+        _same(x[1], y[1]) for x, y in pairs
+    )
+
+
+def _same(a: int | None, b: int | None) -> bool:
+    """Have axes the same length, as far as that is known? TensorFlow may not know it yet."""
+    return a is None or b is None or a == b
 
 
 def _describe(x: Array) -> str:
