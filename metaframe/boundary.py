@@ -176,9 +176,10 @@ class Backend(Required):
         """What `fn(xs)` depends on besides `xs` and a custom rule would lose without a word.
 
         Such as "draws random numbers"; empty if there is nothing, or if `custom_vjp` itself raises
-        an error. Runs `fn`.
+        an error. Runs `fn`, so that the caller can see what it does to the random streams of
+        Python and NumPy.
         """
-        del fn, xs
+        fn(xs)
         return ""
 
     @abc.abstractmethod

@@ -16,6 +16,7 @@ from metaframe.errors import BackendError
 from metaframe.workers import Place, Workers
 from metaframe_tensorflow import _distributed
 from metaframe_tensorflow._compile import compile_graph
+from metaframe_tensorflow._hidden import hidden_effect
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -145,7 +146,12 @@ class TensorFlowBackend(Backend):
         found = fn(tuple(map(self.stop_gradient, xs)))
         if record.should_record_backprop(list(found)):
             return "depends on a tensor that it closes over, whose gradient would be lost"
-        return ""
+        try:
+            return hidden_effect(fn, xs)
+        except Exception as error:
+            if not self.needed_a_value(error):
+                raise
+            return ""  # run eagerly it can do what cannot be traced; then this is not known
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:
