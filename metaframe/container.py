@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import tree
-from metaframe.backend import backend_of, convert_neutral, refuse_mixed, register_with_frameworks
+from metaframe import ops, tree
+from metaframe.backend import backend_of, refuse_mixed, register_with_frameworks
 from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
 
 _INDENT = "    "
@@ -192,37 +192,24 @@ class Container(dict[str, Any]):
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The mean of every leaf."""
-        return self._reduce("mean", axis, keepdims)
+        return self.map(lambda leaf: ops.mean(leaf, axis, keepdims))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The sum of every leaf."""
-        return self._reduce("sum", axis, keepdims)
+        return self.map(lambda leaf: ops.sum(leaf, axis, keepdims))
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The maximum of every leaf."""
-        return self._reduce("max", axis, keepdims)
+        return self.map(lambda leaf: ops.max(leaf, axis, keepdims))
 
     def min(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The minimum of every leaf."""
-        return self._reduce("min", axis, keepdims)
-
-    def _reduce(self, name: str, axis: Any, keepdims: bool) -> Container:
-        def reduce(leaf: Any) -> Any:
-            backend = backend_of(leaf)
-            (array,) = convert_neutral((leaf,), backend)
-            return getattr(backend.ops, name)(array, axis=axis, keepdims=keepdims)
-
-        return self.map(reduce)
+        return self.map(lambda leaf: ops.min(leaf, axis, keepdims))
 
     @staticmethod
     def stack(containers: Sequence[Container], axis: int = 0) -> Container:
         """Corresponding leaves stacked along a new axis."""
-
-        def stack(*leaves: Any) -> Any:
-            backend = backend_of(*leaves)
-            return backend.ops.stack(convert_neutral(leaves, backend), axis=axis)
-
-        return Container.multi_map(stack, containers)
+        return Container.multi_map(lambda *leaves: ops.stack(leaves, axis), containers)
 
     def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
         """One Container for each index along `axis`, which must be as long in every leaf."""

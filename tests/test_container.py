@@ -267,6 +267,16 @@ def test_reductions(
     check(result, {c: reduce(x, axis=axis, keepdims=keepdims) for c, x in v.to_iterator()}, to_np)
 
 
+def test_integers_have_no_mean(arr: Callable[..., Any], to_np: Callable[[Any], Any]) -> None:
+    """As `ops.mean` has it: one framework truncates, one promotes, one refuses."""
+    whole = arr(Container(n={"ones": np.array([1, 2])}))
+    with pytest.raises(InputTypeError, match=r"mean needs a floating array.*ops\.astype"):
+        whole.mean()
+    check(whole.sum(), {"n/ones": 3}, to_np)
+    check(whole.max(), {"n/ones": 2}, to_np)
+    check(arr(Container(seen=np.array([True, True]))).sum(), {"seen": 2}, to_np)
+
+
 @pytest.mark.usefixtures("backend")
 def test_neutral_leaves_are_reduced_on_the_selected_backend(
     v: Container, to_np: Callable[[Any], Any]

@@ -351,7 +351,7 @@ def test_recomputing_with_random_numbers_of_a_state_that_is_given() -> None:
 
 @pytest.mark.parametrize(
     "draw",
-    [random.random, functools.partial(random.gauss, 0, 1), np.random.rand, np.random.randn],  # noqa: NPY002
+    [random.random, functools.partial(random.gauss, 0, 1), np.random.rand, np.random.randn],
     ids=["random", "gauss", "rand", "randn"],
 )
 @pytest.mark.parametrize("mode", ["remat", slow("mixed")])
