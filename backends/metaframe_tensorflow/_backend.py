@@ -60,6 +60,10 @@ class TensorFlowBackend(Backend):
         return np.asarray(x.numpy())
 
     def to_dlpack(self, x: Array) -> Any:
+        kind = x.dtype
+        if kind == tf.string or kind.is_quantized or not kind.is_numpy_compatible:
+            # TensorFlow aborts the process when it is asked for this memory.
+            raise TypeError(f"{kind.name} has no memory that others could read")
         return tf.convert_to_tensor(x)
 
     def from_dlpack(self, x: Any) -> Array | None:
