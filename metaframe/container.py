@@ -3,11 +3,13 @@
 It is a `dict` with string keys, so everything that takes a dict takes a Container. Nested plain
 dicts become Containers when they are put in. Attribute access is a look-up and nothing else: it
 never calls anything on the leaves, and an unknown name raises with the nearest key. A key that
-is also a method name (`mean`, `shape`, ...) is reached as `c["mean"]`.
+is also a method name (`mean`, `shape`, ...) is reached as `c["mean"]`. A subclass is as much a node
+as Container itself, and what is computed from one is one again.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,8 +48,13 @@ class Container(dict[str, Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        register_with_frameworks(Container, _flatten, _unflatten)
+        cls = type(self)
+        register_with_frameworks(cls, _flatten, functools.partial(_unflatten, cls))
         self.update(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        tree.register(cls, _flatten, functools.partial(_unflatten, cls))
 
     # -- mapping -------------------------------------------------------------------------
 
@@ -110,10 +117,10 @@ class Container(dict[str, Any]):
 
     def copy(self) -> Container:
         """A new Container, nested ones copied too, with the same leaves."""
-        return Container(self)
+        return type(self)(self)
 
     def __or__(self, other: Any) -> Container:  # type: ignore[override]
-        return Container({**self, **other})
+        return type(self)({**self, **other})
 
     def __ior__(self, other: Any) -> Container:  # type: ignore[override]
         self.update(other)
@@ -236,7 +243,7 @@ class Container(dict[str, Any]):
             return op(a, b)
 
         if isinstance(other, Mapping):
-            result: Container = tree.map(apply, self, Container(other))
+            result: Container = tree.map(apply, self, type(self)(other))
             return result
         return self.map(lambda leaf: apply(leaf, other))
 
@@ -280,6 +287,8 @@ class Container(dict[str, Any]):
 
 
 def _wrap(value: Any) -> Any:
+    if isinstance(value, Container):
+        return value.copy()
     return Container(value) if isinstance(value, dict) else value
 
 
@@ -353,11 +362,11 @@ def _flatten(node: Container) -> tuple[list[Any], tuple[str, ...], tuple[str, ..
     return [get(node, key) for key in keys], keys, keys
 
 
-def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
+def _unflatten(cls: type[Container], keys: Iterable[str], children: Iterable[Any]) -> Container:
     # Frameworks rebuild structures around placeholders, so children are stored as they come.
-    node = Container.__new__(Container)
+    node = cls.__new__(cls)
     dict.update(node, zip(keys, children, strict=True))
     return node
 
 
-tree.register(Container, _flatten, _unflatten)
+tree.register(Container, _flatten, functools.partial(_unflatten, Container))
