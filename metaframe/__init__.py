@@ -1,5 +1,6 @@
 """metaframe: one definition of a meta-learning algorithm, on PyTorch, JAX and TensorFlow."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from metaframe import errors as errors
@@ -48,6 +49,7 @@ from metaframe.steps import maml_step as maml_step
 from metaframe.steps import reptile_step as reptile_step
 
 if TYPE_CHECKING:
+    from metaframe import interop as interop
     from metaframe.training import History as History
     from metaframe.training import MetaTrainer as MetaTrainer
     from metaframe.training import evaluate as evaluate
@@ -59,8 +61,8 @@ _TRAINING = ("History", "MetaTrainer", "evaluate")
 
 def __getattr__(name: str) -> Any:
     # Training reads data sets and draws bars, which a user of the steps need not wait for.
-    if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import metaframe.training
-
-    return getattr(metaframe.training, name)
+    if name in _TRAINING:
+        return getattr(importlib.import_module("metaframe.training"), name)
+    if name == "interop":
+        return importlib.import_module("metaframe.interop")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

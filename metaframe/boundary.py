@@ -73,6 +73,8 @@ class Backend(Required):
     """What a wrapper around this framework's models has to derive from, if anything."""
     compiles_quickly: bool = True
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    forward_needs_tangents: bool = False
+    """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
     """What a compiled program depends on. Every call of one asks it of every array."""
     conformance_gaps: Mapping[str, str] = MappingProxyType({})
@@ -176,9 +178,10 @@ class Backend(Required):
         """What `fn(xs)` depends on besides `xs` and a custom rule would lose without a word.
 
         Such as "draws random numbers"; empty if there is nothing, or if `custom_vjp` itself raises
-        an error. Runs `fn`.
+        an error. Runs `fn`, so that the caller can see what it does to the random streams of
+        Python and NumPy.
         """
-        del fn, xs
+        fn(xs)
         return ""
 
     @abc.abstractmethod

@@ -3,19 +3,21 @@
 It is a `dict` with string keys, so everything that takes a dict takes a Container. Nested plain
 dicts become Containers when they are put in. Attribute access is a look-up and nothing else: it
 never calls anything on the leaves, and an unknown name raises with the nearest key. A key that
-is also a method name (`mean`, `shape`, ...) is reached as `c["mean"]`.
+is also a method name (`mean`, `shape`, ...) is reached as `c["mean"]`. A subclass is as much a node
+as Container itself, and what is computed from one is one again.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from metaframe import tree
-from metaframe.backend import backend_of, convert_neutral, refuse_mixed, register_with_frameworks
+from metaframe import ops, tree
+from metaframe.backend import backend_of, refuse_mixed, register_with_frameworks
 from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
 
 _INDENT = "    "
@@ -46,8 +48,13 @@ class Container(dict[str, Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        register_with_frameworks(Container, _flatten, _unflatten)
+        cls = type(self)
+        register_with_frameworks(cls, _flatten, functools.partial(_unflatten, cls))
         self.update(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        tree.register(cls, _flatten, functools.partial(_unflatten, cls))
 
     # -- mapping -------------------------------------------------------------------------
 
@@ -110,10 +117,10 @@ class Container(dict[str, Any]):
 
     def copy(self) -> Container:
         """A new Container, nested ones copied too, with the same leaves."""
-        return Container(self)
+        return type(self)(self)
 
     def __or__(self, other: Any) -> Container:  # type: ignore[override]
-        return Container({**self, **other})
+        return type(self)({**self, **other})
 
     def __ior__(self, other: Any) -> Container:  # type: ignore[override]
         self.update(other)
@@ -192,37 +199,24 @@ class Container(dict[str, Any]):
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The mean of every leaf."""
-        return self._reduce("mean", axis, keepdims)
+        return self.map(lambda leaf: ops.mean(leaf, axis, keepdims))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The sum of every leaf."""
-        return self._reduce("sum", axis, keepdims)
+        return self.map(lambda leaf: ops.sum(leaf, axis, keepdims))
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The maximum of every leaf."""
-        return self._reduce("max", axis, keepdims)
+        return self.map(lambda leaf: ops.max(leaf, axis, keepdims))
 
     def min(self, axis: Any = None, keepdims: bool = False) -> Container:
         """The minimum of every leaf."""
-        return self._reduce("min", axis, keepdims)
-
-    def _reduce(self, name: str, axis: Any, keepdims: bool) -> Container:
-        def reduce(leaf: Any) -> Any:
-            backend = backend_of(leaf)
-            (array,) = convert_neutral((leaf,), backend)
-            return getattr(backend.ops, name)(array, axis=axis, keepdims=keepdims)
-
-        return self.map(reduce)
+        return self.map(lambda leaf: ops.min(leaf, axis, keepdims))
 
     @staticmethod
     def stack(containers: Sequence[Container], axis: int = 0) -> Container:
         """Corresponding leaves stacked along a new axis."""
-
-        def stack(*leaves: Any) -> Any:
-            backend = backend_of(*leaves)
-            return backend.ops.stack(convert_neutral(leaves, backend), axis=axis)
-
-        return Container.multi_map(stack, containers)
+        return Container.multi_map(lambda *leaves: ops.stack(leaves, axis), containers)
 
     def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
         """One Container for each index along `axis`, which must be as long in every leaf."""
@@ -249,7 +243,7 @@ class Container(dict[str, Any]):
             return op(a, b)
 
         if isinstance(other, Mapping):
-            result: Container = tree.map(apply, self, Container(other))
+            result: Container = tree.map(apply, self, type(self)(other))
             return result
         return self.map(lambda leaf: apply(leaf, other))
 
@@ -293,6 +287,8 @@ class Container(dict[str, Any]):
 
 
 def _wrap(value: Any) -> Any:
+    if isinstance(value, Container):
+        return value.copy()
     return Container(value) if isinstance(value, dict) else value
 
 
@@ -366,11 +362,11 @@ def _flatten(node: Container) -> tuple[list[Any], tuple[str, ...], tuple[str, ..
     return [get(node, key) for key in keys], keys, keys
 
 
-def _unflatten(keys: Iterable[str], children: Iterable[Any]) -> Container:
+def _unflatten(cls: type[Container], keys: Iterable[str], children: Iterable[Any]) -> Container:
     # Frameworks rebuild structures around placeholders, so children are stored as they come.
-    node = Container.__new__(Container)
+    node = cls.__new__(cls)
     dict.update(node, zip(keys, children, strict=True))
     return node
 
 
-tree.register(Container, _flatten, _unflatten)
+tree.register(Container, _flatten, functools.partial(_unflatten, Container))

@@ -7,11 +7,13 @@ bfloat16. Nothing is rounded: a float that the target cannot hold is an error.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from metaframe import tree
 from metaframe.backend import Array, Backend, load_backend, owner
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import InputError, InputTypeError, MetaframeError
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, np.generic)
 
@@ -39,7 +41,9 @@ def convert(tree_: tree.Tree, to: str, device: str | None = None) -> tree.Tree:
         InputError: integers that the target has no type for (JAX without 64-bit types makes them
             int32 where their values allow it), or an array inside a transform, which has no
             values yet.
-        InputTypeError: a leaf that is no array, such as a whole model.
+        InputTypeError: a leaf that is no array, such as a whole model, or an array of something
+            that the target has no arrays of: text, dates, objects, JAX's keys, sparse or quantized
+            tensors, more than 64 bits.
 
     >>> import torch
     >>> from metaframe import convert
@@ -80,10 +84,39 @@ def _converted(
     if source is target:
         return target.asarray(target.stop_gradient(x), device=device)
     dtype = x.dtype.name if source is None else source.dtype_name(x)
-    shared = None if source is None else target.from_dlpack(source.to_dlpack(x))
-    if shared is not None and target.dtype_name(shared) == dtype:
-        return shared if device is None else target.asarray(shared, device=device)
-    values = x if source is None else source.to_numpy(x)
+    try:
+        if source is None:
+            return _from_numpy(_native(x), name, dtype, target, device)
+        shared = target.from_dlpack(source.to_dlpack(x))
+        if shared is not None and target.dtype_name(shared) == dtype:
+            return shared if device is None else target.asarray(shared, device=device)
+        return _from_numpy(source.to_numpy(x), name, dtype, target, device)
+    except MetaframeError:
+        raise
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        of = "NumPy" if source is None else source.name
+        raise InputTypeError(
+            f"{name!r} is an array of {of} with the dtype {dtype}, which cannot become an array of "
+            f"{target.name} as it is. Convert it to dense numbers of at most 64 bits, or leave it "
+            "out."
+        ) from error
+
+
+def _native(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`x` in the byte order of this machine.
+
+    Raises:
+        TypeError: it holds no numbers.
+    """
+    # The number types that other packages add have a kind of their own, and no fields.
+    if x.dtype.kind not in "biufc" and (x.dtype.kind != "V" or x.dtype.type is np.void):
+        raise TypeError(f"no numbers: {x.dtype}")
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _from_numpy(
+    values: np.ndarray[Any, Any], name: str, dtype: str, target: Backend, device: str | None
+) -> Array:
     # A floating dtype is asked for by name, so that a target without it says so. An integer is
     # not: a narrower type will do if it holds the values.
     integral = values.dtype.kind in "iub"

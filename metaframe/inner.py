@@ -21,9 +21,13 @@ All three give the same numbers.
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
@@ -140,6 +144,12 @@ def first_index(like: Array) -> Array:
     return ops.astype(ops.sum(ops.zeros_like(like)), "int32")
 
 
+def _global_streams() -> bytes:
+    """The random streams that no framework knows of: Python's and NumPy's."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
+    return pickle.dumps((random.getstate(), numpy))
+
+
 class InnerLoop:
     """An inner loop over flat arrays, with its arguments checked."""
 
@@ -244,7 +254,11 @@ class InnerLoop:
             after, state_, _ = self._plain_step(params, state_, context_)
             return (*after, *state_)
 
-        if found := self._backend.hidden_inputs(first_step, (*start, *state, *context)):
+        before = _global_streams()
+        found = self._backend.hidden_inputs(first_step, (*start, *state, *context))
+        if not found and _global_streams() != before:
+            found = "draws random numbers, of which there would be others"
+        if found:
             raise InputError(
                 f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
                 f"the inner cost {found}. Make it an argument, in the variables or the batch, or "

@@ -51,16 +51,24 @@ def mixed(
             backend, apply, (params, grads, state, context), cotangents
         )
         floats = _floating(backend, context)
+        held = tuple(context[i] for i in floats)
 
-        def both(params: Arrays) -> Arrays:
+        def both(params: Arrays, held: Arrays) -> Arrays:
             def objective(xs: Arrays) -> tuple[Array, Arrays]:
                 inputs = _merge(context, floats, xs[len(params) :])
                 return cost(xs[: len(params)], inputs), ()
 
-            varied = (*params, *(context[i] for i in floats))
-            return backend.value_and_grad(objective)(varied)[2]
+            return backend.value_and_grad(objective)((*params, *held))[2]
 
-        products = backend.jvp(both, params, grads_bar)
+        if backend.forward_needs_tangents:
+            zeros = map(backend.ops.zeros_like, held)
+            products = backend.jvp(
+                lambda xs: both(xs[: len(params)], xs[len(params) :]),
+                (*params, *held),
+                (*grads_bar, *zeros),
+            )
+        else:
+            products = backend.jvp(lambda xs: both(xs, held), params, grads_bar)
         curvature, cross = products[: len(params)], iter(products[len(params) :])
         return (
             tuple(a + h for a, h in zip(params_bar, curvature, strict=True)),

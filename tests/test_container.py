@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frameworks import BACKENDS, require
-from metaframe import tree
+from metaframe import compile, inner_loop, ops, tree
 from metaframe.backend import Backend, load_backend, use_backend
 from metaframe.container import Container
 from metaframe.errors import InputError, InputTypeError, UnknownAttributeError, UnknownKeyError
@@ -267,6 +267,16 @@ def test_reductions(
     check(result, {c: reduce(x, axis=axis, keepdims=keepdims) for c, x in v.to_iterator()}, to_np)
 
 
+def test_integers_have_no_mean(arr: Callable[..., Any], to_np: Callable[[Any], Any]) -> None:
+    """As `ops.mean` has it: one framework truncates, one promotes, one refuses."""
+    whole = arr(Container(n={"ones": np.array([1, 2])}))
+    with pytest.raises(InputTypeError, match=r"mean needs a floating array.*ops\.astype"):
+        whole.mean()
+    check(whole.sum(), {"n/ones": 3}, to_np)
+    check(whole.max(), {"n/ones": 2}, to_np)
+    check(arr(Container(seen=np.array([True, True]))).sum(), {"seen": 2}, to_np)
+
+
 @pytest.mark.usefixtures("backend")
 def test_neutral_leaves_are_reduced_on_the_selected_backend(
     v: Container, to_np: Callable[[Any], Any]
@@ -377,6 +387,68 @@ def test_through_tensorflow() -> None:
         tape.watch(container)
         cost = tf.reduce_sum(container.a.w**2) + tf.reduce_sum(container.b)
     np.testing.assert_array_equal(tape.gradient(cost, container).a.w, 2 * container.a.w)
+
+
+# -- subclasses ------------------------------------------------------------------------------
+
+
+class Named(Container):
+    """A Container with a method of its own."""
+
+    def sizes(self) -> list[int]:
+        return [leaf.size for _, leaf in self.to_iterator()]
+
+
+def test_a_subclass_is_a_node(v: Container) -> None:
+    named = Named(v, extra=Named(n=np.ones(3)))
+    assert tree.key_chains(named) == ("extra/n", "layer/b", "layer/w")
+    results = {
+        "map": named.map(lambda x: x),
+        "copy": named.copy(),
+        "deepcopy": copy.deepcopy(named),
+        "pickle": pickle.loads(pickle.dumps(named)),
+        "plus": named + 1.0,
+        "or": named | {"more": 1.0},
+        "slice": named[0:1],
+        "pruned": named.prune_key_chains("layer"),
+        "set": named.set_at_key_chains({"layer/b": np.zeros(2)}),
+    }
+    assert {name: type(x) for name, x in results.items()} == dict.fromkeys(results, Named)
+    assert {type(x.extra) for x in results.values()} == {Named}
+    assert type(named.layer) is Container
+    assert (named + 1.0).sizes() == [3, 2, 6]
+    np.testing.assert_array_equal((named + named).extra.n, 2 * np.ones(3))
+    flat = Named(a=np.ones(2))
+    np.testing.assert_array_equal((flat + {"a": 1.0}).a, [2.0, 2.0])
+
+
+def test_a_subclass_goes_through_an_inner_loop(arr: Callable[..., Any], to_np: Any) -> None:
+    """And through the transforms and the compiler of its framework."""
+
+    def adapt(given: Any, x: Any) -> Any:
+        def cost(batch: Any, v: Any) -> Any:
+            assert type(v) is Named
+            return ops.sum(ops.square(v.inner.w - batch)) / 2
+
+        return inner_loop(cost, given, x, steps=1, lr=0.25)
+
+    given = arr(Named(inner={"w": np.array([1.0, 2.0])}))
+    for found in (adapt(given, arr(np.zeros(2))), compile(adapt)(given, arr(np.zeros(2)))):
+        assert type(found) is Named
+        np.testing.assert_allclose(to_np(found).inner.w, [0.75, 1.5])
+
+
+def test_a_subclass_goes_through_the_trees_of_the_frameworks() -> None:
+    require("torch")
+    require("jax")
+    import jax
+    from torch.utils import _pytree
+
+    named = Named(inner={"w": np.array([1.0, 2.0])})
+    assert type(jax.tree.map(lambda x: x, named)) is Named
+    leaves, spec = _pytree.tree_flatten(named)
+    assert len(leaves) == 1
+    assert type(_pytree.tree_unflatten(leaves, spec)) is Named
 
 
 # -- text ------------------------------------------------------------------------------------

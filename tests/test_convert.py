@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,75 @@ def test_bad_input(backend: Backend, arr: Call) -> None:
     target = "jax" if backend.name != "jax" else "torch"
     with pytest.raises(InputError, match="'x' is inside a transform"):
         compile(lambda x: convert({"x": x}, to=target))(arr([1.0]))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.array([1.0], object),
+        np.array(["text"]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.zeros(2, [("field", "f4")]),
+        np.ones(2, np.longdouble),
+    ],
+    ids=lambda x: x.dtype.name,
+)
+def test_what_is_no_number_to_any_framework(backend: Backend, x: Values) -> None:
+    pattern = f"'x'.* NumPy with the dtype {re.escape(x.dtype.name)}.*dense"
+    with pytest.raises(InputTypeError, match=pattern):
+        convert({"x": x}, to=backend.name)
+
+
+def unusual(name: str) -> Any:
+    """An array that no other framework has."""
+    framework = importlib.import_module(name.partition(" ")[0])
+    return {
+        "jax key": lambda: framework.random.key(0),
+        "torch sparse": lambda: framework.eye(2).to_sparse(),
+        "torch quantized": lambda: framework.quantize_per_tensor(
+            framework.ones(2), 0.1, 0, framework.qint8
+        ),
+        "tensorflow string": lambda: framework.constant(["text"]),
+        "tensorflow resource": lambda: framework.Variable(1.0).handle,
+        "tensorflow quantized": lambda: (
+            framework.quantization.quantize([1.0], 0.0, 1.0, framework.qint8).output
+        ),
+    }[name]()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")  # they are deprecated
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax key",
+        "torch sparse",
+        "torch quantized",
+        "tensorflow string",
+        "tensorflow resource",
+        "tensorflow quantized",
+    ],
+)
+def test_what_another_framework_does_not_have(backend: Backend, name: str) -> None:
+    """TensorFlow aborts the process when it is asked for the memory of strings."""
+    own = name.partition(" ")[0]
+    require(own)
+    x = unusual(name)
+    if own == backend.name:
+        assert backend.owns(convert({"x": x}, to=own)["x"])
+        return
+    with pytest.raises(InputTypeError, match=f"'x' is an array of {own} with the dtype"):
+        convert({"x": x}, to=backend.name)
+
+
+def test_four_bits_have_no_place_in_torch() -> None:
+    require("jax")
+    require("torch")
+    jnp = importlib.import_module("jax.numpy")
+    with pytest.raises(InputTypeError, match="int4"):
+        convert(jnp.array([1], dtype=jnp.int4), to="torch")
+
+
+def test_another_byte_order(backend: Backend) -> None:
+    for values in (np.array([1.5, -2.0]), np.array([1, 2**40])):
+        swapped = values.astype(values.dtype.newbyteorder())
+        same_bits(backend.to_numpy(convert(swapped, to=backend.name)), values)

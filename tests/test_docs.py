@@ -74,12 +74,14 @@ def test_porting(page: str) -> None:
     require("torch")
     path = f"docs/porting/{page}.md"
     names: dict[str, object] = {}
-    start, idiom = blocks(path)
+    start, idiom, *further = blocks(path)
     run(start, path, names)
     model = names["model"]
     model.zero_grad()  # type: ignore[attr-defined]
     run(idiom, path, names)
     assert all(p.grad.abs().max() > 0 for p in model.parameters())  # type: ignore[attr-defined]
+    for block in further:
+        run(block, path, names)
 
 
 def test_backends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,20 @@ def test_import_says_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
+    code = """
+import sys, metaframe
+later = ("metaframe.interop", "metaframe.training")
+assert not any(name in sys.modules for name in later)
+assert callable(metaframe.interop.import_ivy)
+assert callable(metaframe.MetaTrainer)
+assert all(name in sys.modules for name in later)
+assert not hasattr(metaframe, "interopp")
+print("ivy" in sys.modules)
+"""
+    assert run_python(code, tmp_path) == "False"
+
+
 SETTINGS = {
     "torch": (
         "torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),"

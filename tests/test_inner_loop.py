@@ -22,7 +22,7 @@ from metaframe import (
     tree,
     use_backend,
 )
-from metaframe.errors import InputError
+from metaframe.errors import BackendError, InputError
 from metaframe.testing.conformance.closed_form import (
     RATE,
     SIZE,
@@ -178,6 +178,43 @@ def reference_with_labels(cost: Call, batch: Any, variables: Any) -> Any:
         v, tasks = tree.map(torch.asarray, (variables, batch))
         found = meta_value_and_grad(meta_cost, task_map="loop")(v, tasks)
         return tree.map(torch.to_numpy, found[:2])
+
+
+def with_loss_of_torch(loss: Call, task_map: Any) -> Call:
+    """The meta-gradient through one step in mode "mixed", with `loss(u * x, y)` as inner cost."""
+
+    def meta_cost(v: Any, task: Any) -> Any:
+        def cost(batch: Any, inner: Any) -> Any:
+            return loss(inner["u"] * batch["x"], batch["y"])
+
+        return inner_loop(cost, v, task, steps=1, lr=0.1, mode="mixed")["u"]
+
+    return meta_value_and_grad(meta_cost, task_map=task_map)
+
+
+@pytest.mark.parametrize("task_map", ["vmap", "loop"])
+def test_mixed_mode_with_a_constant_target(task_map: Any) -> None:
+    """torch: in forward mode its mse_loss fails if the target has no tangent."""
+    require("torch")
+    functional = importlib.import_module("torch.nn.functional")
+    x = np.array([[0.5, 1.0, -2.0]])
+    with use_backend("torch", dtype="float64") as torch:
+        v, tasks = tree.map(torch.asarray, ({"u": np.array(0.7)}, {"x": x, "y": np.ones((1, 3))}))
+        _, grads, _ = with_loss_of_torch(functional.mse_loss, task_map)(v, tasks)
+        assert_close(torch.to_numpy(grads["u"]), np.asarray(1 - 0.2 * np.mean(x**2)))
+
+
+@pytest.mark.parametrize("name", ["huber_loss", "mse_loss"])
+def test_mixed_mode_without_a_forward_derivative(execution: Call, name: str) -> None:
+    """torch: one has none, the other fails at integers, and crashes while it is recorded."""
+    require("torch")
+    loss = getattr(importlib.import_module("torch.nn.functional"), name)
+    with use_backend("torch", dtype="float64") as torch:
+        v, tasks = tree.map(torch.asarray, ({"u": np.array(0.7)}, {"x": np.ones((1, 3))}))
+        tasks = {**tasks, "y": torch.asarray(np.ones((1, 3), np.int64))}
+        step = execution(with_loss_of_torch(lambda p, y: loss(p, y.double()), "vmap"))
+        with pytest.raises(BackendError, match=r'no forward mode.*mode="remat"'):
+            step(v, tasks)
 
 
 # -- update rules ----------------------------------------------------------------------------

@@ -119,6 +119,28 @@ def test_backends_that_differ() -> None:
         assert_backends_agree(shape, np.arange(3.0), backends=("torch", "jax"))
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_agreement_next_to_what_is_not_finite(value: float) -> None:
+    for name in ("torch", "jax"):
+        require(name)
+
+    def run(x: Any, *, at: int, factor: float) -> Any:
+        rest = [x * factor, x]
+        rest.insert(at, x * value)
+        return ops.concat(rest, axis=0)
+
+    def on(of_torch: Any, of_jax: Any) -> Any:
+        return lambda x: run(x, **(of_torch if current_backend().name == "torch" else of_jax))
+
+    given, backends = np.array([1.0, 2.0]), ("torch", "jax")
+    same = {"at": 0, "factor": 1.0}
+    assert_backends_agree(on(same, same), given, backends=backends)
+    with pytest.raises(AssertionError, match="differs between torch and jax by 2, largest value 2"):
+        assert_backends_agree(on(same, {"at": 0, "factor": 2.0}), given, backends=backends)
+    with pytest.raises(AssertionError, match="other infinities or NaN on torch than on jax"):
+        assert_backends_agree(on(same, {"at": 1, "factor": 1.0}), given, backends=backends)
+
+
 def test_agreement_takes_two() -> None:
     with pytest.raises(InputError, match="takes two backends, received \\['torch'\\]"):
         assert_backends_agree(ops.sum, np.ones(2), backends=["torch"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import random
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -291,6 +292,85 @@ def test_recomputing_with_random_numbers(mode: str) -> None:
             with pytest.raises(InputError, match=f"mode='{mode}'.* draws random numbers"):
                 maml_step(batch, cost, None, v, 2, 0.1, batched=batched, mode=mode)
         maml_step(batch, cost, None, v, 2, 0.1, batched="vmap")
+
+
+def drawn_in_tensorflow() -> dict[str, Call]:
+    """Ways to draw a number in TensorFlow; each has its state in another place."""
+    tf, keras = map(importlib.import_module, ("tensorflow", "keras"))
+    generator, ones = tf.random.Generator.from_seed(0), tf.ones((), tf.float64)
+    dropout = keras.layers.Dropout(0.5, dtype="float64")
+    return {
+        "uniform": lambda: tf.random.uniform((), dtype=tf.float64),
+        "seeded": lambda: tf.random.normal((), dtype=tf.float64, seed=3),
+        "function": tf.function(lambda: tf.random.uniform((), dtype=tf.float64)),
+        "branch": lambda: tf.cond(
+            ones > 0, lambda: tf.random.uniform((), dtype=tf.float64), lambda: ones
+        ),
+        "generator": lambda: generator.uniform((), dtype=tf.float64),
+        "keras": lambda: dropout(ones, training=True),
+    }
+
+
+@pytest.mark.parametrize(
+    "draw", ["uniform", "seeded", slow("function"), "branch", slow("generator"), "keras"]
+)
+@pytest.mark.parametrize("mode", ["remat", "mixed"])
+def test_recomputing_with_random_numbers_of_tensorflow(mode: str, draw: str) -> None:
+    require("tensorflow")
+    drawn = drawn_in_tensorflow()[draw]
+    what = "changes a tf.Variable" if draw == "keras" else "draws random numbers"
+
+    def cost(task: Any, v: Any) -> Any:
+        return drawn() * ops.mean(ops.square(v["u"] * task["x"]))
+
+    with use_backend("tensorflow", dtype="float64") as tensorflow:
+        batch, v = tree.map(tensorflow.asarray, ({"x": np.ones((2, 5))}, {"u": np.array(0.7)}))
+        for batched in ("vmap", False):
+            with pytest.raises(InputError, match=f"mode='{mode}'.* {what}"):
+                maml_step(batch, cost, None, v, 2, 0.1, batched=batched, mode=mode)
+        maml_step(batch, cost, None, v, 2, 0.1, batched="vmap")
+
+
+def test_recomputing_with_random_numbers_of_a_state_that_is_given() -> None:
+    """TensorFlow: a stateless draw is a function of its seed, and may be drawn again."""
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+
+    def cost(task: Any, v: Any) -> Any:
+        mask = tf.random.stateless_uniform((5,), [1, 2], dtype=tf.float64)
+        return ops.mean(mask * ops.square(v["u"] * task["x"]))
+
+    with use_backend("tensorflow", dtype="float64") as tensorflow:
+        batch, v = tree.map(tensorflow.asarray, ({"x": np.ones((2, 5))}, {"u": np.array(0.7)}))
+        plain, again = (
+            maml_step(batch, cost, None, v, 2, 0.1, batched=False, mode=mode)[1]["u"]
+            for mode in ("reverse", "remat")
+        )
+        assert_close(tensorflow.to_numpy(again), tensorflow.to_numpy(plain))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, functools.partial(random.gauss, 0, 1), np.random.rand, np.random.randn],
+    ids=["random", "gauss", "rand", "randn"],
+)
+@pytest.mark.parametrize("mode", ["remat", slow("mixed")])
+def test_recomputing_with_random_numbers_of_no_framework(
+    backend: Any, arr: Call, mode: Any, draw: Call
+) -> None:
+    """Python's and NumPy's global streams: another factor in the backward pass."""
+
+    def cost(task: Any, v: Any) -> Any:
+        return draw() * ops.mean(ops.square(v["u"] * task["x"]))
+
+    def meta_cost(v: Any, task: Any) -> Any:
+        return inner_loop(cost, v, task, steps=1, lr=0.1, mode=mode)["u"]
+
+    batch, v = arr({"x": np.ones((2, 5))}), arr({"u": np.array(0.7)})
+    draw()  # of the second of a pair of normal numbers the position in the stream says nothing
+    for task_map in ("loop", "vmap"):
+        with pytest.raises(InputError, match="draws random numbers"):
+            meta_value_and_grad(meta_cost, task_map=task_map)(v, batch)
 
 
 @pytest.mark.parametrize("batched", [slow(False), "vmap", slow("scan")])

@@ -16,6 +16,7 @@ from metaframe.errors import BackendError
 from metaframe.workers import Place, Workers
 from metaframe_tensorflow import _distributed
 from metaframe_tensorflow._compile import compile_graph
+from metaframe_tensorflow._hidden import hidden_effect
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -59,6 +60,10 @@ class TensorFlowBackend(Backend):
         return np.asarray(x.numpy())
 
     def to_dlpack(self, x: Array) -> Any:
+        kind = x.dtype
+        if kind == tf.string or kind.is_quantized or not kind.is_numpy_compatible:
+            # TensorFlow aborts the process when it is asked for this memory.
+            raise TypeError(f"{kind.name} has no memory that others could read")
         return tf.convert_to_tensor(x)
 
     def from_dlpack(self, x: Any) -> Array | None:
@@ -145,7 +150,12 @@ class TensorFlowBackend(Backend):
         found = fn(tuple(map(self.stop_gradient, xs)))
         if record.should_record_backprop(list(found)):
             return "depends on a tensor that it closes over, whose gradient would be lost"
-        return ""
+        try:
+            return hidden_effect(fn, xs)
+        except Exception as error:
+            if not self.needed_a_value(error):
+                raise
+            return ""  # run eagerly it can do what cannot be traced; then this is not known
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:

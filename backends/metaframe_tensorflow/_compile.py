@@ -24,10 +24,11 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one graph function for tensors like `examples`."""
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in examples]
     graph = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
+    found = operations(graph)
     # The replicas of a strategy lie on several devices, XLA's program on one.
-    divided = tf.distribute.has_strategy() or _has_operation(graph, _IMPOSSIBLE_WITH_XLA)
+    divided = tf.distribute.has_strategy() or _any(found, _IMPOSSIBLE_WITH_XLA)
     on_cpu = not tf.config.list_physical_devices("GPU")
-    if divided or (on_cpu and _has_operation(graph, _BETTER_WITHOUT_XLA)):
+    if divided or (on_cpu and _any(found, _BETTER_WITHOUT_XLA)):
         return lambda xs: tuple(graph(*xs))
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
     try:
@@ -39,9 +40,14 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     return lambda xs: tuple(fused(*xs))
 
 
-def _has_operation(graph: Any, prefixes: tuple[str, ...]) -> bool:
+def operations(graph: Any) -> set[str]:
+    """The kinds of operations in a concrete function, those of the functions it calls included."""
     definition = graph.graph.as_graph_def()
     nodes = [*definition.node]
     for function in definition.library.function:
         nodes += function.node_def
-    return any(node.op.startswith(prefixes) for node in nodes)
+    return {node.op for node in nodes}
+
+
+def _any(names: set[str], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in names)

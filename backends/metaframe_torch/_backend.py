@@ -36,6 +36,8 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
+    forward_needs_tangents = True
 
     def __init__(self) -> None:
         self.ops = TorchOps()
@@ -135,7 +137,20 @@ class TorchBackend(Backend):
         return tuple(result)
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
-        return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
+        try:
+            if get_proxy_mode() is not None:
+                # While it is recorded, torch crashes where it would otherwise raise an error.
+                with disable_proxy_modes_tracing():
+                    torch.func.jvp(fn, (xs,), (tangents,))
+            return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_FORWARD_MODE):
+                raise
+            raise BackendError(
+                "torch has no forward mode for an operation in this function "
+                f"({str(error).splitlines()[0]}). Write it in other operations, or do without: "
+                'mode="remat" computes the same and saves memory too.'
+            ) from error
 
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
@@ -236,6 +251,10 @@ class TorchBackend(Backend):
         if torch._C._functorch.peek_interpreter_stack() is not None and callable(loss):
             return super().loss_gradient(loss, xs, first_order=first_order)
         return tape_gradient(loss, xs, first_order=first_order)
+
+
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
+"""torch's words for it; there is no class of error."""
 
 
 def _readable(x: np.ndarray[Any, Any]) -> Any:
