@@ -32,6 +32,11 @@ DROPOUTS = frozenset(
         F.feature_alpha_dropout,
     }
 )
+CHECKPOINTED = (
+    "the model checkpoints activations (torch.utils.checkpoint, or other hooks on saved tensors). "
+    "In the backward pass it would compute them from its own parameters and not from the adapted "
+    "ones. Switch that off in the model; mode='remat' of meta_value_and_grad saves memory instead."
+)
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -62,7 +67,8 @@ class TorchAdapter(ModelAdapter):
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         state = {name: buffer.clone() for name, buffer in state.items()}
         calls, twice = _Calls(inputs.forward, state), inputs.forward.twice
-        with calls, _differentiable_twice(self.model) if twice else _as_it_is():
+        kernels = _differentiable_twice(self.model) if twice else _as_it_is()
+        with calls, kernels, _computed_once():
             values = {**params, **state}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
@@ -204,6 +210,27 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _computed_once() -> Iterator[None]:
+    """No part of a model is run again in a backward pass.
+
+    The model holds its own parameters again by then, and the gradient would be theirs.
+    """
+    with contextlib.ExitStack() as stack:
+        # Hooks that the caller set, such as `save_on_cpu`, compute nothing again. They cannot be
+        # switched off either.
+        with contextlib.suppress(RuntimeError):
+            if torch.is_grad_enabled():  # else nothing is recorded
+                refused = torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED)
+                stack.enter_context(refused)
+        try:
+            yield
+        except RuntimeError as error:
+            if CHECKPOINTED in str(error):
+                raise InputError(CHECKPOINTED) from error
+            raise
 
 
 def _as_it_is() -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,59 @@
+"""What a torch module's own code does that adaptation has to allow for, or to refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import zoo
+from frameworks import require
+from metaframe import MAML, functional_forward
+from metaframe.errors import InputError
+
+require("torch")
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+TASKS = zoo.tasks(2)
+X, Y = (torch.from_numpy(x) for x in (TASKS[0].support_x, TASKS[0].support_y))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda x: torch.tanh(self.body(x)), x, use_reentrant=False)
+        output: Tensor = self.head(hidden)
+        return output
+
+
+@pytest.mark.parametrize("task_map", ["vmap", "loop"])
+def test_activation_checkpointing_is_refused(task_map: Any) -> None:
+    """It computes again after the module has got its own parameters back."""
+    module = Checkpointed()
+    maml = MAML(module, 0.5, 2)
+    with pytest.raises(InputError, match="checkpoints activations.*mode='remat'"):
+        maml.meta_value_and_grad(F.mse_loss, TASKS, task_map=task_map)
+    with pytest.raises(InputError, match="checkpoints activations"):
+        maml.clone().adapt_on(F.mse_loss, X, Y)
+    with torch.no_grad():
+        assert torch.equal(functional_forward(module, {}, X), module(X))
+    module(X).sum().backward()  # elsewhere it works as before
+
+
+def test_hooks_on_saved_tensors_around_an_adaptation() -> None:
+    """They give back what they were given, so the gradient is the same."""
+    maml = MAML(zoo.built(zoo.LIBRARIES[0]), 0.1, 2)
+    with torch.autograd.graph.save_on_cpu():
+        loss = F.mse_loss(maml.clone().adapt_on(F.mse_loss, X, Y)(X), Y)
+    loss.backward()
+    plain = F.mse_loss(maml.clone().adapt_on(F.mse_loss, X, Y)(X), Y)
+    expected = torch.autograd.grad(plain, list(maml.parameters()))
+    for parameter, grad in zip(maml.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-14)
