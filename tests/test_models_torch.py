@@ -57,3 +57,32 @@ def test_hooks_on_saved_tensors_around_an_adaptation() -> None:
     expected = torch.autograd.grad(plain, list(maml.parameters()))
     for parameter, grad in zip(maml.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-14)
+
+
+def normalised(layer: nn.Module, **how: Any) -> nn.Module:
+    normalise = nn.utils.parametrizations.weight_norm
+    return normalise(layer, **how)  # type: ignore[no-any-return]
+
+
+WEIGHT_NORMS: dict[str, Any] = {
+    "outputs": lambda: normalised(nn.Linear(3, 4)),
+    "inputs": lambda: normalised(nn.Linear(3, 4), dim=1),
+    "whole": lambda: normalised(nn.Linear(3, 4), dim=None),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), normalised(nn.Conv1d(1, 4, 3)), nn.Flatten()
+    ),
+    "old": lambda: nn.utils.weight_norm(nn.Linear(3, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", WEIGHT_NORMS)
+def test_weight_norm_has_an_exact_second_derivative(name: str) -> None:
+    """That of `torch._weight_norm` is wrong."""
+    torch.manual_seed(0)
+    module = nn.Sequential(WEIGHT_NORMS[name](), nn.Tanh(), nn.Linear(4, 2)).double()
+    hows = [{"task_map": "loop"}, {"task_map": "vmap"}]
+    zoo.check_along_a_line(MAML(module, 0.1, 2), F.mse_loss, TASKS, hows)
+    expected = module(X)
+    found = functional_forward(module, {}, X)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)

@@ -128,6 +128,8 @@ class _Calls(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         if getattr(func, "__name__", None) in RECURRENCES and isinstance(args[2], list):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
@@ -181,6 +183,11 @@ class _Calls(TorchFunctionMode):
             running_mean = running_var = None
             own = True
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`v` in the length `g`; the second derivative of torch's fused kernel is wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
