@@ -11,6 +11,7 @@ import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
 from metaframe.errors import InputError
+from metaframe.tasks import Task
 
 require("torch")
 import torch  # noqa: E402
@@ -38,7 +39,7 @@ def test_activation_checkpointing_is_refused(task_map: Any) -> None:
     """It computes again after the module has got its own parameters back."""
     module = Checkpointed()
     maml = MAML(module, 0.5, 2)
-    with pytest.raises(InputError, match="checkpoints activations.*mode='remat'"):
+    with pytest.raises(InputError, match=r"checkpoints activations.*mode='remat'"):
         maml.meta_value_and_grad(F.mse_loss, TASKS, task_map=task_map)
     with pytest.raises(InputError, match="checkpoints activations"):
         maml.clone().adapt_on(F.mse_loss, X, Y)
@@ -86,3 +87,47 @@ def test_weight_norm_has_an_exact_second_derivative(name: str) -> None:
     expected = module(X)
     found = functional_forward(module, {}, X)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_a_hook_computes_stays_the_modules_own() -> None:
+    layer = nn.utils.weight_norm(nn.Linear(3, 2).double())
+    weight = layer.weight
+    maml = MAML(nn.Sequential(layer))
+    maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="vmap")
+    maml.clone().adapt_on(F.mse_loss, X, Y)(X)
+    assert layer.weight is weight
+
+
+class Embedding(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.embed = kind(6, 3, max_norm=1.0, norm_type=3.0)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.embed(tokens)
+        output: Tensor = self.head(torch.tanh(embedded if embedded.dim() == 2 else embedded.sum(1)))
+        return output
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_limits_its_rows_leaves_the_models_alone(kind: Any) -> None:
+    torch.manual_seed(0)
+    module, rng = Embedding(kind).double(), np.random.default_rng(0)
+    with torch.no_grad():
+        module.embed.weight[0] = 0.0  # as a padding row is
+    weight = module.embed.weight.detach().clone()
+    sets = [(rng.integers(0, 6, (5, 4)), rng.normal(size=(5, 2))) for _ in range(2)]
+    tasks = [Task(*sets[0], *sets[1])] * 2
+    if kind is nn.Embedding:  # torch has no second derivative of the other
+        hows = [{"task_map": "loop"}, {"task_map": "vmap"}]
+        zoo.check_along_a_line(MAML(module, 0.1, 2), F.mse_loss, tasks, hows)
+    else:
+        fomaml = MAML(module, 0.1, 2, first_order=True)
+        fomaml.meta_value_and_grad(F.mse_loss, tasks, task_map="loop")
+    tokens = torch.from_numpy(sets[0][0])
+    found = functional_forward(module, {}, tokens)
+    torch.testing.assert_close(module.embed.weight, weight)
+    torch.testing.assert_close(found, module(tokens), rtol=1e-13, atol=0)
+    assert not torch.equal(module.embed.weight, weight)  # torch itself does write

@@ -8,6 +8,8 @@ statistics written in place, attention kernels and cuDNN cells without double ba
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ DROPOUTS = frozenset(
         F.feature_alpha_dropout,
     }
 )
+EMBEDDINGS = frozenset({F.embedding, F.embedding_bag})
 CHECKPOINTED = (
     "the model checkpoints activations (torch.utils.checkpoint, or other hooks on saved tensors). "
     "In the backward pass it would compute them from its own parameters and not from the adapted "
@@ -68,7 +71,7 @@ class TorchAdapter(ModelAdapter):
         state = {name: buffer.clone() for name, buffer in state.items()}
         calls, twice = _Calls(inputs.forward, state), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
-        with calls, kernels, _computed_once():
+        with calls, kernels, _computed_once(), _attributes_kept(self.model):
             values = {**params, **state}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
@@ -130,6 +133,8 @@ class _Calls(TorchFunctionMode):
             return self._instance_norm(*args, **kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
+        if func in EMBEDDINGS:
+            args, kwargs = _renormalised(func, args, kwargs)
         if getattr(func, "__name__", None) in RECURRENCES and isinstance(args[2], list):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
@@ -190,6 +195,30 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _renormalised(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an embedding with rows of at most `max_norm`, which torch writes in place.
+
+    As in torch, up to the derivative: there the new rows are constants.
+    """
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    longest, order, rows = given["max_norm"], given["norm_type"], given["weight"]
+    if longest is None:
+        return args, kwargs
+    long = torch.linalg.vector_norm(rows.detach(), order, dim=-1, keepdim=True) > longest
+    # A norm has no second derivative at zero, where a padding row is.
+    norm = torch.linalg.vector_norm(torch.where(long, rows, 1.0), order, dim=-1, keepdim=True)
+    given["weight"] = rows * torch.where(long, longest / (norm + 1e-7), 1.0)
+    given["max_norm"] = None
+    return bound.args, bound.kwargs
+
+
+_signature = functools.cache(inspect.signature)
+
+
 def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     del x, inplace
     return training and p > 0
@@ -217,6 +246,23 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Tensors that hooks set on a module, such as the old `weight_norm`, put back."""
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    before = [
+        (vars(module), name, value)
+        for module in hooked
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value
 
 
 @contextlib.contextmanager
