@@ -68,15 +68,17 @@ class TorchAdapter(ModelAdapter):
         self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
-        state = {name: buffer.clone() for name, buffer in state.items()}
-        calls, twice = _Calls(inputs.forward, state), inputs.forward.twice
+        copies = {name: buffer.clone() for name, buffer in state.items()}
+        calls, twice = _Calls(inputs.forward, copies), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
         with calls, kernels, _computed_once(), _attributes_kept(self.model):
-            values = {**params, **state}
+            values = {**params, **copies}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
             )
-        return output, {**state, **calls.recorded}
+        if inputs.forward.norm == "record":
+            return output, {**state, **calls.recorded}
+        return output, copies
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         layers = (

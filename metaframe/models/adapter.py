@@ -28,7 +28,7 @@ class Forward:
     Attributes:
         norm: what batch normalisation normalises by: "batch", the statistics of the examples in
             hand; "frozen", those in the state; "record", the examples' own, which the returned
-            state then holds; None leaves it to the model.
+            state then holds, with everything else as it was given; None leaves it to the model.
         twice: will the result be differentiated twice? Kernels without a second derivative are
             then avoided.
         repeated: will the call be run again in a backward pass? A model that draws numbers from a
@@ -145,6 +145,10 @@ class ModelAdapter(NamedParameters):
         Default: none are known of.
         """
         return ()
+
+    def recordable(self) -> tuple[str, ...]:
+        """Names of the means and variances of `batch_norms`."""
+        return tuple(name for norm in self.batch_norms() for name in (norm.mean, norm.var))
 
     def adaptable(self) -> tuple[str, ...]:
         """Names of the parameters an inner loop may adapt. Default: those that are trained."""
