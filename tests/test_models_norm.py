@@ -15,7 +15,7 @@ import pytest
 
 import zoo
 from frameworks import require, slow
-from metaframe import MAML, Learner, functional_forward, named_buffers, named_params, nn, ops
+from metaframe import MAML, ImplicitMAML, Learner, functional_forward, named_buffers, named_params, nn, ops
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError
 from metaframe.models import functional
@@ -397,3 +397,15 @@ def test_the_meta_gradient_of_each_policy(name: str, policy: Any) -> None:
     eagerly = {"compiled": False, "task_map": "loop"}
     how = eagerly if framework == "tensorflow" else {"task_map": "vmap"}
     zoo.check_along_a_line(maml, nn.mse, zoo.tasks(2), [how])
+
+
+def test_a_learner_whose_algorithm_ends_with_a_solution() -> None:
+    """Its query loss depends on that solution by the statistics of the support set as well."""
+    maml = ImplicitMAML(EXACT["torch"][1](), 0.1, 3, norm="support")
+    task = zoo.tasks(1)[0]
+    learner = _adapted(maml, task, maml.backend)
+    x, y = (maml.backend.asarray(values) for values in (task.query_x, task.query_y))
+    nn.mse(learner(x), y).backward()
+    for key, grad in maml.meta_value_and_grad(nn.mse, [task], task_map="loop").grads.items():
+        found = maml.meta_parameters()[key].grad.numpy()
+        np.testing.assert_allclose(found, grad.numpy(), rtol=0, atol=1e-13)
