@@ -12,7 +12,17 @@ import pytest
 
 import zoo
 from frameworks import require
-from metaframe import ANIL, MAML, MetaSGD, adapt, functional_forward, inner_step, named_params
+from metaframe import (
+    ANIL,
+    MAML,
+    MAMLPlusPlus,
+    MetaCurvature,
+    MetaSGD,
+    adapt,
+    functional_forward,
+    inner_step,
+    named_params,
+)
 from metaframe.errors import InputError
 from metaframe.learners import named_buffers
 from metaframe.tasks import Task
@@ -137,6 +147,30 @@ def test_frozen_parameters_are_left_alone() -> None:
     sx, sy, _, _ = tensors(zoo.tasks()[0])
     learner = maml.clone().adapt_on(F.mse_loss, sx, sy)
     assert learner.params["0.weight"] is module[0].weight
+
+
+@pytest.mark.parametrize("kind", [MAML, MetaSGD, MAMLPlusPlus, MetaCurvature])
+def test_parameters_frozen_after_wrapping_do_not_adapt(kind: Any) -> None:
+    module = zoo.built(TORCH)
+    maml = kind(module, 0.1, 2)
+    module[0].requires_grad_(False)
+    sx, sy, qx, qy = tensors(zoo.tasks()[0])
+    by_function, by_loss = maml.clone().adapt_on(F.mse_loss, sx, sy), maml.clone()
+    for _ in range(2):
+        by_loss.adapt(F.mse_loss(by_loss(sx), sy))
+    for learner in (by_function, by_loss):
+        assert learner.params["0.weight"] is module[0].weight
+        assert learner.params["2.weight"] is not module[2].weight
+    costs = [F.mse_loss(learner(qx), qy) for learner in (by_function, by_loss)]
+    for _ in range(2):
+        costs.append(maml.meta_value_and_grad(F.mse_loss, zoo.tasks()[:1]).cost)
+    costs.append(kind(module, 0.1, 2).meta_value_and_grad(F.mse_loss, zoo.tasks()[:1]).cost)
+    torch.testing.assert_close(torch.stack(costs), costs[-1].expand(5), rtol=1e-13, atol=0)
+    module.requires_grad_(False)
+    with pytest.raises(InputError, match="to adapt are frozen"):
+        maml.clone()
+    module.requires_grad_(True)
+    assert maml.clone().config is maml.config
 
 
 def test_evaluation_under_no_grad_builds_no_graph() -> None:
