@@ -15,7 +15,16 @@ import pytest
 
 import zoo
 from frameworks import require, slow
-from metaframe import MAML, ImplicitMAML, Learner, functional_forward, named_buffers, named_params, nn, ops
+from metaframe import (
+    MAML,
+    ImplicitMAML,
+    Learner,
+    functional_forward,
+    named_buffers,
+    named_params,
+    nn,
+    ops,
+)
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError
 from metaframe.models import functional

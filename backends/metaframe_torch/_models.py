@@ -61,6 +61,11 @@ class TorchAdapter(ModelAdapter):
     def trainable(self) -> tuple[str, ...]:
         return tuple(n for n, p in self.model.named_parameters() if p.requires_grad)
 
+    def aliases(self) -> dict[str, str]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: names[id(p)] for name, p in every}
+
     def signature(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 

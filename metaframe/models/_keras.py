@@ -8,7 +8,7 @@ Keras model is an `nn.Module` too, but `torch.func.functional_call` does not rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaframe.backend import backend_of
@@ -40,6 +40,10 @@ class KerasAdapter(ModelAdapter):
     def state(self) -> Params:
         """Everything else: moving statistics, frozen weights, seed generators."""
         return _values(self.model.non_trainable_variables)
+
+    def aliases(self) -> Mapping[str, str]:
+        """Paths without the name of the model, which most start with."""
+        return {name.removeprefix(f"{self.model.name}/"): name for name in self.params()}
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model.stateless_call`, with `training=` as the policy says."""

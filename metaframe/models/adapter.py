@@ -154,6 +154,17 @@ class ModelAdapter(NamedParameters):
         """Names of the parameters an inner loop may adapt. Default: those that are trained."""
         return self.trainable()
 
+    def given(self) -> Mapping[str, Any]:
+        """The parameters as the objects the user knows them by. Default: those of `params`."""
+        return self.params()
+
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of parameters, and the ones in `params`: of tied weights, or for short.
+
+        Default: there are none.
+        """
+        return {}
+
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""
         return None
