@@ -22,6 +22,7 @@ from metaframe import (
     functional_forward,
     inner_step,
     named_params,
+    optim,
 )
 from metaframe.errors import InputError
 from metaframe.learners import named_buffers
@@ -97,6 +98,47 @@ def test_it_is_a_module(tmp_path: Any) -> None:
         assert set(map(id, copied.meta_parameters().values())) == set(map(id, copied.parameters()))
         copied.module[0].weight.data.zero_()
         assert not torch.equal(copied(x), maml(x))
+
+
+RULES = (
+    optim.adam(),
+    optim.rmsprop(),
+    optim.adagrad(),
+    optim.clipped(optim.momentum(), norm=1.0),
+)
+SAVED: dict[str, Callable[[Any], MAML]] = {
+    "maml++": lambda module: MAMLPlusPlus(module, 0.1, 2, multi_step_epochs=3),
+    "curvature": lambda module: MetaCurvature(module, 0.1, 2),
+    **{
+        f"rule-{i}": lambda module, rule=rule: MAML(module, 0.1, 2, update=rule)  # type: ignore[misc]
+        for i, rule in enumerate(RULES)
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_every_learner_can_be_pickled(name: str) -> None:
+    maml = SAVED[name](zoo.built(TORCH))
+    copied = pickle.loads(pickle.dumps(maml))
+    costs = [m.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost for m in (maml, copied)]
+    assert torch.equal(*costs)
+
+
+def test_statistics_of_every_step_are_saved_and_moved() -> None:
+    def built() -> MAML:
+        layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        return MAML(nn.Sequential(*layers).double(), 0.1, 2, norm="per-step")
+
+    maml, other = built(), built()
+    maml.collect_statistics(F.mse_loss, zoo.tasks())
+    other.load_state_dict(maml.state_dict())
+    for name, table in maml.statistics.items():
+        assert torch.equal(other.statistics[name], table)
+        assert float(table.abs().max()) > 0.0
+    costs = [m.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost for m in (maml, other)]
+    assert torch.equal(*costs)
+    assert {x.dtype for x in maml.float().statistics.values()} == {torch.float32}
+    assert len(list(maml.parameters())) == len(list(maml.module.parameters()))
 
 
 def test_hooks_of_the_wrapper_run() -> None:

@@ -314,6 +314,25 @@ class LearnedAdapter(NamedParameters):
                 parameter.copy_(params[name])
 
 
+class KeptAdapter(NamedParameters):
+    """Values as the buffers of a module, whose names cannot hold a dot."""
+
+    def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
+        self.model = nn.Module()
+        self.backend = backend
+        self._names = {name: name.replace(".", "/") for name in values}
+        for name, value in values.items():
+            self.model.register_buffer(self._names[name], value)
+
+    def params(self) -> dict[str, Tensor]:
+        return {name: getattr(self.model, key) for name, key in self._names.items()}
+
+    def write(self, params: dict[str, Tensor]) -> None:
+        # Not in place: what `params` returned before stays what it was.
+        for name, old in self.params().items():
+            setattr(self.model, self._names[name], params[name].to(old))
+
+
 def tape_gradient(
     loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
 ) -> tuple[Array | None, ...]:

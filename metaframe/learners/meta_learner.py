@@ -56,6 +56,7 @@ class MetaLearner(Wrapper):
         super().__init__()
         if config.norm == "per-step":
             adapter = StepStatistics(adapter, config.inner_steps)
+            self.step_statistics = adapter.tables.model  # on torch to be saved and moved
         self.config = config
         self.module = adapter.model
         self._adapter = adapter
@@ -244,7 +245,7 @@ class MetaLearner(Wrapper):
                     f"{tuple(value.shape)}."
                 )
         if isinstance(self._adapter, StepStatistics):
-            self._adapter.statistics = dict(values)
+            self._adapter.tables.write(dict(values))
 
     def collect_statistics(
         self,
