@@ -131,3 +131,25 @@ def test_an_embedding_that_limits_its_rows_leaves_the_models_alone(kind: Any) ->
     torch.testing.assert_close(module.embed.weight, weight)
     torch.testing.assert_close(found, module(tokens), rtol=1e-13, atol=0)
     assert not torch.equal(module.embed.weight, weight)  # torch itself does write
+
+
+class Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weights[0].shape == (2, 3)  # what is no value may be looked at
+        return x @ self.weights[0].T + self.layer.bias
+
+
+@pytest.mark.parametrize("task_map", ["vmap", "loop"])
+def test_a_parameter_that_is_not_read_from_its_module_is_refused(task_map: Any) -> None:
+    """Its gradient was zero in one way and not in another."""
+    maml = MAML(Aliased(), 0.1, 2)
+    with pytest.raises(InputError, match=r"reads its parameter 'layer\.weight' from somewhere"):
+        maml.meta_value_and_grad(F.mse_loss, TASKS, task_map=task_map)
+    with pytest.raises(InputError, match="reads its parameter"):
+        maml.clone().adapt_on(F.mse_loss, X, Y)(X)
+    assert maml(X).shape == (6, 2)  # with the parameters it has

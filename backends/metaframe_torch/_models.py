@@ -74,7 +74,8 @@ class TorchAdapter(ModelAdapter):
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         copies = {name: buffer.clone() for name, buffer in state.items()}
-        calls, twice = _Calls(inputs.forward, copies), inputs.forward.twice
+        own = {id(p): n for n, p in self.model.named_parameters() if params.get(n) is not p}
+        calls, twice = _Calls(inputs.forward, copies, own), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
         with calls, kernels, _computed_once(), _attributes_kept(self.model):
             values = {**params, **copies}
@@ -114,8 +115,9 @@ class _Calls(TorchFunctionMode):
     wrong.
     """
 
-    def __init__(self, forward: Forward, state: dict[str, Tensor]) -> None:
+    def __init__(self, forward: Forward, state: dict[str, Tensor], own: dict[int, str]) -> None:
         super().__init__()
+        self._own = own
         self.recorded: dict[str, Tensor] = {}
         self._norm = forward.norm
         self._repeated = forward.repeated
@@ -129,6 +131,8 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if any(id(x) in self._own for x in args):
+            self._refuse_own(func(*args, **kwargs), args)
         if self._repeated and func in DROPOUTS and _drops(*args, **kwargs):
             raise InputError(
                 "dropout draws another mask when an inner step is run again in the backward pass. "
@@ -145,6 +149,16 @@ class _Calls(TorchFunctionMode):
         if getattr(func, "__name__", None) in RECURRENCES and isinstance(args[2], list):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
+
+    def _refuse_own(self, result: Any, args: tuple[Any, ...]) -> None:
+        """A value computed from a parameter that another one stands in for is not the model's."""
+        if isinstance(result, Tensor):  # and not a shape or a dtype
+            name = next(self._own[id(x)] for x in args if id(x) in self._own)
+            raise InputError(
+                f"the model reads its parameter {name!r} from somewhere else than its attributes, "
+                "such as a list or a closure, where other values cannot be put. Read it from the "
+                "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
+            )
 
     def _batch_norm(
         self,
