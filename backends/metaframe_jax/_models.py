@@ -81,7 +81,8 @@ class NnxAdapter(ModelAdapter):
         if norm is not None:
             for _, layer in _batch_norms(copy):
                 layer.use_running_average = norm != "batch"
-                layer.__class__ = _following(type(layer), norm == "record")
+                kind: Any = type(layer)
+                layer.__class__ = _following(kind, norm == "record")
         output = copy(*inputs.args, **inputs.kwargs)
         after = _named(self._split(copy)[2])
         moved = self.recordable() if norm == "record" else state
@@ -122,8 +123,9 @@ def _following(layer: Any, record: bool) -> Any:
         def __call__(self, x: Any, use_running_average: Any = None, **kwargs: Any) -> Any:
             del use_running_average
             if record:
-                mean, var = _moments(self, x, kwargs.get("mask"))
-                self.mean, self.var = type(self.mean)(mean), type(self.var)(var)
+                moments = _moments(self, x, kwargs.get("mask"))
+                for name, value in zip(("mean", "var"), moments, strict=True):
+                    setattr(self, name, type(getattr(self, name))(value))
             return super().__call__(x, **kwargs)
 
     return Following
@@ -136,10 +138,11 @@ def _moments(layer: Any, x: Array, mask: Array | None) -> tuple[Array, Array]:
     over = tuple(axis for axis in range(x.ndim) if axis not in features)
 
     def mean(x: Array) -> Array:
-        found = x.mean(over, where=mask)
-        if layer.axis_name is None:
-            return found
-        return jax.lax.pmean(found, layer.axis_name, axis_index_groups=layer.axis_index_groups)
+        found: Array = x.mean(over, where=mask)
+        if layer.axis_name is not None:
+            pmean: Any = jax.lax.pmean
+            found = pmean(found, layer.axis_name, axis_index_groups=layer.axis_index_groups)
+        return found
 
     middle = mean(x)
     return middle, mean(jnp.square(x - jnp.expand_dims(middle, over)))
