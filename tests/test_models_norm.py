@@ -170,6 +170,23 @@ def test_the_models_own_mode_counts_without_a_policy(model: Any, backend: Backen
         assert np.array_equal(value, before[key])
 
 
+def test_the_policy_goes_before_what_a_call_of_nnx_says() -> None:
+    require("jax")
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Inferring(nnx.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.net = _nnx()
+
+        def __call__(self, x: Any) -> Any:
+            net = self.net
+            return net.head(nnx.tanh(net.norm(net.layer1(x), use_running_average=True)))
+
+    x = zoo.tasks()[0].support_x
+    found = MAML(Inferring(), norm="batch")(load_backend("jax").asarray(x))
+    np.testing.assert_allclose(found, predict(x, *statistics(x)), rtol=0, atol=1e-12)
+
+
 def resident_mb() -> float:
     """What this process holds of the memory, once the allocator has given back what is free."""
     gc.collect()
