@@ -304,6 +304,11 @@ class Backend(Required):
         del values
         return None
 
+    def kept(self, values: dict[str, Array]) -> NamedParameters | None:
+        """`values` as what the framework saves with a model and does not train, if it has such."""
+        del values
+        return None
+
     def native_optimizer(self, optimizer: object) -> NativeOptimizer | None:
         """`optimizer` behind the neutral interface; None if it is none of this framework."""
         del optimizer

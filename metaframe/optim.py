@@ -13,10 +13,14 @@ is zero and not NaN.
 The learning rate is given to the optimizer, `adam(1e-3)`, or, when the optimizer is used inside
 a loop that has a rate of its own, left out, `adam()`, and handed to `update` by that loop. It is a
 number, an array, or a structure like the parameters' with one rate for each.
+
+The functions of a pair are functions of this module with their settings filled in, so that a pair
+can be pickled, and a learner that has one saved.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,18 +92,24 @@ def sgd(learning_rate: Rate = None) -> Optimizer:
     >>> updates
     {'w': -1.5}
     """
+    return Optimizer(_no_state, functools.partial(_sgd, own=learning_rate), learning_rate)
 
-    def init(params: Params) -> State:
-        del params
-        return ()
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
-        return _scaled(grads, _rate(learning_rate, lr)), state
+def _no_state(params: Params) -> State:
+    del params
+    return ()
 
-    return Optimizer(init, update, learning_rate)
+
+def _sgd(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+) -> tuple[Params, State]:
+    del params
+    return _scaled(grads, _rate(own, lr)), state
 
 
 def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = False) -> Optimizer:
@@ -118,19 +128,28 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
     >>> round(step.item(), 4)
     -0.3
     """
+    update = functools.partial(_momentum, own=learning_rate, decay=decay, nesterov=nesterov)
+    return Optimizer(_zeros, update, learning_rate)
 
-    def init(params: Params) -> State:
-        return tree.map(ops.zeros_like, params)
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
-        state = tree.map(lambda m, g: decay * m + g, state, grads)
-        direction = tree.map(lambda m, g: g + decay * m, state, grads) if nesterov else state
-        return _scaled(direction, _rate(learning_rate, lr)), state
+def _zeros(params: Params) -> State:
+    return tree.map(ops.zeros_like, params)
 
-    return Optimizer(init, update, learning_rate)
+
+def _momentum(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+    decay: float,
+    nesterov: bool,
+) -> tuple[Params, State]:
+    del params
+    state = tree.map(lambda m, g: decay * m + g, state, grads)
+    direction = tree.map(lambda m, g: g + decay * m, state, grads) if nesterov else state
+    return _scaled(direction, _rate(own, lr)), state
 
 
 class AdamState(NamedTuple):
@@ -199,27 +218,39 @@ def adamw(
         if not 0.0 <= decay < 1.0:
             raise InputError(f"{name} has to be in [0, 1), received {decay!r}.")
 
-    def init(params: Params) -> State:
-        zeros = tree.map(ops.zeros_like, params)
-        return AdamState(_counter(params), zeros, zeros)
+    settings = {"own": learning_rate, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
+    return Optimizer(_adam_state, functools.partial(_adam, **settings), learning_rate)
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        count = state.count + 1
-        mean = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
-        square = tree.map(lambda s, g: b2 * s + (1 - b2) * g * g, state.square, grads)
-        debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
-        def direction(m: Any, s: Any) -> Any:
-            return (m / debias1) / (ops.safe_sqrt(s / debias2) + eps)
+def _adam_state(params: Params) -> State:
+    zeros = _zeros(params)
+    return AdamState(_counter(params), zeros, zeros)
 
-        step = tree.map(direction, mean, square)
-        if weight_decay:
-            step = tree.map(lambda d, p: d + weight_decay * p, step, _needed(params))
-        return _scaled(step, _rate(learning_rate, lr)), AdamState(count, mean, square)
 
-    return Optimizer(init, update, learning_rate)
+def _adam(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Params, State]:
+    count = state.count + 1
+    mean = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
+    square = tree.map(lambda s, g: b2 * s + (1 - b2) * g * g, state.square, grads)
+    debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
+
+    def direction(m: Any, s: Any) -> Any:
+        return (m / debias1) / (ops.safe_sqrt(s / debias2) + eps)
+
+    step = tree.map(direction, mean, square)
+    if weight_decay:
+        step = tree.map(lambda d, p: d + weight_decay * p, step, _needed(params))
+    return _scaled(step, _rate(own, lr)), AdamState(count, mean, square)
 
 
 def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
@@ -235,18 +266,23 @@ def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -
     >>> round(step.item(), 4)
     -0.2
     """
+    update = functools.partial(_rmsprop, own=learning_rate, decay=decay, eps=eps)
+    return Optimizer(_zeros, update, learning_rate)
 
-    def init(params: Params) -> State:
-        return tree.map(ops.zeros_like, params)
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
-        state = tree.map(lambda s, g: decay * s + (1 - decay) * g * g, state, grads)
-        return _scaled(_normalised(grads, state, eps), _rate(learning_rate, lr)), state
-
-    return Optimizer(init, update, learning_rate)
+def _rmsprop(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+    decay: float,
+    eps: float,
+) -> tuple[Params, State]:
+    del params
+    state = tree.map(lambda s, g: decay * s + (1 - decay) * g * g, state, grads)
+    return _scaled(_normalised(grads, state, eps), _rate(own, lr)), state
 
 
 def adagrad(
@@ -264,18 +300,27 @@ def adagrad(
     >>> round(step.item(), 4)
     -0.0707
     """
-
-    def init(params: Params) -> State:
-        return tree.map(lambda p: initial_accumulator * ops.ones_like(p), params)
-
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
-        state = tree.map(lambda s, g: s + g * g, state, grads)
-        return _scaled(_normalised(grads, state, eps), _rate(learning_rate, lr)), state
-
+    init = functools.partial(_filled, value=initial_accumulator)
+    update = functools.partial(_adagrad, own=learning_rate, eps=eps)
     return Optimizer(init, update, learning_rate)
+
+
+def _filled(params: Params, *, value: float) -> State:
+    return tree.map(lambda p: value * ops.ones_like(p), params)
+
+
+def _adagrad(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+    eps: float,
+) -> tuple[Params, State]:
+    del params
+    state = tree.map(lambda s, g: s + g * g, state, grads)
+    return _scaled(_normalised(grads, state, eps), _rate(own, lr)), state
 
 
 def clip_by_value(grads: Grads, limit: float) -> Grads:
@@ -324,16 +369,25 @@ def clipped(
     if norm is None and value is None:
         raise InputError("clipped needs norm=, value= or both, received neither.")
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        if value is not None:
-            grads = clip_by_value(grads, value)
-        if norm is not None:
-            grads = clip_by_global_norm(grads, norm)
-        return optimizer.update(grads, state, params, lr)
-
+    update = functools.partial(_clipped, update=optimizer.update, norm=norm, value=value)
     return Optimizer(optimizer.init, update, optimizer.learning_rate)
+
+
+def _clipped(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    update: Callable[..., tuple[Params, State]],
+    norm: float | None,
+    value: float | None,
+) -> tuple[Params, State]:
+    if value is not None:
+        grads = clip_by_value(grads, value)
+    if norm is not None:
+        grads = clip_by_global_norm(grads, norm)
+    return update(grads, state, params, lr)
 
 
 def _rate(own: Rate, given: Rate) -> Rate:

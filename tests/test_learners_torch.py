@@ -12,7 +12,18 @@ import pytest
 
 import zoo
 from frameworks import require
-from metaframe import ANIL, MAML, MetaSGD, adapt, functional_forward, inner_step, named_params
+from metaframe import (
+    ANIL,
+    MAML,
+    MAMLPlusPlus,
+    MetaCurvature,
+    MetaSGD,
+    adapt,
+    functional_forward,
+    inner_step,
+    named_params,
+    optim,
+)
 from metaframe.errors import InputError
 from metaframe.learners import named_buffers
 from metaframe.tasks import Task
@@ -89,6 +100,47 @@ def test_it_is_a_module(tmp_path: Any) -> None:
         assert not torch.equal(copied(x), maml(x))
 
 
+RULES = (
+    optim.adam(),
+    optim.rmsprop(),
+    optim.adagrad(),
+    optim.clipped(optim.momentum(), norm=1.0),
+)
+SAVED: dict[str, Callable[[Any], MAML]] = {
+    "maml++": lambda module: MAMLPlusPlus(module, 0.1, 2, multi_step_epochs=3),
+    "curvature": lambda module: MetaCurvature(module, 0.1, 2),
+    **{
+        f"rule-{i}": lambda module, rule=rule: MAML(module, 0.1, 2, update=rule)  # type: ignore[misc]
+        for i, rule in enumerate(RULES)
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_every_learner_can_be_pickled(name: str) -> None:
+    maml = SAVED[name](zoo.built(TORCH))
+    copied = pickle.loads(pickle.dumps(maml))
+    costs = [m.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost for m in (maml, copied)]
+    assert torch.equal(*costs)
+
+
+def test_statistics_of_every_step_are_saved_and_moved() -> None:
+    def built() -> MAML:
+        layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        return MAML(nn.Sequential(*layers).double(), 0.1, 2, norm="per-step")
+
+    maml, other = built(), built()
+    maml.collect_statistics(F.mse_loss, zoo.tasks())
+    other.load_state_dict(maml.state_dict())
+    for name, table in maml.statistics.items():
+        assert torch.equal(other.statistics[name], table)
+        assert float(table.abs().max()) > 0.0
+    costs = [m.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost for m in (maml, other)]
+    assert torch.equal(*costs)
+    assert {x.dtype for x in maml.float().statistics.values()} == {torch.float32}
+    assert len(list(maml.parameters())) == len(list(maml.module.parameters()))
+
+
 def test_hooks_of_the_wrapper_run() -> None:
     maml, seen = MAML(zoo.built(TORCH)), []
     maml.register_forward_hook(lambda *_: seen.append(1))
@@ -137,6 +189,29 @@ def test_frozen_parameters_are_left_alone() -> None:
     sx, sy, _, _ = tensors(zoo.tasks()[0])
     learner = maml.clone().adapt_on(F.mse_loss, sx, sy)
     assert learner.params["0.weight"] is module[0].weight
+
+
+@pytest.mark.parametrize("kind", [MAML, MetaSGD, MAMLPlusPlus, MetaCurvature])
+def test_parameters_frozen_after_wrapping_do_not_adapt(kind: Any) -> None:
+    module = zoo.built(TORCH)
+    maml = kind(module, 0.1, 2)
+    module[0].requires_grad_(False)
+    sx, sy, qx, qy = tensors(zoo.tasks()[0])
+    by_function, by_loss = maml.clone().adapt_on(F.mse_loss, sx, sy), maml.clone()
+    for _ in range(2):
+        by_loss.adapt(F.mse_loss(by_loss(sx), sy))
+    for learner in (by_function, by_loss):
+        assert learner.params["0.weight"] is module[0].weight
+        assert learner.params["2.weight"] is not module[2].weight
+    costs = [F.mse_loss(learner(qx), qy) for learner in (by_function, by_loss)]
+    fresh = kind(module, 0.1, 2)
+    costs += [m.meta_value_and_grad(F.mse_loss, zoo.tasks()[:1]).cost for m in (maml, maml, fresh)]
+    torch.testing.assert_close(torch.stack(costs), costs[-1].expand(5), rtol=1e-13, atol=0)
+    module.requires_grad_(False)
+    with pytest.raises(InputError, match="to adapt are frozen"):
+        maml.clone()
+    module.requires_grad_(True)
+    assert maml.clone().config is maml.config
 
 
 def test_evaluation_under_no_grad_builds_no_graph() -> None:

@@ -5,11 +5,14 @@ The libraries are looked at only once the user has imported them. Names are path
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from metaframe.backend import Backend
@@ -76,23 +79,18 @@ class NnxAdapter(ModelAdapter):
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         copy, norm = self._with({**params, **state}), inputs.forward.norm
         if norm is not None:
-            nnx: Any = sys.modules["flax.nnx"]
-            flags: dict[str, Any] = {"use_running_average": norm == "frozen"}
-            if norm == "record":
-                flags["momentum"] = 0.0  # the moving average becomes this batch's
-            copy.set_attributes(nnx.BatchNorm, raise_if_not_found=False, **flags)
+            for _, layer in _batch_norms(copy):
+                layer.use_running_average = norm != "batch"
+                kind: Any = type(layer)
+                layer.__class__ = _following(kind, norm == "record")
         output = copy(*inputs.args, **inputs.kwargs)
         after = _named(self._split(copy)[2])
-        return output, {name: after[name] for name in state}
+        moved = self.recordable() if norm == "record" else state
+        return output, {**state, **{name: after[name] for name in moved}}
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
-        nnx: Any = sys.modules["flax.nnx"]
-        layers = [
-            ("/".join(map(str, path)), node)
-            for path, node in nnx.iter_graph(self.model)
-            if isinstance(node, nnx.BatchNorm)
-        ]
-        return tuple(_batch_norm(path, path, self.params()) for path, _ in layers)
+        paths = ("/".join(map(str, path)) for path, _ in _batch_norms(self.model))
+        return tuple(_batch_norm(path, path, self.params()) for path in paths)
 
     def write(self, params: Params) -> None:
         nnx: Any = sys.modules["flax.nnx"]
@@ -106,6 +104,48 @@ class NnxAdapter(ModelAdapter):
         filled = jax.tree_util.tree_map_with_path(lambda path, x: values.get(_name(path), x), pure)
         nnx.replace_by_pure_dict(everything, filled)
         return nnx.merge(graph, everything)
+
+
+def _batch_norms(model: Any) -> list[tuple[Any, Any]]:
+    nnx: Any = sys.modules["flax.nnx"]
+    return [(path, x) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.BatchNorm)]
+
+
+@functools.cache
+def _following(layer: Any, record: bool) -> Any:
+    """The class of a batch normalisation, with its attribute deciding whatever a call says.
+
+    Recording puts the statistics of the examples in the place of the running ones, and normalises
+    by these. Flax stores them as constants, and in the precision of the running ones.
+    """
+
+    class Following(layer):  # type: ignore[misc]
+        def __call__(self, x: Any, use_running_average: Any = None, **kwargs: Any) -> Any:
+            del use_running_average
+            if record:
+                moments = _moments(self, x, kwargs.get("mask"))
+                for name, value in zip(("mean", "var"), moments, strict=True):
+                    setattr(self, name, type(getattr(self, name))(value))
+            return super().__call__(x, **kwargs)
+
+    return Following
+
+
+def _moments(layer: Any, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Mean and variance as `nnx.BatchNorm` computes them, in single precision at least."""
+    x = x.astype(jnp.promote_types(layer.dtype or x.dtype, jnp.float32))
+    features = {axis % x.ndim for axis in np.atleast_1d(layer.axis)}
+    over = tuple(axis for axis in range(x.ndim) if axis not in features)
+
+    def mean(x: Array) -> Array:
+        found: Array = x.mean(over, where=mask)
+        if layer.axis_name is not None:
+            pmean: Any = jax.lax.pmean
+            found = pmean(found, layer.axis_name, axis_index_groups=layer.axis_index_groups)
+        return found
+
+    middle = mean(x)
+    return middle, mean(jnp.square(x - jnp.expand_dims(middle, over)))
 
 
 def _batch_norm(statistics: str, affine: str, params: Params) -> BatchNorm:
@@ -139,7 +179,10 @@ class LinenAdapter(ModelAdapter):
             output, after = self._module.apply(
                 variables, *inputs.args, mutable=list(self._rest), **inputs.kwargs
             )
-        return output, {**state, **_named(after)}
+        moved = _named(after)
+        if inputs.forward.norm == "record":
+            moved = {name: moved[name] for name in self.recordable()}
+        return output, {**state, **moved}
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         statistics = [name for name in self.state() if name.startswith("batch_stats/")]

@@ -47,9 +47,9 @@ class ModuleAdapter(ModelAdapter):
         tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}
         copy = _Substitution(tensors).copy(self.model)
         if self._checked:
-            return copy(*inputs.args, **inputs.kwargs), state
+            return self._output(copy, inputs), state
         with tf.GradientTape() as tape:
-            output = copy(*inputs.args, **inputs.kwargs)
+            output = self._output(copy, inputs)
         if missed := [v.name for v in tape.watched_variables() if v.ref() in tensors]:
             raise InputError(
                 f"{type(self.model).__qualname__} reads the variables {missed} from somewhere else "
@@ -58,6 +58,18 @@ class ModuleAdapter(ModelAdapter):
             )
         self._checked = True
         return output, state
+
+    def _output(self, copy: Any, inputs: Inputs) -> Any:
+        try:
+            return copy(*inputs.args, **inputs.kwargs)
+        except AttributeError as error:
+            if not (isinstance(error.obj, tf.Tensor) and hasattr(tf.Variable, error.name or "")):
+                raise
+            raise InputError(
+                f"{type(self.model).__qualname__} calls {error.name} of a variable. It runs on "
+                "tensors in the places of its variables, so that these can be adapted: read a "
+                "variable as it is, self.w, and assign to none."
+            ) from error
 
     def write(self, params: Params) -> None:
         for name, variable in self.params().items():

@@ -24,7 +24,7 @@ from metaframe.errors import BackendError
 from metaframe.workers import Place, Workers
 from metaframe_torch import _distributed, _tape
 from metaframe_torch._compile import compile_traced
-from metaframe_torch._models import LearnedAdapter, TorchAdapter, tape_gradient
+from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
@@ -240,6 +240,9 @@ class TorchBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> LearnedAdapter:
         return LearnedAdapter(values, self)
+
+    def kept(self, values: dict[str, Array]) -> KeptAdapter:
+        return KeptAdapter(values, self)
 
     def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
         return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None

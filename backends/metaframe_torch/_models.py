@@ -8,6 +8,8 @@ statistics written in place, attention kernels and cuDNN cells without double ba
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +34,12 @@ DROPOUTS = frozenset(
         F.feature_alpha_dropout,
     }
 )
+EMBEDDINGS = frozenset({F.embedding, F.embedding_bag})
+CHECKPOINTED = (
+    "the model checkpoints activations (torch.utils.checkpoint, or other hooks on saved tensors). "
+    "In the backward pass it would compute them from its own parameters and not from the adapted "
+    "ones. Switch that off in the model; mode='remat' of meta_value_and_grad saves memory instead."
+)
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -53,6 +61,11 @@ class TorchAdapter(ModelAdapter):
     def trainable(self) -> tuple[str, ...]:
         return tuple(n for n, p in self.model.named_parameters() if p.requires_grad)
 
+    def aliases(self) -> dict[str, str]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: names[id(p)] for name, p in every}
+
     def signature(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 
@@ -60,14 +73,18 @@ class TorchAdapter(ModelAdapter):
         self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
         # Copies, because a module may write to its buffers; the ones given stay as they are.
-        state = {name: buffer.clone() for name, buffer in state.items()}
-        calls, twice = _Calls(inputs.forward, state), inputs.forward.twice
-        with calls, _differentiable_twice(self.model) if twice else _as_it_is():
-            values = {**params, **state}
+        copies = {name: buffer.clone() for name, buffer in state.items()}
+        own = {id(p): n for n, p in self.model.named_parameters() if params.get(n) is not p}
+        calls, twice = _Calls(inputs.forward, copies, own), inputs.forward.twice
+        kernels = _differentiable_twice(self.model) if twice else _as_it_is()
+        with calls, kernels, _computed_once(), _attributes_kept(self.model):
+            values = {**params, **copies}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
             )
-        return output, {**state, **calls.recorded}
+        if inputs.forward.norm == "record":
+            return output, {**state, **calls.recorded}
+        return output, copies
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         layers = (
@@ -98,8 +115,9 @@ class _Calls(TorchFunctionMode):
     wrong.
     """
 
-    def __init__(self, forward: Forward, state: dict[str, Tensor]) -> None:
+    def __init__(self, forward: Forward, state: dict[str, Tensor], own: dict[int, str]) -> None:
         super().__init__()
+        self._own = own
         self.recorded: dict[str, Tensor] = {}
         self._norm = forward.norm
         self._repeated = forward.repeated
@@ -113,6 +131,8 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if any(id(x) in self._own for x in args):
+            self._refuse_own(func(*args, **kwargs), args)
         if self._repeated and func in DROPOUTS and _drops(*args, **kwargs):
             raise InputError(
                 "dropout draws another mask when an inner step is run again in the backward pass. "
@@ -122,9 +142,23 @@ class _Calls(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        if func in EMBEDDINGS:
+            args, kwargs = _renormalised(func, args, kwargs)
         if getattr(func, "__name__", None) in RECURRENCES and isinstance(args[2], list):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
+
+    def _refuse_own(self, result: Any, args: tuple[Any, ...]) -> None:
+        """A value computed from a parameter that another one stands in for is not the model's."""
+        if isinstance(result, Tensor):  # and not a shape or a dtype
+            name = next(self._own[id(x)] for x in args if id(x) in self._own)
+            raise InputError(
+                f"the model reads its parameter {name!r} from somewhere else than its attributes, "
+                "such as a list or a closure, where other values cannot be put. Read it from the "
+                "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
+            )
 
     def _batch_norm(
         self,
@@ -177,6 +211,35 @@ class _Calls(TorchFunctionMode):
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`v` in the length `g`; the second derivative of torch's fused kernel is wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _renormalised(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an embedding with rows of at most `max_norm`, which torch writes in place.
+
+    As in torch, up to the derivative: there the new rows are constants.
+    """
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    longest, order, rows = given["max_norm"], given["norm_type"], given["weight"]
+    if longest is None:
+        return args, kwargs
+    long = torch.linalg.vector_norm(rows.detach(), order, dim=-1, keepdim=True) > longest
+    # A norm has no second derivative at zero, where a padding row is.
+    norm = torch.linalg.vector_norm(torch.where(long, rows, 1.0), order, dim=-1, keepdim=True)
+    given["weight"] = rows * torch.where(long, longest / (norm + 1e-7), 1.0)
+    given["max_norm"] = None
+    return bound.args, bound.kwargs
+
+
+_signature = functools.cache(inspect.signature)
+
+
 def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     del x, inplace
     return training and p > 0
@@ -206,6 +269,44 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Tensors that hooks set on a module, such as the old `weight_norm`, put back."""
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    before = [
+        (vars(module), name, value)
+        for module in hooked
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value
+
+
+@contextlib.contextmanager
+def _computed_once() -> Iterator[None]:
+    """No part of a model is run again in a backward pass.
+
+    The model holds its own parameters again by then, and the gradient would be theirs.
+    """
+    with contextlib.ExitStack() as stack:
+        # Hooks that the caller set, such as `save_on_cpu`, compute nothing again. They cannot be
+        # switched off either.
+        with contextlib.suppress(RuntimeError):
+            if torch.is_grad_enabled():  # else nothing is recorded
+                refused = torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED)
+                stack.enter_context(refused)
+        try:
+            yield
+        except RuntimeError as error:
+            if CHECKPOINTED in str(error):
+                raise InputError(CHECKPOINTED) from error
+            raise
+
+
 def _as_it_is() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -225,6 +326,25 @@ class LearnedAdapter(NamedParameters):
         with torch.no_grad():
             for name, parameter in self.params().items():
                 parameter.copy_(params[name])
+
+
+class KeptAdapter(NamedParameters):
+    """Values as the buffers of a module, whose names cannot hold a dot."""
+
+    def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
+        self.model = nn.Module()
+        self.backend = backend
+        self._names = {name: name.replace(".", "/") for name in values}
+        for name, value in values.items():
+            self.model.register_buffer(self._names[name], value)
+
+    def params(self) -> dict[str, Tensor]:
+        return {name: getattr(self.model, key) for name, key in self._names.items()}
+
+    def write(self, params: dict[str, Tensor]) -> None:
+        # Not in place: what `params` returned before stays what it was.
+        for name, old in self.params().items():
+            setattr(self.model, self._names[name], params[name].to(old))
 
 
 def tape_gradient(

@@ -22,7 +22,7 @@ class ANIL(MAML):
         kwargs: passed to `MAML`; not `adapt_names`.
 
     Raises:
-        InputError: the head shares no parameters with the model.
+        InputError: the head shares no parameters with the model, or all of them are frozen.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
@@ -33,7 +33,13 @@ class ANIL(MAML):
     def __init__(self, module: Any, head: Any, **kwargs: Any) -> None:
         if "adapt_names" in kwargs:
             raise InputError("ANIL adapts its head; adapt_names is not an argument of it.")
-        super().__init__(module, adapt_names=head_names(module, head), **kwargs)
+        adapter = adapter_of(module)
+        names = head_names(adapter, head)
+        adaptable = frozenset(adapter.adaptable())
+        if adaptable.isdisjoint(names):
+            raise InputError(f"the parameters of the head are frozen: {list(names)}.")
+        chosen = [name for name in names if name in adaptable]
+        super().__init__(adapter, adapt_names=chosen, **kwargs)
 
 
 def head_names(module: Any, head: Any) -> tuple[str, ...]:
@@ -57,12 +63,21 @@ def head_names(module: Any, head: Any) -> tuple[str, ...]:
 
 def part_names(module: Any, part: Any, what: str) -> tuple[str, ...]:
     """`head_names` for any part of a model; `what` is what the error calls it."""
-    params = adapter_of(module).params()
+    adapter = adapter_of(module)
+    params = adapter.params()
     if isinstance(part, str):
-        names = tuple(n for n in params if n == part or n.startswith((f"{part}/", f"{part}.")))
+        known = {**adapter.aliases(), **{name: name for name in params}}
+        inside = {
+            name
+            for called, name in known.items()
+            if called == part or called.startswith((f"{part}/", f"{part}."))
+        }
     else:
         shared = {id(x) for x in _arrays(part)}
-        names = tuple(n for n, x in params.items() if id(x) in shared)
+        inside = {
+            n for known in (params, adapter.given()) for n, x in known.items() if id(x) in shared
+        }
+    names = tuple(name for name in params if name in inside)
     if not names:
         raise InputError(
             f"{what} shares no parameters with the module, whose parameters are {list(params)}. "

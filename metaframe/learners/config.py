@@ -78,6 +78,8 @@ class AdaptConfig:
 
     def rate(self, learned: dict[str, Array]) -> optim.Rate:
         """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
+        if learned and all(name in learned for name in self.names):
+            return {name: learned[name] for name in self.names}
         if learned or self.inner_lr is None:
             return learned or None
         return rate_for(self.inner_lr, self.names)

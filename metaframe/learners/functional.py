@@ -7,12 +7,12 @@ With `first_order` the gradients are constants, which is all the difference it m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from metaframe import checks, ops, optim
+from metaframe import checks, ops, optim, tree
 from metaframe.backend import Array, Backend, backend_of
-from metaframe.errors import InputError, UnusedParameterError, nearest
+from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
 from metaframe.update import UpdateRule, update_rule
 
@@ -115,7 +115,7 @@ def inner_step(
     backend = backend_of(*params.values())
     names = adapted_names(_floating(params, backend), adapt_names)
     grads = gradients(backend, params, names, loss, first_order, allow_unused)
-    return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names))[0]
+    return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names, params))[0]
 
 
 def adapt(
@@ -239,14 +239,31 @@ def descend(
     return {**params, **{n: changed[n] for n, g in grads.items() if g is not None}}, state
 
 
-def rate_for(lr: LearningRate, names: Sequence[str]) -> optim.Rate:
-    """`lr` in the structure of the adapted parameters, or the one rate for all."""
+def rate_for(
+    lr: LearningRate, names: Sequence[str], known: Collection[str] | None = None
+) -> optim.Rate:
+    """`lr` in the structure of the adapted parameters, or the one rate for all.
+
+    A mapping may have rates for other parameters as well, if they are among those `known`.
+    """
     if not isinstance(lr, Mapping):
+        if not tree.is_leaf(lr):
+            raise InputTypeError(
+                "the learning rate is a number or an array, or a mapping from the names of "
+                f"parameters to such; received {lr!r}."
+            )
         checks.learning_rate(lr)
         return lr
     if missing := [name for name in names if name not in lr]:
         raise InputError(f"lr has no rate for the adapted parameters {missing}.")
-    return {name: lr[name] for name in names}
+    for name in lr:
+        if known is not None and name not in known:
+            raise InputError(
+                f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
+            )
+    rates = {name: lr[name] for name in names}
+    checks.learning_rate(rates)
+    return rates
 
 
 def _floating(params: Params, backend: Backend) -> tuple[str, ...]:

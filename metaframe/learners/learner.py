@@ -123,8 +123,8 @@ class Learner:
             self._step(lambda learner: loss_fn(learner(x), y))
         if self._method.finish is not None and self._start is not None:
             self.params = self._method.finish(support, self._start, self.params)
-        if steps == 0 and self.config.norm == "support":
-            self._see_support(lambda learner: learner(x))
+        if self.config.norm == "support" and (steps == 0 or self._method.finish is not None):
+            self._see_support(lambda learner: learner(x))  # at the parameters there are now
         return self
 
     def _begin(self, params: Params) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from metaframe import checks, optim
 from metaframe.learners.config import AdaptConfig, Norm
-from metaframe.learners.functional import LearningRate, adapted_names
+from metaframe.learners.functional import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method
 from metaframe.models import adapter_of
@@ -77,5 +77,7 @@ class MAML(MetaLearner):
         checks.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
+        if inner_lr is not None:
+            rate_for(inner_lr, names, {*adapter.params(), *adapter.adaptable()})
         config = AdaptConfig(names, inner_lr, inner_steps, first_order, allow_unused, norm, update)
         super().__init__(adapter, config, Method())

@@ -43,7 +43,9 @@ class MAMLPlusPlus(MAML):
     - `second_order_from` = n: before epoch n gradients are first order.
 
     The last two depend on `epoch`, which starts at 0 and which the training loop sets:
-    `MetaTrainer` does, by its `steps_per_epoch`.
+    `MetaTrainer` does, by its `steps_per_epoch`. The multi-step loss is what `meta_value_and_grad`
+    returns. A learner ends with the parameters after its last step, so `backward()` through it
+    gives the gradient of the query loss there alone, in every epoch.
     Running statistics for each step ("BNRS") are `norm="per-step"`. The cosine schedule is the
     outer optimizer's.
 
@@ -175,19 +177,19 @@ def rate_for_each_step() -> Optimizer:
 
     They come as the learning rate, an array (K,) in the place of each parameter.
     """
+    return Optimizer(_step_count, _rated_step)
 
-    def init(params: Params) -> State:
-        first = tree.leaves(params)[0]
-        return ops.sum(ops.zeros_like(first))
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
+def _step_count(params: Params) -> State:
+    return ops.sum(ops.zeros_like(tree.leaves(params)[0]))
 
-        def step(g: Array, rates: Array) -> Array:
-            return -row(rates, state) * g
 
-        return tree.map(step, grads, lr), state + 1
+def _rated_step(
+    grads: Grads, state: State, params: Params = None, lr: Rate = None
+) -> tuple[Params, State]:
+    del params
 
-    return Optimizer(init, update)
+    def step(g: Array, rates: Array) -> Array:
+        return -row(rates, state) * g
+
+    return tree.map(step, grads, lr), state + 1

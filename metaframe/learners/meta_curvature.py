@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -38,7 +39,9 @@ class MetaCurvature(MAML):
             (*window, inputs, outputs).
         inner_lr: alpha, one number.
         inner_steps: see `MAML`.
-        first_order: see `MAML`. The matrices get their exact gradient either way.
+        first_order: see `MAML`. With one inner step the matrices get their
+            exact gradient either way; with more the part that goes through later gradients is
+            dropped for them too.
         adapt_names: see `MAML`.
         allow_unused: see `MAML`.
         norm: see `MAML`.
@@ -87,20 +90,27 @@ class MetaCurvature(MAML):
 
 def curved(inner_lr: float, output_first: bool) -> Optimizer:
     """Gradient descent on transformed gradients; the matrices come as its learning rate."""
+    update = functools.partial(_curved_step, rate=inner_lr, output_first=output_first)
+    return Optimizer(_no_state, update)
 
-    def init(params: Params) -> State:
-        del params
-        return ()
 
-    def update(
-        grads: Grads, state: State, params: Params = None, lr: Rate = None
-    ) -> tuple[Params, State]:
-        del params
-        return {
-            name: -inner_lr * transformed(g, name, lr, output_first) for name, g in grads.items()
-        }, state
+def _no_state(params: Params) -> State:
+    del params
+    return ()
 
-    return Optimizer(init, update)
+
+def _curved_step(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    rate: float,
+    output_first: bool,
+) -> tuple[Params, State]:
+    del params
+    steps = {name: -rate * transformed(g, name, lr, output_first) for name, g in grads.items()}
+    return steps, state
 
 
 def transformed(g: Array, name: str, matrices: dict[str, Array], output_first: bool) -> Array:

@@ -56,6 +56,7 @@ class MetaLearner(Wrapper):
         super().__init__()
         if config.norm == "per-step":
             adapter = StepStatistics(adapter, config.inner_steps)
+            self.step_statistics = adapter.tables.model  # on torch to be saved and moved
         self.config = config
         self.module = adapter.model
         self._adapter = adapter
@@ -65,6 +66,7 @@ class MetaLearner(Wrapper):
         self._epoch = 0
         self._phase_of: Callable[[int], Phase] | None = None
         self._programs: dict[Program, Program] = {}
+        self._narrowed: tuple[AdaptConfig, AdaptConfig] | None = None
 
     def _learn(self, values: Params) -> Any:
         """Make `values` meta-parameters, which the update rule gets as its learning rate.
@@ -125,7 +127,7 @@ class MetaLearner(Wrapper):
                 raise InputError(f"no meta-parameter called {name!r}. {nearest(name, values)}")
         meta = self._divided({**values, **given})
         start = {**self._adapter.params(), **meta["params"]}
-        return Learner(self._adapter, start, meta["learned"], self.config, self._method)
+        return Learner(self._adapter, start, meta["learned"], self._adapting, self._method)
 
     def meta_parameters(self) -> Params:
         """The meta-parameters by name, live where the framework's parameters are.
@@ -243,7 +245,7 @@ class MetaLearner(Wrapper):
                     f"{tuple(value.shape)}."
                 )
         if isinstance(self._adapter, StepStatistics):
-            self._adapter.statistics = dict(values)
+            self._adapter.tables.write(dict(values))
 
     def collect_statistics(
         self,
@@ -326,6 +328,23 @@ class MetaLearner(Wrapper):
         return self._adapter.backend
 
     @property
+    def _adapting(self) -> AdaptConfig:
+        """The settings, without the parameters that were frozen since they were made."""
+        config, adaptable = self.config, frozenset(self._adapter.adaptable())
+        names = tuple(name for name in config.names if name in adaptable)
+        if names == config.names:
+            return config
+        if not names:
+            raise InputError(f"all of the parameters to adapt are frozen: {list(config.names)}.")
+        if (
+            self._narrowed is None
+            or self._narrowed[0] is not config
+            or self._narrowed[1].names != names
+        ):  # the same object while nothing changes, since another one is another program
+            self._narrowed = config, dataclasses.replace(config, names=names)
+        return self._narrowed[1]
+
+    @property
     def _flags(self) -> Hashable:
         return self._adapter.signature()
 
@@ -337,8 +356,9 @@ class MetaLearner(Wrapper):
         metric: LossFn | None = None,
     ) -> Setting:
         checks.function(loss_fn, "loss_fn")
-        steps = self.config.steps(steps, at_least=0)
-        return Setting(self._adapter, self.config, self._method, loss_fn, steps, mode, metric)
+        config = self._adapting
+        steps = config.steps(steps, at_least=0)
+        return Setting(self._adapter, config, self._method, loss_fn, steps, mode, metric)
 
     def _run(self, fn: Program, tasks: Task | Sequence[Task], compiled: bool | None) -> Any:
         """`fn(meta-parameters, constants, batch)`, compiled where that is the default or asked."""

@@ -23,7 +23,9 @@ class MetaSGD(MAML):
         module: the model, see `MAML`.
         inner_lr: where every rate starts: a number, or one for each adapted parameter by name.
         inner_steps: see `MAML`.
-        first_order: see `MAML`. The rates get their exact gradient either way.
+        first_order: see `MAML`. With one inner step the rates get their
+            exact gradient either way; with more the part that goes through later gradients is
+            dropped for them too.
         adapt_names: names of the parameters to adapt, and to learn rates for.
         allow_unused: see `MAML`.
         norm: see `MAML`.

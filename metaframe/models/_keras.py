@@ -8,7 +8,7 @@ Keras model is an `nn.Module` too, but `torch.func.functional_call` does not rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaframe.backend import backend_of
@@ -30,16 +30,21 @@ class KerasAdapter(ModelAdapter):
                 "model.build(input_shape)."
             )
         self.model = model
+        self._paths = _paths(model.variables)
         values = [v.value for v in (*model.trainable_variables, *model.non_trainable_variables)]
         self.backend = backend_of(*values)
 
     def params(self) -> Params:
         """The values of the trainable variables."""
-        return _values(self.model.trainable_variables)
+        return self._values(self.model.trainable_variables)
 
     def state(self) -> Params:
         """Everything else: moving statistics, frozen weights, seed generators."""
-        return _values(self.model.non_trainable_variables)
+        return self._values(self.model.non_trainable_variables)
+
+    def aliases(self) -> Mapping[str, str]:
+        """Paths without the name of the model, which most start with."""
+        return {name.removeprefix(f"{self.model.name}/"): name for name in self.params()}
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model.stateless_call`, with `training=` as the policy says."""
@@ -61,6 +66,14 @@ class KerasAdapter(ModelAdapter):
         )
         return output, dict(zip(names, after, strict=True))
 
+    def _values(self, variables: Sequence[Any]) -> Params:
+        every = self.model.variables
+        if len(every) != len(self._paths):  # some were added, such as those of metrics
+            self._paths = _paths(every)
+        # By place, since a copy of a model has the same variables under other paths.
+        names = {id(variable): name for name, variable in zip(self._paths, every, strict=True)}
+        return {names[id(variable)]: variable.value for variable in variables}
+
     def variables(self) -> dict[str, Any]:
         """Keras variables, which its optimizers want on every framework but TensorFlow."""
         return dict(zip(self.params(), self.model.trainable_variables, strict=True))
@@ -71,15 +84,15 @@ class KerasAdapter(ModelAdapter):
             variable.assign(value)
 
 
-def _values(variables: Sequence[Any]) -> Params:
-    values: Params = {}
+def _paths(variables: Sequence[Any]) -> tuple[str, ...]:
+    names: list[str] = []
     for variable in variables:
         name, copies = variable.path, 1
-        while name in values:  # layers made with the same explicit name share their path
+        while name in names:  # layers made with the same explicit name share their path
             copies += 1
             name = f"{variable.path}:{copies}"
-        values[name] = variable.value
-    return values
+        names.append(name)
+    return tuple(names)
 
 
 def keras_adapter(model: object) -> ModelAdapter | None:

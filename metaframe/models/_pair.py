@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaframe import ops, tree
@@ -28,6 +28,7 @@ class PairAdapter(ModelAdapter):
         leaves, self._spec = tree.flatten(params)
         self.backend = backend_of(*leaves)
         self._names = tree.key_chains(params)
+        self._given = {n: x for n, x in zip(self._names, leaves, strict=True) if not _is_number(x)}
         self._apply = apply
         self._norms = norms
         self.write(dict(zip(self._names, convert_neutral(leaves, self.backend), strict=True)))
@@ -35,6 +36,10 @@ class PairAdapter(ModelAdapter):
     def params(self) -> Params:
         """The leaves by key chain."""
         return dict(zip(self._names, tree.leaves(self.model[1]), strict=True))
+
+    def given(self) -> Mapping[str, Any]:
+        """Those of `params`, and before a selected backend converted them where it did."""
+        return {**self.params(), **self._given}
 
     def state(self) -> Params:
         """Running statistics of a model of `metaframe.nn`: means of 0 and variances of 1."""
@@ -77,6 +82,10 @@ class PairAdapter(ModelAdapter):
 
     def _structured(self, params: Params) -> tree.Tree:
         return tree.unflatten(self._spec, [params[name] for name in self._names])
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float))  # equal ones may be the same object
 
 
 def pair_adapter(model: object) -> ModelAdapter | None:

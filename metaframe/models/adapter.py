@@ -28,7 +28,7 @@ class Forward:
     Attributes:
         norm: what batch normalisation normalises by: "batch", the statistics of the examples in
             hand; "frozen", those in the state; "record", the examples' own, which the returned
-            state then holds; None leaves it to the model.
+            state then holds, with everything else as it was given; None leaves it to the model.
         twice: will the result be differentiated twice? Kernels without a second derivative are
             then avoided.
         repeated: will the call be run again in a backward pass? A model that draws numbers from a
@@ -146,9 +146,24 @@ class ModelAdapter(NamedParameters):
         """
         return ()
 
+    def recordable(self) -> tuple[str, ...]:
+        """Names of the means and variances of `batch_norms`."""
+        return tuple(name for norm in self.batch_norms() for name in (norm.mean, norm.var))
+
     def adaptable(self) -> tuple[str, ...]:
         """Names of the parameters an inner loop may adapt. Default: those that are trained."""
         return self.trainable()
+
+    def given(self) -> Mapping[str, Any]:
+        """The parameters as the objects the user knows them by. Default: those of `params`."""
+        return self.params()
+
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of parameters, and the ones in `params`: of tied weights, or for short.
+
+        Default: there are none.
+        """
+        return {}
 
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from metaframe import ops
@@ -40,6 +40,14 @@ class Around(ModelAdapter):
     def variables(self) -> dict[str, Any]:
         """The model's."""
         return self.inner.variables()
+
+    def given(self) -> Mapping[str, Any]:
+        """The model's."""
+        return self.inner.given()
+
+    def aliases(self) -> Mapping[str, str]:
+        """The model's."""
+        return self.inner.aliases()
 
     def signature(self) -> Hashable:
         """The model's."""

@@ -16,7 +16,7 @@ from metaframe.errors import InputError
 from metaframe.inner import first_index
 from metaframe.models.adapter import Inputs, ModelAdapter, NamedParameters, Params
 from metaframe.models.around import Around
-from metaframe.models.values import live
+from metaframe.models.values import kept, live
 
 STEP = "inner step"
 """The point an adaptation is at, among the state of a model that looks at it."""
@@ -94,7 +94,13 @@ class StepStatistics(_PerStep):
         super().__init__(inner, steps + 1, "norm='per-step'")
         state = inner.state()
         names = [name for norm in self.norms for name in (norm.mean, norm.var)]
-        self.statistics = {name: _repeated(state[name], self.rows) for name in names}
+        tables = {name: _repeated(state[name], self.rows) for name in names}
+        self.tables: NamedParameters = kept(tables, self.backend)
+
+    @property
+    def statistics(self) -> Params:
+        """The tables."""
+        return self.tables.params()
 
     def state(self) -> Params:
         """The model's, with tables in the places of its running statistics."""

@@ -25,3 +25,8 @@ class ValuesAdapter(NamedParameters):
 def live(values: Params, backend: Backend) -> NamedParameters:
     """`values` as parameters: the framework's own kind, if it has one."""
     return backend.live(values) or ValuesAdapter(values, backend)
+
+
+def kept(values: Params, backend: Backend) -> NamedParameters:
+    """`values` as what is saved with a model and not trained: the framework's kind, if any."""
+    return backend.kept(values) or ValuesAdapter(values, backend)
