@@ -15,6 +15,7 @@ from meta_problems import classification, quick
 from metaframe import (
     apply_updates,
     inner_loop,
+    maml_step,
     meta_value_and_grad,
     nn,
     ops,
@@ -22,6 +23,7 @@ from metaframe import (
     tree,
     use_backend,
 )
+from metaframe import compile as metaframe_compile
 from metaframe.errors import BackendError, InputError
 from metaframe.testing.conformance.closed_form import (
     RATE,
@@ -294,3 +296,36 @@ def test_optax(name: str, mode: Any) -> None:
     with use_backend("jax", dtype="float64") as jax:
         # Not 1e-12: optax takes the power of 0.999 itself, with a digit or two less.
         assert_close(run(foreign, None, mode), run(ours, RATE, "reverse"), 1e-11)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_eager_loop_on_jax_compiles_nothing_anew(mode: Any) -> None:
+    """A program for each call would stay in JAX's caches, megabytes each."""
+    require("jax")
+    monitoring = importlib.import_module("jax.monitoring")
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    def cost(task: Any, v: Any) -> Any:
+        return ops.mean((v["w"] * task["x"]) ** 2)
+
+    with use_backend("jax", dtype="float64") as jax:
+        batch = {"x": jax.asarray(np.arange(6.0).reshape(2, 3))}
+        v = {"w": jax.asarray(np.ones(3))}
+
+        def steps() -> None:
+            for batched in ("vmap", "scan"):
+                maml_step(batch, cost, None, v, 9, 0.1, batched=batched, mode=mode)
+
+        steps()
+        monitoring.register_event_duration_secs_listener(listen)
+        try:
+            steps()
+            assert compiled == []
+            metaframe_compile(lambda x: x + 1)(batch["x"])
+            assert compiled, "the listener hears of programs"
+        finally:
+            monitoring.unregister_event_duration_listener(listen)

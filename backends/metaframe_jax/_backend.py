@@ -160,11 +160,13 @@ class JaxBackend(Backend):
     def scan(
         self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
     ) -> tuple[Arrays, Arrays]:
+        if not _staged():
+            return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
 
     def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
-        if times <= (1 if rolled else UNROLL_AT_MOST):
+        if times <= (1 if rolled else UNROLL_AT_MOST) or not _staged():
             return super().repeat(fn, carry, times)
         final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
         return final
@@ -207,6 +209,15 @@ class JaxBackend(Backend):
 
     def adapter(self, model: object) -> ModelAdapter | None:
         return find_adapter(model, self)
+
+
+def _staged() -> bool:
+    """Is a program being recorded, as under jit? Every new array is then a tracer.
+
+    Run eagerly, a loop of `lax` would be compiled for every call, since its body is another function
+    each time, and stay in JAX's caches for good, megabytes each.
+    """
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _depends(value: Array, xs: Arrays) -> bool:
