@@ -214,8 +214,8 @@ class JaxBackend(Backend):
 def _staged() -> bool:
     """Is a program being recorded, as under jit? Every new array is then a tracer.
 
-    Run eagerly, a loop of `lax` would be compiled for every call, since its body is another function
-    each time, and stay in JAX's caches for good, megabytes each.
+    Run eagerly, a loop of `lax` would be compiled for every call, since its body is another
+    function each time, and stay in JAX's caches for good, megabytes each.
     """
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
