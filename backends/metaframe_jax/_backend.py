@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
-from metaframe.errors import BackendError, nearest
+from metaframe.errors import BackendError, InputError, nearest
 from metaframe.models import ModelAdapter
 from metaframe.workers import Place, Workers
 from metaframe_jax import _distributed
@@ -29,6 +29,13 @@ Unrolled code runs up to a quarter faster and compiles in time proportional to t
 are recomputed to save memory are always rolled: XLA sees through an unrolled recomputation, and
 keeps what was to be computed again.
 """
+
+
+CLOSURE = (
+    "a step that is run again in the backward pass closes over an array that is differentiated, "
+    "whose gradient would be lost. Make it an argument, in the variables or the batch, or use "
+    'mode="reverse".'
+)
 
 
 class JaxBackend(Backend):
@@ -128,15 +135,18 @@ class JaxBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
+        def recorded(xs: Arrays) -> tuple[Arrays, Arrays]:
+            try:
+                return forward(xs), xs
+            except jax.errors.UnexpectedTracerError as error:
+                raise InputError(CLOSURE) from error
+
         rule = jax.custom_vjp(forward)
-        rule.defvjp(
-            lambda xs: (forward(xs), xs),
-            lambda xs, cotangents: (backward(xs, cotangents),),
-        )
+        rule.defvjp(recorded, lambda xs, cotangents: (backward(xs, cotangents),))
         return rule
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        jax.eval_shape(fn, xs)  # JAX itself complains of a closure; nothing is computed
+        jax.eval_shape(fn, xs)  # a closure is an error in `custom_vjp`; nothing is computed
         return ""
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
