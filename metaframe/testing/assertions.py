@@ -20,7 +20,7 @@ from metaframe.testing.subject import ONE_STEP, Adaptation, Step, Subject, Value
 PRECISION = {"float64": 1e-12, "float32": 2e-6}
 """How far backends may differ, relative to the largest value of an array."""
 
-NOTHING = "nothing: not smooth, not repeatable or not computed in float64"
+NOTHING = "nothing: not smooth, not repeatable or of fewer digits than float64"
 
 
 def assert_meta_gradient(
@@ -47,7 +47,7 @@ def assert_meta_gradient(
 
     Raises:
         AssertionError: naming the variables whose gradient is wrong, or cannot be told because
-            the cost is not smooth, not repeatable or not computed in float64.
+            the cost is not smooth, not repeatable or of fewer digits than float64.
         InputError, InputTypeError: bad arguments.
 
     >>> import torch

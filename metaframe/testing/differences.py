@@ -39,7 +39,7 @@ class Slope(NamedTuple):
     falling: bool
     """Did the error fall with h as that of a smooth function does?"""
     noisy: bool
-    """Does the cost vary like one that is computed in less than float64?"""
+    """Does the cost vary at random, like one that is computed in less than float64?"""
     moved: bool
     """Is the cost anywhere on the line another than at 0?"""
 
@@ -70,7 +70,7 @@ class Component(NamedTuple):
 
     @property
     def lossy(self) -> bool:
-        """Is the cost computed in less than float64, so that small faults would not be seen?"""
+        """Has the cost too few digits for small faults to be seen?"""
         return self.slope.noisy and self.slope.error > PRECISE * self.size
 
     @property

@@ -323,7 +323,7 @@ def _lossy(found: Sequence[Component]) -> Finding:
     return Finding(
         "lost precision",
         ", ".join(repr(c.name) for c in found),
-        "the cost is not computed in float64, and smaller faults do not show: along a random "
+        "the cost has fewer digits than float64, and small faults do not show: along a random "
         f"direction its slope in {first.name!r} is {first.slope.value:.9g}, give or take "
         f"{first.slope.error:.1e}",
         "Find what goes through float32: a cast, an array or a model of a fixed dtype. Or what "
