@@ -20,6 +20,8 @@ from metaframe.testing.subject import ONE_STEP, Adaptation, Step, Subject, Value
 PRECISION = {"float64": 1e-12, "float32": 2e-6}
 """How far backends may differ, relative to the largest value of an array."""
 
+NOTHING = "nothing: not smooth, not repeatable or of fewer digits than float64"
+
 
 def assert_meta_gradient(
     cost: Cost,
@@ -41,11 +43,11 @@ def assert_meta_gradient(
         adaptation: what happens before the cost is taken, default one step at rate 0.01.
         step: your own `(variables, batch) -> (cost, gradients)`; default: metaframe's
             meta-gradient of `cost`.
-        rtol: tolerance, relative to the norm of the gradient.
+        rtol: tolerance, relative to the norm of each variable's gradient.
 
     Raises:
         AssertionError: naming the variables whose gradient is wrong, or cannot be told because
-            the cost is not smooth or not repeatable.
+            the cost is not smooth, not repeatable or of fewer digits than float64.
         InputError, InputTypeError: bad arguments.
 
     >>> import torch
@@ -64,7 +66,7 @@ def assert_meta_gradient(
     bad = [c for c in found if not (c.known and c.agrees(rtol))]
     lines = [
         f"  {c.name!r}: {c.claimed:.9g} along a random direction, finite differences say "
-        + (f"{c.slope.value:.9g}" if c.known else "nothing: not smooth, or not repeatable")
+        + (f"{c.slope.value:.9g}" if c.known else NOTHING)
         for c in bad
     ]
     if lines:

@@ -18,8 +18,15 @@ CostAt = Callable[[Sequence[Values]], float]
 """The cost at values of the variables."""
 SIZES = (1e-2, 2e-3, 4e-4, 8e-5)
 """Steps h along a direction of norm 1."""
+PRECISE = 1e-7
+"""An error below this part of the gradient needs no explanation."""
 TRUSTED = 1e-4
-"""A slope is used if its error is below this part of it."""
+"""A larger one, up to this part, is that of rounding or the slope is not used."""
+NEAR = 100
+"""Up to so many times its rounding, a number cannot be told from 0."""
+FAR = 1e4
+"""Noise so many times the rounding of float64 comes from something else."""
+EPS = float(np.finfo(np.float64).eps)
 
 
 class Slope(NamedTuple):
@@ -27,6 +34,14 @@ class Slope(NamedTuple):
 
     value: float
     error: float
+    rounding: float
+    """What rounding the argument and the cost to float64 does to the value."""
+    falling: bool
+    """Did the error fall with h as that of a smooth function does?"""
+    noisy: bool
+    """Does the cost vary at random, like one that is computed in less than float64?"""
+    moved: bool
+    """Is the cost anywhere on the line another than at 0?"""
 
 
 class Component(NamedTuple):
@@ -35,41 +50,112 @@ class Component(NamedTuple):
     name: str
     slope: Slope
     claimed: float
-    scale: float
-    """The norm of the gradient, to which differences are compared."""
+    norm: float
+    """The norm of the leaf, to which differences are compared."""
 
-    def agrees(self, rtol: float) -> bool:
-        """Is the claim within `rtol` of the gradient's norm, and the differences' own error?"""
-        allowed = rtol * max(self.scale, abs(self.slope.value)) + 10 * self.slope.error
-        return bool(abs(self.slope.value - self.claimed) <= allowed)
+    @property
+    def size(self) -> float:
+        """How large the leaf's gradient is, whichever of the two is right."""
+        return max(self.norm, abs(self.slope.value))
+
+    @property
+    def apart(self) -> float:
+        """How far the claim is from the differences."""
+        return abs(self.slope.value - self.claimed)
+
+    @property
+    def stationary(self) -> bool:
+        """Are the slope and the claim 0, as far as float64 can tell?"""
+        return max(self.slope.error, self.size) <= NEAR * self.slope.rounding
+
+    @property
+    def lossy(self) -> bool:
+        """Has the cost too few digits for small faults to be seen?"""
+        return self.slope.noisy and self.slope.error > PRECISE * self.size
 
     @property
     def known(self) -> bool:
         """Is the cost smooth and repeatable enough for differences to say anything?"""
-        return self.slope.error <= TRUSTED * max(self.scale, abs(self.slope.value))
+        error, rounding = self.slope.error, self.slope.rounding
+        if self.stationary:
+            return True
+        # A slope that is too rough to confirm a claim can still refute one that is far off.
+        usable = error <= max(TRUSTED * self.size, NEAR * rounding)
+        if usable and self.apart > 100 * max(error, rounding):
+            return True
+        explained = self.slope.falling or error <= FAR * rounding
+        allowed = TRUSTED if explained and not self.lossy else PRECISE
+        return error <= allowed * self.size
+
+    def agrees(self, rtol: float) -> bool:
+        """Is the claim within `rtol` of the leaf's norm, and the differences' own error?"""
+        allowed = rtol * self.size + 10 * max(self.slope.error, self.slope.rounding)
+        return bool(self.apart <= allowed)
 
 
-def slope(fn: Callable[[float], float]) -> Slope:
-    """The derivative of `fn` at 0.
+def slope(fn: Callable[[float], float], at: float = 1.0) -> Slope:
+    """The derivative of `fn` at 0, where `at` is the size of what its argument is added to.
 
     >>> import math
     >>> abs(slope(lambda t: math.exp(2 * t)).value - 2.0) < 1e-11
     True
     """
     here = fn(0.0)
-    estimates, jumps = [], []
-    for h in SIZES:
-        right, left = fn(h), fn(-h)
-        near, far = right - left, fn(2 * h) - fn(-2 * h)
-        estimates.append((8 * near - far) / (12 * h))
-        jumps.append(abs(right - 2 * here + left) / h)
-    errors = np.abs(np.diff(estimates))
-    best = int(np.argmin(errors)) if np.all(np.isfinite(errors)) else 0
-    value, error = float(estimates[best + 1]), float(errors[best])
+    values = np.array([[fn(2 * h), fn(h), fn(-h), fn(-2 * h)] for h in SIZES])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _slope(here, values, at)
+
+
+def _slope(here: float, values: Values, at: float) -> Slope:
+    far_right, right, left, far_left = values.T
+    steps = np.array(SIZES)
+    estimates = (8 * (right - left) - (far_right - far_left)) / (12 * steps)
+    jumps = np.abs(right - 2 * here + left) / steps
+    largest = np.maximum(np.max(np.abs(values), axis=1), abs(here))
+    steepest = np.max(np.abs(values - here), axis=1) / steps
+    rounding = EPS * (largest + at * steepest) / steps
+    best, error = _best(estimates, rounding)
+    value, h = float(estimates[best]), steps[best]
+    noise = _noise(here, values)
+    error = float(max(error, noise / h))
+    # What varies by more than this is not continuous, or coarser than float32.
+    noisy = FAR * rounding[best] * h < noise < 1e-5 * largest[best]
     # The difference between the slopes to the right and to the left shrinks with h, unless there
     # is a kink at the very point, which central differences do not see.
     kink = jumps[-1] > 1e-6 * max(abs(value), abs(here)) and jumps[-1] > jumps[0] / 4
-    return Slope(value, max(error, jumps[-1]) if kink else error)
+    if kink and not noisy:
+        error = max(error, float(jumps[-1]))
+    errors = np.abs(np.diff(estimates))
+    falling = best > 1 and errors[best - 1] < errors[best - 2] / 25
+    moved = bool(np.any(values != here))
+    rounded = float(rounding[best]) if np.isfinite(error) else 0.0
+    return Slope(value, error, rounded, bool(falling), bool(noisy), moved)
+
+
+def _best(estimates: Values, rounding: Values) -> tuple[int, float]:
+    """Which estimate to take, and its error: how far the one before is from it.
+
+    Two from small steps may be near each other by chance. So the noise that smaller steps show
+    counts too, for its size at this one, and a larger step is taken if it is hardly worse.
+    """
+    steps, errors = np.array(SIZES[1:]), np.abs(np.diff(estimates))
+    shown = np.where(np.isfinite(errors), errors, np.inf) * steps
+    errors = np.array([np.max(shown[i:]) for i in range(len(shown))]) / steps
+    likely = np.fmax(errors, rounding[1:])
+    best = int(np.argmax(likely <= 10 * np.min(likely)))
+    return best + 1, float(errors[best])
+
+
+def _noise(here: float, values: Values) -> float:
+    """How much the cost varies from one value to the next, however near they are.
+
+    From one h to the next, a fifth of it, fourth differences of a smooth function fall to a 625th,
+    those next to a kink to a fifth, and those of noise stay.
+    """
+    fourth = np.abs(values @ np.array([1, -4, -4, 1]) + 6 * here) / 8
+    noise = float(np.max(fourth[2:]))
+    stays = noise > fourth[1] / 3 or noise > np.max(fourth[:2]) / 10
+    return noise if stays else 0.0
 
 
 def components(
@@ -80,7 +166,7 @@ def components(
     `cost_at` takes the place of the subject's own.
     """
     start = subject.numbers(subject.variables)
-    scale = float(np.sqrt(sum(np.sum(g**2) for g in gradient.arrays)))
+    at = float(np.sqrt(1.0 + sum(np.sum(x**2) for x in start)))
     rng = np.random.default_rng(0)
     found = []
     for i, (name, claimed) in enumerate(zip(subject.names, gradient.arrays, strict=True)):
@@ -89,7 +175,9 @@ def components(
         drawn = rng.normal(size=start[i].shape)
         direction = np.asarray(drawn / np.linalg.norm(drawn))
         line = _line(cost_at or subject.cost_at, start, i, direction)
-        found.append(Component(name, slope(line), float(np.sum(claimed * direction)), scale))
+        along = slope(line, at)
+        norm = float(np.linalg.norm(claimed))
+        found.append(Component(name, along, float(np.sum(claimed * direction)), norm))
     return found
 
 

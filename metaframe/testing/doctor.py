@@ -20,7 +20,7 @@ from metaframe.inner import Cost, Order
 from metaframe.testing._causes import causes, redrawn
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
-from metaframe.testing.differences import Component, components
+from metaframe.testing.differences import NEAR, PRECISE, Component, components
 from metaframe.testing.report import Finding, Report
 from metaframe.testing.subject import (
     ONE_STEP,
@@ -161,24 +161,30 @@ class _Examination:
             return self._subject.cost_at(values)
 
     def _judge(self, found: list[Component]) -> None:
+        lossy = [c for c in found if c.lossy]
+        if lossy:
+            self._findings.append(_lossy(lossy))
         for c in found:
-            if not c.known:
-                self._unknown.append(
-                    f"finite differences in {c.name!r}: the cost is not smooth at this point"
-                )
+            if not c.known and not c.lossy:
+                self._unknown.append(f"finite differences in {c.name!r}: {_why(c)}")
         known = [c for c in found if c.known]
-        unused = [c for c in known if c.claimed == 0.0 and abs(c.slope.value) <= 10 * c.slope.error]
+        unused = [c for c in known if c.norm == 0.0 and not c.slope.moved]
         if unused:
             self._findings.append(_unused(unused, self._subject.tasks))
-        wrong = [c for c in known if not c.agrees(1e-7)]
+        wrong = [c for c in known if not c.agrees(PRECISE)]
         if wrong:
             self._findings += self._causes(wrong)
         elif known:
-            worst = max(abs(c.slope.value - c.claimed) / max(c.scale, 1e-300) for c in known)
+            worst = max((c.apart / c.size for c in known if not c.stationary), default=0.0)
             self._passed.append(
                 f"finite differences in {len(known)} variables, largest difference {worst:.1e} "
-                "of the gradient"
+                "of a variable's gradient"
             )
+            self._passed += [
+                f"the gradient in {c.name!r} is 0 to within {NEAR * c.slope.rounding:.1e}"
+                for c in known
+                if c.stationary and c not in unused
+            ]
 
     def _causes(self, wrong: list[Component]) -> list[Finding]:
         if self._seeded:
@@ -302,6 +308,26 @@ def _random() -> Finding:
         "two calls with the same arguments differ",
         "Make random numbers an argument: draw masks or keys outside and pass them in the batch.",
         wrong=False,
+    )
+
+
+def _why(c: Component) -> str:
+    """Why differences say nothing."""
+    if c.slope.error <= NEAR * c.slope.rounding:
+        return "its gradient is so small that the rounding of the cost covers it"
+    return "the cost is not smooth at this point"
+
+
+def _lossy(found: Sequence[Component]) -> Finding:
+    first = found[0]
+    return Finding(
+        "lost precision",
+        ", ".join(repr(c.name) for c in found),
+        "the cost has fewer digits than float64, and small faults do not show: along a random "
+        f"direction its slope in {first.name!r} is {first.slope.value:.9g}, give or take "
+        f"{first.slope.error:.1e}",
+        "Find what goes through float32: a cast, an array or a model of a fixed dtype. Or what "
+        "loses as many digits in float64: a difference of large numbers, an ill-conditioned solve.",
     )
 
 
