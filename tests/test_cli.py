@@ -284,12 +284,16 @@ def without_x64(backend_name: str) -> Iterator[None]:
 def test_every_algorithm_trains(
     algorithm: str, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--algorithm", algorithm, *execution(backend_name), "--no-plots"]
-    if "inner_steps" not in ALGORITHMS[algorithm].ignores:
+    chosen = ALGORITHMS[algorithm]
+    flags = [*QUICK, "--algorithm", algorithm, *execution(backend_name), "--no-plots"]
+    if "inner_steps" in chosen.ignores:
+        at = flags.index("--eval-steps")
+        del flags[at : at + 2]
+    else:
         flags += ["--inner-steps", "2"]
-    if ALGORITHMS[algorithm].classifies:
+    if chosen.classifies:
         flags += ["--dataset", "digits"]
-    result = as_json(capsys, "train", *QUICK, *flags, "--out", str(tmp_path / "run"))
+    result = as_json(capsys, "train", *flags, "--out", str(tmp_path / "run"))
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
 
@@ -372,6 +376,9 @@ WRONG = [
     (["train", "--dataset", "digits", "--patience", "2"], "patience=2 with eval_every=0, which"),
     ([*PROTONET, "--inner-lr", "5"], "inner_lr has no effect on algorithm protonet, received"),
     ([*PROTONET, "--inner-steps", "9"], "inner_steps has no effect on algorithm protonet"),
+    ([*PROTONET, "--eval-steps", "9"], "eval_steps has no effect on algorithm protonet"),
+    ([*PROTONET, "--mode", "remat"], "mode has no effect on algorithm protonet"),
+    (["train", "--norm", "support"], "norm is a setting of omniglot, mini-imagenet, tiered"),
     ([*RUNS, "--parts", "background,evaluation"], "drawn from the alphabets of part evaluation"),
     ([*RUNS, "--held-out", "Greek"], "held_out has no effect with protocol=runs"),
     ([*RUNS, "--eval-tasks", "100"], "eval_tasks has no effect with protocol=runs: there are 20"),

@@ -106,7 +106,7 @@ ALGORITHMS = {
         lambda model, c: ProtoNet(model, c.ways, norm=c.norm),
         ("features",),
         {"features": 64},
-        ignores=("inner_lr", "inner_steps"),
+        ignores=("inner_lr", "inner_steps", "eval_steps", "mode"),
         classifies=True,
     ),
     "protomaml": Algorithm(

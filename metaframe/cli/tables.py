@@ -197,6 +197,9 @@ def _omniglot_model(config: RunConfig) -> nn.Model:
     )
 
 
+_NORMALISED = ("norm", "learn_norms")
+"""What a model with batch normalisation has a use for."""
+
 _AS_MAML = {"width": 32, "inner_steps": 5, "meta_batch_size": 4}
 """Its settings for photographs, 5-way 1-shot."""
 
@@ -226,7 +229,7 @@ DATASETS = {
         "handwritten characters of many alphabets; needs --data",
         _omniglot,
         _omniglot_model,
-        ("data", "parts", "held_out", "protocol", "ways"),
+        ("data", "parts", "held_out", "protocol", "ways", *_NORMALISED),
         convolutional=True,
         defaults={"parts": ("small1",), "queries": 5, "inner_lr": 0.4, "eval_steps": 3},
     ),
@@ -234,7 +237,7 @@ DATASETS = {
         "photographs of 100 classes; needs --data with train.csv and so on, and images",
         functools.partial(_imagenet, load_mini_imagenet),
         _imagenet_model,
-        ("data", "ways"),
+        ("data", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
     ),
@@ -242,7 +245,7 @@ DATASETS = {
         "photographs of 608 classes, unlike between splits; needs --data with npz files or folders",
         functools.partial(_imagenet, load_tiered_imagenet),
         _imagenet_model,
-        ("data", "ways"),
+        ("data", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
     ),
@@ -250,7 +253,7 @@ DATASETS = {
         "images of your own; needs --data with a folder for each class, also within others",
         _folder,
         _imagenet_model,
-        ("data", "held_out", "ways"),
+        ("data", "held_out", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
     ),
