@@ -56,7 +56,8 @@ def maml_step(
 ) -> tuple[Array, tree.Tree, Any]:
     """One step of MAML, with exact second-order gradients (Finn et al. 2017, arXiv 1703.03400).
 
-        theta_i = inner loop from theta on task i,   cost = mean_i outer_cost(batch_i, theta_i),
+        theta_i = inner loop from theta on task i
+        cost = mean_i outer_cost(batch_i, theta_i)
         grads = d cost / d theta
 
     Args:
