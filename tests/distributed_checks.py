@@ -142,6 +142,10 @@ def checks(name: str) -> dict[str, Any]:
         found["within a compiled one"] = refusal(lambda: compiled((v["head"]["b"],)))
         found["share"] = gap_of_share(backend, batch, v)
         found["within a gradient"] = refusal(lambda: transformed((v["head"]["b"],)))
+        if name == "torch":
+            leaf = v["head"]["b"].clone().requires_grad_()
+            result = cost((leaf,))[0]
+            found["from outside"] = refusal(lambda: result.backward())
         found["still well"] = refusal(lambda: step(batch, v))
     return found
 

@@ -26,6 +26,29 @@ _WORDS_OF_GLOO = (
     "pair closure",
 )
 
+_DIFFERENTIATED = (
+    "a distributed step within {}: the sum over processes would be differentiated too, and wrong. "
+    "Differentiate the cost, and leave the step outside."
+)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes, with no derivative.
+
+    Autograd does not see torch's own sum: each process would take its part's derivative for the
+    whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, group: dist.ProcessGroup) -> Array:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, dist.ReduceOp.SUM, group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> Any:
+        raise InputError(_DIFFERENTIATED.format("a gradient"))
+
 
 class TorchWorkers(Workers):
     """The processes of the default process group."""
@@ -36,10 +59,7 @@ class TorchWorkers(Workers):
 
     def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise InputError(
-                "a distributed step within torch.func.grad or vmap: the sum over processes would "
-                "be differentiated too, and wrong. Transform the cost, and leave the step outside."
-            )
+            raise InputError(_DIFFERENTIATED.format("torch.func.grad or vmap"))
         if not shared:
             length = tasks[0].shape[0] // self.count
             mine = slice(self.process * length, (self.process + 1) * length)
@@ -52,8 +72,8 @@ class TorchWorkers(Workers):
             from torch.distributed import _functional_collectives as functional
 
             return functional.all_reduce(x, "sum", self.group)
-        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
-        return x
+        apply: Any = _Sum.apply
+        return apply(x, self.group)
 
     def tell(self, text: str) -> list[str]:
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
