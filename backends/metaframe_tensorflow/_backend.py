@@ -85,10 +85,9 @@ class TensorFlowBackend(Backend):
         return not isinstance(x, tf.Variable) and not hasattr(x, "numpy")
 
     def devices(self) -> tuple[str, ...]:
-        return tuple(
-            device.name.removeprefix("/device:").removeprefix("/physical_device:")
-            for device in tf.config.list_logical_devices()
-        )
+        # In a cluster those of every process are listed; a name without its task is one's own.
+        names = (device.name for device in tf.config.list_logical_devices())
+        return tuple(dict.fromkeys(name.rpartition("device:")[2] for name in names))
 
     def device_of(self, x: Array) -> str:
         return str(x.device).rpartition("/device:")[2]

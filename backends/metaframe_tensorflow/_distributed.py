@@ -81,6 +81,7 @@ class TensorFlowWorkers(Workers):
             return here.all_reduce(tf.distribute.ReduceOp.SUM, row * first)
 
         run = tf.function(lambda: self._strategy.run(replica), autograph=False)
+        run._omit_frequent_tracing_warning = True
         return [list(map(int, row)) for row in self._first(run()).numpy()]
 
 
