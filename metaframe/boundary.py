@@ -217,11 +217,12 @@ class Backend(Required):
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
 
     def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
-        """`(xs, tasks) -> (scalars, aux, gradients with respect to xs)` of `fn(xs, task)`.
+        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.
 
-        Tasks are mapped over the leading axis; scalars and aux come stacked, gradients summed.
+        They are those of `fn(xs, held, task)`. Tasks are mapped over the leading axis; scalars and
+        aux come stacked, gradients summed. What is `held` may be differentiated from outside.
         The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
         number for less work, for a framework where that is safe.
         """
@@ -229,14 +230,14 @@ class Backend(Required):
 
     def _gradients_of_tasks(
         self,
-        fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]],
+        fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]],
         mapped: Callable[[ArraysFn], ArraysFn],
-    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
         """`mapped_value_and_grad` by `mapped`, which maps a function over tasks."""
 
-        def of_tasks(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+        def of_tasks(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
             def one(task: Arrays) -> Arrays:
-                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, task))(xs)
+                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, held, task))(xs)
                 return (*grads, value, *aux)
 
             out = mapped(one)(tasks)

@@ -126,22 +126,23 @@ def meta_value_and_grad(
         checks.variables(v, flags, backend, "outer_v")
         leaves, spec = tree.flatten(v)
         wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
+        held = tuple(x for x, flag in zip(leaves, flags, strict=True) if not flag)
         cost_of = _Checked(task_cost, has_aux, backend)
         settled = replace(how, task_map=strategy(how.task_map, leaves))
 
-        def objective(xs: Arrays, task: Arrays) -> tuple[Array, Arrays]:
-            fresh = iter(xs)
-            full = [next(fresh) if flag else x for x, flag in zip(leaves, flags, strict=True)]
+        def objective(xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
+            fresh, others = iter(xs), iter(held)
+            full = [next(fresh if flag else others) for flag in flags]
             task, weight = task[: len(batch)], task[len(batch) :]
             cost, aux = cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
             return weighed(backend, cost, weight), aux
 
         def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
-            cost, aux, grads = backend.value_and_grad(lambda xs: objective(xs, task))(wanted)
+            cost, aux, grads = backend.value_and_grad(lambda xs: objective(xs, held, task))(wanted)
             return grads, (cost, *aux)
 
         def of_chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
-            costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, tasks)
+            costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, held, tasks)
             return grads, (costs, *aux)
 
         if distributed:

@@ -141,8 +141,9 @@ def test_an_inner_loop_makes_it_maml(arr: Call, to_np: Call, task_map: Any) -> N
 # once more gives the gradient that the step returned.
 
 
+@pytest.mark.parametrize("outer_v", [None, "head"])  # what is held depends on the leaf as well
 @pytest.mark.parametrize("batched", [True, False, "vmap", "scan"])
-def test_torch_differentiates_the_cost(batched: Any) -> None:
+def test_torch_differentiates_the_cost(batched: Any, outer_v: Any) -> None:
     require("torch")
     torch = importlib.import_module("torch")
     with use_backend("torch", dtype="float64") as backend:
@@ -152,10 +153,10 @@ def test_torch_differentiates_the_cost(batched: Any) -> None:
         if batched is True:
             v = _map(v, lambda x: x.expand(3, *x.shape))
         batch = _map(problem.batch, backend.asarray)
-        kept, _, _ = maml_step(
-            batch, support_cost, query_cost, v, 2, RATE, batched=batched, stop_gradients=False
-        )
-        stopped, _, _ = maml_step(batch, support_cost, query_cost, v, 2, RATE, batched=batched)
+        arguments = (batch, support_cost, query_cost, v, 2, RATE)
+        how = {"batched": batched, "outer_v": outer_v}
+        kept, _, _ = maml_step(*arguments, **how, stop_gradients=False)
+        stopped, _, _ = maml_step(*arguments, **how)
         (gradient,) = torch.autograd.grad(kept, leaf)
     assert not stopped.requires_grad
     assert_close(kept.detach().numpy(), np.asarray(problem.cost))

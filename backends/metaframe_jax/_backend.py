@@ -153,16 +153,16 @@ class JaxBackend(Backend):
         return jax.vmap(fn)
 
     def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
-        def total(xs: Arrays, tasks: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
-            values, aux = jax.vmap(fn, (None, 0))(xs, tasks)
+        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        def total(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
+            values, aux = jax.vmap(fn, (None, None, 0))(xs, held, tasks)
             return values.sum(), (values, aux)
 
         transformed = jax.grad(total, has_aux=True)
 
-        def call(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
-            grads, (values, aux) = transformed(xs, tasks)
+        def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            grads, (values, aux) = transformed(xs, held, tasks)
             return values, aux, grads
 
         return call

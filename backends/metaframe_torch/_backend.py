@@ -177,18 +177,21 @@ class TorchBackend(Backend):
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
 
     def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
-        def call(xs: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            ends = len(xs), len(xs) + len(held)
+
             def flat(mapped: Callable[[ArraysFn], ArraysFn]) -> ArraysFn:
                 def run(arrays: Arrays) -> Arrays:
                     of_tasks = self._gradients_of_tasks(fn, mapped)
-                    values, aux, grads = of_tasks(arrays[: len(xs)], arrays[len(xs) :])
+                    given = arrays[: ends[0]], arrays[ends[0] : ends[1]], arrays[ends[1] :]
+                    values, aux, grads = of_tasks(*given)
                     return (*grads, values, *aux)
 
                 return run
 
-            out = _tape.recordable(flat(_mapped), flat(_one_by_one))((*xs, *tasks))
+            out = _tape.recordable(flat(_mapped), flat(_one_by_one))((*xs, *held, *tasks))
             return out[len(xs)], out[len(xs) + 1 :], out[: len(xs)]
 
         return call

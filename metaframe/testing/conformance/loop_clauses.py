@@ -68,18 +68,18 @@ def _one_row(b: Bench) -> None:
 
 @VMAP.clause("mapped_value_and_grad")
 def _mapped_gradients(b: Bench) -> None:
-    """Values and aux of every task, stacked; gradients summed over tasks."""
+    """Values and aux of every task, stacked; gradients summed over tasks; what is held, whole."""
     w = np.array([1.0, -2.0, 0.5])
 
-    def fn(xs: Any, task: Any) -> Any:
-        return b.backend.ops.sum(xs[0] ** 2 * task[0]) * xs[1], (xs[0] + task[0],)
+    def fn(xs: Any, held: Any, task: Any) -> Any:
+        return b.backend.ops.sum(xs[0] ** 2 * task[0]) * xs[1] * held[0], (xs[0] + task[0],)
 
     run = b.backend.mapped_value_and_grad(fn)
-    values, aux, grads = b.to_np(run((b.arr(w), b.arr(3.0)), (b.arr(ROWS),)))
-    close(values, 3 * (w**2 * ROWS).sum(1), b.exact)
+    values, aux, grads = b.to_np(run((b.arr(w), b.arr(3.0)), (b.arr(0.5),), (b.arr(ROWS),)))
+    close(values, 1.5 * (w**2 * ROWS).sum(1), b.exact)
     close(aux[0], w + ROWS, b.exact)
-    close(grads[0], 6 * w * ROWS.sum(0), b.exact)
-    close(grads[1], (w**2 * ROWS).sum(), b.exact)
+    close(grads[0], 3 * w * ROWS.sum(0), b.exact)
+    close(grads[1], 0.5 * (w**2 * ROWS).sum(), b.exact)
 
 
 def _chunks(b: Bench, task_map: Any, size: int | None) -> None:
