@@ -109,22 +109,24 @@ _20W = {"ways": 20, "inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5, "meta_ba
 
 def _runs(part: str, convnet: float) -> Preset:
     return Preset(
-        f"ANIL trained on {part}, on the 20 official within-alphabet runs; two cores, 15 minutes",
+        f"ProtoNet trained on {part}, on the 20 official one-shot runs; two cores, 6 minutes",
         {
             "dataset": "omniglot",
             "parts": [part],
             "protocol": "runs",
-            "algorithm": "anil",
-            **_20W,
-            "queries": 1,
-            "meta_batch_size": 4,
-            "iterations": 2000,
+            "algorithm": "protonet",
+            "ways": 20,
+            "queries": 5,
+            "iterations": 1500,
+            "meta_batch_size": 2,
+            "outer_lr": 2e-3,
+            "schedule": "cosine",
             "eval_every": 0,
         },
-        expected=1 - 0.388,
-        tolerance=0.0,
-        source="Lake et al. 2015: error 38.8% without learning, modified Hausdorff distance; "
-        f"{convnet:.1%} for a convolutional network trained on {part}",
+        expected=1 - convnet,
+        tolerance=0.06,  # what 400 answers leave open
+        source=f"a convolutional network trained on {part}: error {convnet:.1%}; without learning, "
+        "by modified Hausdorff distance: 38.8% (Lake et al. 2015)",
         inductive=True,
     )
 
