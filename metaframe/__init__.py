@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metaframe import errors as errors
-from metaframe import models as models
 from metaframe import nn as nn
 from metaframe import ops as ops
 from metaframe import optim as optim
@@ -21,23 +20,6 @@ from metaframe.container import Container as Container
 from metaframe.convert import convert as convert
 from metaframe.errors import MetaframeError as MetaframeError
 from metaframe.inner import inner_loop as inner_loop
-from metaframe.learners import ANIL as ANIL
-from metaframe.learners import CAVIA as CAVIA
-from metaframe.learners import MAML as MAML
-from metaframe.learners import ImplicitMAML as ImplicitMAML
-from metaframe.learners import Learner as Learner
-from metaframe.learners import MAMLPlusPlus as MAMLPlusPlus
-from metaframe.learners import MetaCurvature as MetaCurvature
-from metaframe.learners import MetaSGD as MetaSGD
-from metaframe.learners import ProtoMAML as ProtoMAML
-from metaframe.learners import ProtoNet as ProtoNet
-from metaframe.learners import Reptile as Reptile
-from metaframe.learners import adapt as adapt
-from metaframe.learners import functional_forward as functional_forward
-from metaframe.learners import head_names as head_names
-from metaframe.learners import inner_step as inner_step
-from metaframe.learners import named_buffers as named_buffers
-from metaframe.learners import named_params as named_params
 from metaframe.meta import MetaResult as MetaResult
 from metaframe.meta import map_tasks as map_tasks
 from metaframe.meta import meta_value_and_grad as meta_value_and_grad
@@ -50,19 +32,65 @@ from metaframe.steps import reptile_step as reptile_step
 
 if TYPE_CHECKING:
     from metaframe import interop as interop
+    from metaframe import models as models
+    from metaframe.learners import ANIL as ANIL
+    from metaframe.learners import CAVIA as CAVIA
+    from metaframe.learners import MAML as MAML
+    from metaframe.learners import ImplicitMAML as ImplicitMAML
+    from metaframe.learners import Learner as Learner
+    from metaframe.learners import MAMLPlusPlus as MAMLPlusPlus
+    from metaframe.learners import MetaCurvature as MetaCurvature
+    from metaframe.learners import MetaSGD as MetaSGD
+    from metaframe.learners import ProtoMAML as ProtoMAML
+    from metaframe.learners import ProtoNet as ProtoNet
+    from metaframe.learners import Reptile as Reptile
+    from metaframe.learners import adapt as adapt
+    from metaframe.learners import functional_forward as functional_forward
+    from metaframe.learners import head_names as head_names
+    from metaframe.learners import inner_step as inner_step
+    from metaframe.learners import named_buffers as named_buffers
+    from metaframe.learners import named_params as named_params
     from metaframe.training import History as History
     from metaframe.training import MetaTrainer as MetaTrainer
     from metaframe.training import evaluate as evaluate
 
 __version__ = "0.1.0"
 
-_TRAINING = ("History", "MetaTrainer", "evaluate")
+# What a user of the steps need not wait for: wrappers of models, data sets, progress bars.
+_LATER = {
+    "metaframe": ("interop", "models"),
+    "metaframe.learners": (
+        "ANIL",
+        "CAVIA",
+        "MAML",
+        "ImplicitMAML",
+        "Learner",
+        "MAMLPlusPlus",
+        "MetaCurvature",
+        "MetaSGD",
+        "ProtoMAML",
+        "ProtoNet",
+        "Reptile",
+        "adapt",
+        "functional_forward",
+        "head_names",
+        "inner_step",
+        "named_buffers",
+        "named_params",
+    ),
+    "metaframe.training": ("History", "MetaTrainer", "evaluate"),
+}
+_HOME = {name: module for module, names in _LATER.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Training reads data sets and draws bars, which a user of the steps need not wait for.
-    if name in _TRAINING:
-        return getattr(importlib.import_module("metaframe.training"), name)
-    if name == "interop":
-        return importlib.import_module("metaframe.interop")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _HOME[name]
+    if module == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -40,7 +40,7 @@ def documented(page: Path) -> list[str]:
 def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """Functions and classes of ours that a module offers."""
     own = hasattr(module, "__path__")  # a package offers what it imports
-    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    names = getattr(module, "__all__", None) or [n for n in dir(module) if not n.startswith("_")]
     for name in names:
         value = getattr(module, name)
         if not (inspect.isfunction(value) or inspect.isclass(value)):

@@ -36,6 +36,19 @@ def test_import_loads_no_framework(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == "[]"
 
 
+def test_import_loads_only_what_the_steps_need(tmp_path: Path) -> None:
+    """The rest, half of what there is to load, comes when it is asked for."""
+    code = """
+import sys, metaframe
+print(sorted({"metaframe.learners", "metaframe.training", "metaframe.models"} & set(sys.modules)))
+assert {"MAML", "MetaTrainer", "models", "maml_step"} <= set(dir(metaframe))
+from metaframe import MAML, MetaTrainer
+assert metaframe.models.BatchNorm and metaframe.training.MetaTrainer is MetaTrainer
+assert not hasattr(metaframe, "no_such_name")
+"""
+    assert run_python(code, tmp_path) == "[]"
+
+
 def test_no_module_of_the_core_loads_a_framework(tmp_path: Path) -> None:
     code = f"""
 import importlib, pkgutil, sys, metaframe
