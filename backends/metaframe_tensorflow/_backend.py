@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,8 @@ class TensorFlowBackend(Backend):
             return tuple(tf.identity(y) for y in fn(tuple(row)))
 
         def mapped(*xs: Array) -> list[Array]:
-            return list(tf.vectorized_map(of_row, xs))
+            with _without_known_remarks():
+                return list(tf.vectorized_map(of_row, xs))
 
         def call(xs: Arrays) -> Arrays:
             if not tf.executing_eagerly():
@@ -226,6 +228,24 @@ class TensorFlowBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
+
+
+@contextmanager
+def _without_known_remarks() -> Iterator[None]:
+    """`vectorized_map` without its note to its own authors, one for each convolution.
+
+    That their gradients are taken task by task on TensorFlow is in docs/performance.md.
+    """
+
+    def unknown(message: logging.LogRecord) -> bool:
+        return not message.getMessage().startswith("Conv2DBackpropFilter uses a while_loop")
+
+    logger = tf.get_logger()
+    logger.addFilter(unknown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unknown)
 
 
 def _address(capsule: Any) -> int:

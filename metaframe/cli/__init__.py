@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -9,4 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 ok, 1 failed, 2 usage, 130 interrupted."""
     from metaframe.cli.app import run
 
+    # Most of what TensorFlow notes about the processor and XLA would stand between the lines of
+    # the command. Its warnings still do.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     return run(argv)
