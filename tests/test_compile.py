@@ -36,6 +36,14 @@ def test_constants_belong_to_the_program(
     assert compiled.traces == len(factors)
 
 
+def test_closed_over_arrays_belong_to_the_program(backend: Backend, arr: Arr) -> None:
+    """Also where a compiler keeps the code of one program for others that look alike."""
+    for factor in (arr([1.0, 2.0]), arr([3.0, 4.0])):
+        compiled = metaframe.compile(lambda x, factor=factor: x * factor)
+        found = backend.to_numpy(compiled(arr([5.0, 7.0])))
+        np.testing.assert_array_equal(found, backend.to_numpy(factor) * [5.0, 7.0])
+
+
 def test_neutral_arrays_are_inputs_and_not_constants(backend: Backend) -> None:
     compiled = metaframe.compile(scaled)
     for value in (1.0, 5.0):

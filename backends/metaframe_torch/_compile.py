@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from torch._guards import TracingContext, tracing
 from torch._inductor import compile as inductor_compile
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from metaframe.backend import Array, Arrays, ArraysFn
 from metaframe_torch import _tape
@@ -54,5 +57,9 @@ def _program(fn: ArraysFn, examples: Arrays) -> Any:
         # small tensors become one expression that grows exponentially with their number.
         "unroll_reductions_threshold": 1,
     }
-    with torch.no_grad(), torch._inductor.config.patch(settings):
-        return inductor_compile(graph, plain)
+    # Inductor keeps a program for later processes only if shapes have an environment, as those of
+    # `torch.compile` do. Here they are all fixed.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    shapes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in plain]
+    with torch.no_grad(), tracing(TracingContext(mode)), torch._inductor.config.patch(settings):
+        return inductor_compile(graph, shapes)
