@@ -24,7 +24,7 @@ SEES = """
 import metaframe, sys
 backend, device = sys.argv[1:]
 with metaframe.use_backend(backend, device=device):
-    print(metaframe.ops.ones((2,)))
+    print(metaframe.ops.zeros((2,)))
 """
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import metaframe
 from metaframe import MAML, nn, optim
 from metaframe.tasks import FewShotSampler, load_omniglot
-from metaframe.training import Evaluation, MetaTrainer, StepSettings, evaluate
+from metaframe.training import Evaluation, MetaTrainer, evaluate
 
 WAYS, SHOTS, QUERIES = 5, 1, 5
 HELD_OUT = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
@@ -51,16 +51,11 @@ def main(argv: list[str] | None = None) -> Evaluation:
     )
     model = nn.conv4(WAYS, channels=options.channels, pooling="stride")
     maml = MAML((model, model.init(options.seed)), inner_lr=0.4)
-    # One task after the other: on a CPU, convolutions with weights of their own for every task are
-    # faster that way than vectorised.
-    settings = StepSettings(task_map="scan")
-    trainer = MetaTrainer(maml, optim.adam(1e-3), nn.cross_entropy, train, settings=settings)
+    trainer = MetaTrainer(maml, optim.adam(1e-3), nn.cross_entropy, train)
     history = trainer.fit(iterations, meta_batch_size)
     print(f"meta-loss: {history.meta_loss[0]:.3f} at first, {history.meta_loss[-1]:.3f} at last")
 
-    found = evaluate(
-        maml, nn.cross_entropy, test, test_tasks, steps=3, metric=nn.accuracy, settings=settings
-    )
+    found = evaluate(maml, nn.cross_entropy, test, test_tasks, steps=3, metric=nn.accuracy)
     for steps, score in enumerate(found.curve):
         print(f"accuracy after {steps} steps: {100 * score.mean:.2f} ± {100 * score.ci95:.2f} %")
     return found

@@ -52,11 +52,9 @@ class _Source:
 
 
 _BUILT_IN = {
-    "jax": _Source("metaframe_jax:JaxBackend", 'pip install "metaframe[jax]"'),
-    "tensorflow": _Source(
-        "metaframe_tensorflow:TensorFlowBackend", 'pip install "metaframe[tensorflow]"'
-    ),
-    "torch": _Source("metaframe_torch:TorchBackend", 'pip install "metaframe[torch]"'),
+    "jax": _Source("metaframe_jax:JaxBackend", "pip install jax"),
+    "tensorflow": _Source("metaframe_tensorflow:TensorFlowBackend", "pip install tensorflow"),
+    "torch": _Source("metaframe_torch:TorchBackend", "pip install torch"),
 }
 
 _loaded: dict[str, Backend] = {}
@@ -361,7 +359,7 @@ class BackendInfo:
 
     >>> info = next(info for info in available_backends() if info.name == "torch")
     >>> "cpu" in info.devices, info.install
-    (True, 'pip install "metaframe[torch]"')
+    (True, 'pip install torch')
     """
 
     name: str

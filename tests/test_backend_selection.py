@@ -302,7 +302,7 @@ def without(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def test_backend_not_installed_gives_the_command(without: str) -> None:
     with pytest.raises(BackendNotInstalledError) as caught:
         set_backend(without)
-    assert f'Run: pip install "metaframe[{without}]"' in str(caught.value)
+    assert f"Run: pip install {without}" in str(caught.value)
     assert isinstance(caught.value, ImportError)
 
 
@@ -315,7 +315,7 @@ def test_a_missing_framework_stops_nobody_else(without: str) -> None:
     (row,) = (info for info in available_backends() if info.name == without)
     assert row.version is None
     assert row.devices == ()
-    assert row.install == f'pip install "metaframe[{without}]"'
+    assert row.install == f"pip install {without}"
 
 
 def test_available_backends(backend_name: str) -> None:

@@ -219,9 +219,7 @@ def _trained(
     started = time.perf_counter()
     tables.check_tasks(config)
     if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise MissingDependencyError(
-            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
-        )
+        raise MissingDependencyError("TensorBoard", "tensorboardX", "pip install tensorboardX")
     with selected(config) as workers:
         agree(load_backend(config.backend or ""), config=config.as_dict())
         experiment = Experiment(config)
@@ -283,7 +281,7 @@ def plot(folder: Path, config: RunConfig, output: Output) -> list[str]:
 def draw(experiment: Experiment, folder: Path, output: Output) -> list[str]:
     """All plots there is data for."""
     if importlib.util.find_spec("matplotlib") is None:
-        output.remark('no plots without matplotlib: pip install "metaframe[plot]"')
+        output.remark("no plots without matplotlib: pip install matplotlib")
         return []
     from metaframe.cli import plots
 

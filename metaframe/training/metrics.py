@@ -123,6 +123,6 @@ def _event_writer(folder: Path) -> Any:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
     except ImportError:
         raise MissingDependencyError(
-            "TensorBoard", "tensorboardX", 'pip install "metaframe[tensorboard]"'
+            "TensorBoard", "tensorboardX", "pip install tensorboardX"
         ) from None
     return SummaryWriter(str(folder))
