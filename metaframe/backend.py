@@ -6,7 +6,7 @@ so that a framework nobody imported is never imported by us.
 
 Choosing: with nothing selected the arrays decide. `set_backend` selects for the process,
 `use_backend` for a block of code in the current thread or task. A selected backend also converts
-neutral inputs: NumPy arrays, Python numbers, lists of numbers.
+neutral inputs: NumPy arrays and Python numbers.
 """
 
 from __future__ import annotations
@@ -198,9 +198,12 @@ def refuse_mixed(*arrays: object) -> None:
 
 
 def _not_an_array(x: object) -> str:
+    kind = type(x)
+    found = f"{kind.__module__}.{kind.__qualname__} is neither an array of a loaded framework"
+    if kind.__module__ == "builtins":
+        return f"{found} nor a number: {x!r:.60}. Pass an array."
     return (
-        f"{type(x).__module__}.{type(x).__qualname__} is neither an array of a loaded framework "
-        "nor a number. Pass an array, or make the class a node: "
+        f"{found} nor a number. Pass an array, or make the class a node: "
         "metaframe.tree.register_dataclass(cls)."
     )
 

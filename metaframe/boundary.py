@@ -321,7 +321,7 @@ class Backend(Required):
         """Gradients of one inner step, constants with `first_order`; None for unused inputs.
 
         `loss` is a function of `xs`, or, where operations are recorded as they happen, a value
-        computed from them. An unused input may get zeros instead of None.
+        computed from them. An unused input may get zeros instead of None, but not if all are.
         """
         if not callable(loss):
             raise InputTypeError(
@@ -330,5 +330,9 @@ class Backend(Required):
                 "learner.adapt(lambda learner: loss_fn(learner(x), y))."
             )
         function = loss
-        _, _, grads = self.value_and_grad(lambda xs: (function(xs), ()))(xs)
+        unused: list[bool] = []
+        taken = self.value_and_grad(lambda xs: (function(xs), ()), lambda: unused.append(True))
+        _, _, grads = taken(xs)
+        if unused:
+            return (None,) * len(xs)
         return tuple(map(self.stop_gradient, grads)) if first_order else grads

@@ -47,8 +47,11 @@ def function(value: Any, name: str) -> None:
         raise InputTypeError(f"{name} must be a function, received {type(value).__name__}.")
 
 
-def learning_rate(lr: Any) -> None:
-    """Numbers are finite and not negative; arrays are not looked at, they may be traced."""
+def learning_rate(lr: Any) -> Any:
+    """Numbers are finite and not negative; arrays are not looked at, they may be traced.
+
+    Returns the rates, those of NumPy as Python numbers.
+    """
     for i, rate in enumerate(tree.leaves(lr)):
         if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
             raise InputTypeError(
@@ -58,6 +61,16 @@ def learning_rate(lr: Any) -> None:
             raise InputError(
                 f"{_rate_name(lr, i)} must be finite and not negative, received {rate!r}."
             )
+    return plain_numbers(lr)
+
+
+def plain_numbers(lr: Any) -> Any:
+    """NumPy's scalars as Python numbers: their dtype is not to decide that of variables."""
+
+    def plain(rate: Any) -> Any:
+        return rate.item() if isinstance(rate, np.generic | np.ndarray) and not rate.shape else rate
+
+    return tree.map(plain, lr)
 
 
 def _rate_name(lr: Any, leaf: int) -> str:
@@ -90,10 +103,11 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
     if not leaves:
         raise InputError("batch holds no arrays, so no tasks.")
     for i, leaf in enumerate(leaves):
-        if len(leaf.shape) == 0:
+        if not getattr(leaf, "shape", ()):  # a Python number has none
             raise InputError(
                 f"batch[{tree.key_chains(batch)[i]!r}] is a scalar; every leaf needs a leading "
-                "task axis."
+                "task axis. A list is a structure: for an array of its numbers write "
+                "numpy.array(...)."
             )
     size = int(leaves[0].shape[0])
     for i, leaf in enumerate(leaves):

@@ -106,11 +106,13 @@ class _Program:
         self._neutral = any(map(is_neutral, inputs.arrays))
         self._outputs: tree.Packed | None = None
         backend = backend_of(*inputs.arrays)
+        arguments = inputs.template()  # a program outlives what it was first called with
 
         def flat(xs: Arrays) -> Arrays:
-            args, kwargs = inputs.unpack(xs)
-            self._outputs = tree.Packed(fn(*args, **kwargs), backend.owns)
-            return self._outputs.arrays
+            args, kwargs = arguments.unpack(xs)
+            results = tree.Packed(fn(*args, **kwargs), backend.owns)
+            self._outputs = results.template()
+            return results.arrays
 
         try:
             self._run = backend.compile(flat, convert_neutral(inputs.arrays, backend))

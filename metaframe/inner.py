@@ -114,7 +114,7 @@ class InnerSettings:
     def __post_init__(self) -> None:
         checks.choice(self.order, "order", (1, 2))
         checks.choice(self.mode, "mode", MODES)
-        checks.learning_rate(self.lr)
+        object.__setattr__(self, "lr", checks.learning_rate(self.lr))
 
 
 class StepView(NamedTuple):

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from metaframe import ops, tree
+from metaframe import checks, ops, tree
+from metaframe.backend import backend_of
 from metaframe.errors import InputError, InputTypeError
 
 Params = Any
@@ -245,7 +246,7 @@ def _adam(
     debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
     def direction(m: Any, s: Any) -> Any:
-        return (m / debias1) / (ops.safe_sqrt(s / debias2) + eps)
+        return (m / _like(debias1, m)) / (ops.safe_sqrt(s / _like(debias2, s)) + eps)
 
     step = tree.map(direction, mean, square)
     if weight_decay:
@@ -334,13 +335,15 @@ def clip_by_value(grads: Grads, limit: float) -> Grads:
 
 
 def global_norm(grads: Grads) -> Any:
-    """The Euclidean norm over all leaves; its gradient at zero is zero.
+    """The Euclidean norm over all leaves, in float32 at least; its gradient at zero is zero.
 
     >>> import torch
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    return ops.safe_sqrt(sum(ops.sum(ops.square(g)) for g in tree.leaves(grads)))
+    leaves = tree.leaves(grads)
+    dtype = _widest(leaves)
+    return ops.safe_sqrt(sum(ops.sum(ops.square(ops.astype(g, dtype))) for g in leaves))
 
 
 def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
@@ -352,7 +355,7 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
     """
     norm = global_norm(grads)
     scale = limit / ops.maximum(norm, limit)
-    return tree.map(lambda g: g * scale, grads)
+    return tree.map(lambda g: g * _like(scale, g), grads)
 
 
 def clipped(
@@ -399,7 +402,7 @@ def _rate(own: Rate, given: Rate) -> Rate:
         )
     if own is None and given is None:
         raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
-    return given if own is None else own
+    return checks.plain_numbers(given if own is None else own)
 
 
 def _needed(params: Params) -> Params:
@@ -430,9 +433,24 @@ def _normalised(grads: Grads, squares: Params, eps: float) -> Params:
 
 def _counter(params: Params) -> Any:
     # A float of the parameters' precision, so that the bias correction is as exact as they are
-    # and every leaf of the state is differentiable.
-    first = tree.leaves(params)[0]
-    return ops.sum(ops.zeros_like(first))
+    # and every leaf of the state is differentiable. bfloat16 would count to 256.
+    leaves = tree.leaves(params)
+    return ops.astype(ops.sum(ops.zeros_like(leaves[0])), _widest(leaves))
+
+
+def _widest(leaves: Iterable[Any]) -> str:
+    """The dtype to count and to sum in: float64 where a leaf has it, else float32."""
+    return "float64" if "float64" in map(_dtype, leaves) else "float32"
+
+
+def _like(x: Any, leaf: Any) -> Any:
+    """`x` in the dtype of `leaf`."""
+    return ops.astype(x, _dtype(leaf))
+
+
+def _dtype(leaf: Any) -> str:
+    array = ops.asarray(tree.unwrapped(leaf))
+    return backend_of(array).dtype_name(array)
 
 
 def _one_minus_power(base: float, count: Any) -> Any:

@@ -17,6 +17,7 @@ public functions flatten once and hand them flat tuples of arrays.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
@@ -341,6 +342,12 @@ class Packed:
         self.places: tuple[int, ...] = tuple(places)
         """Where among the leaves the arrays are."""
         self._aside = aside
+
+    def template(self) -> Packed:
+        """The structure alone, to keep without the arrays."""
+        found = copy.copy(self)
+        found.arrays = ()
+        return found
 
     def unpack(self, arrays: Iterable[Any]) -> Tree:
         """The tree with `arrays` in the places of `self.arrays`."""

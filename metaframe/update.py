@@ -7,6 +7,7 @@ new variables.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +67,16 @@ def _foreign_pair(pair: Any) -> UpdateRule:
 
 
 def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule:
+    try:
+        inspect.signature(update).bind(None, None, None, stop_gradients=stop_gradients)
+    except TypeError as error:
+        raise InputTypeError(
+            "the inner update function is called as update(v, grads, lr, stop_gradients=...): "
+            f"{error}."
+        ) from None
+    except ValueError:
+        pass  # written in C, and without a signature
+
     def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
         new = update(v, grads, lr, stop_gradients=stop_gradients)
         tree.same_structure(new, tree.structure(v), what="what the inner update returned")

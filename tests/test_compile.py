@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,20 @@ def test_closed_over_arrays_belong_to_the_program(backend: Backend, arr: Arr) ->
         compiled = metaframe.compile(lambda x, factor=factor: x * factor)
         found = backend.to_numpy(compiled(arr([5.0, 7.0])))
         np.testing.assert_array_equal(found, backend.to_numpy(factor) * [5.0, 7.0])
+
+
+def test_a_program_keeps_no_arrays(backend: Backend, arr: Arr) -> None:
+    """Neither those it was first called with nor those it was traced with."""
+    compiled, w = metaframe.compile(scaled), arr([1.0, 2.0])
+    first = weakref.ref(w)
+    compiled({"w": w})
+    del w
+    gc.collect()
+    assert first() is None
+    if backend.name == "jax":
+        jax = importlib.import_module("jax")
+        with jax.checking_leaks():
+            metaframe.compile(scaled)({"w": arr([1.0])})
 
 
 def test_neutral_arrays_are_inputs_and_not_constants(backend: Backend) -> None:

@@ -24,7 +24,8 @@ from metaframe import (
     use_backend,
 )
 from metaframe import compile as metaframe_compile
-from metaframe.errors import BackendError, InputError
+from metaframe.backend import Backend
+from metaframe.errors import BackendError, InputError, InputTypeError
 from metaframe.testing.conformance.closed_form import (
     RATE,
     SIZE,
@@ -241,6 +242,44 @@ def test_adam_without_momentum(arr: Call, to_np: Call) -> None:
     np.testing.assert_allclose(to_np(updates["w"]), [-0.1, 0.1], rtol=1e-8)
     updates, _ = rule.update(grads, state)
     np.testing.assert_allclose(to_np(updates["w"]), [-0.1, 0.1], rtol=1e-8)
+
+
+def test_adam_counts_beyond_half_precision(backend: Backend, to_np: Call) -> None:
+    """bfloat16 counts to 256, and the bias correction would stay what it is there."""
+    params = {"a": backend.asarray([1.0], "bfloat16"), "b": backend.asarray([1.0], "float32")}
+    rule = optim.adam(0.1)
+    state = rule.init(params)
+    state = state._replace(count=state.count + 256)
+    updates, state = rule.update(params, state)
+    assert backend.dtype_name(state.count) == "float32"
+    assert float(to_np(state.count)) == 257
+    dtypes = {name: backend.dtype_name(x) for name, x in updates.items()}
+    assert dtypes == {"a": "bfloat16", "b": "float32"}
+    mean, square = 0.1 / (1 - 0.9**257), 0.001 / (1 - 0.999**257)
+    np.testing.assert_allclose(to_np(updates["b"]), [-0.1 * mean / square**0.5], rtol=1e-5)
+
+
+def test_a_norm_beyond_half_precision(backend: Backend, to_np: Call) -> None:
+    grads = [backend.asarray([200.0] * 4, "float16"), backend.asarray([300.0], "float32")]
+    assert float(to_np(optim.global_norm(grads))) == 500.0
+    clipped, _ = optim.clip_by_global_norm(grads, 250.0)
+    assert backend.dtype_name(clipped) == "float16"
+    np.testing.assert_array_equal(to_np(clipped), [100.0] * 4)
+
+
+def test_a_rate_of_numpy_is_a_number(backend: Backend) -> None:
+    """Its dtype does not decide that of the variables."""
+    v = {"w": backend.asarray([1.0, 2.0], "float32")}
+    rate = np.float64(0.1)
+    step = optim.adam(rate)
+    updates, _ = step.update(v, step.init(v))
+    adapted = inner_loop(lambda _, v: ops.sum(ops.square(v["w"])), v, {}, steps=2, lr=rate)
+    assert {backend.dtype_name(x["w"]) for x in (updates, adapted)} == {"float32"}
+
+
+def test_an_update_function_without_the_arguments(arr: Call) -> None:
+    with pytest.raises(InputTypeError, match=r"update\(v, grads, lr, stop_gradients=...\)"):
+        inner_loop(support_cost, arr({"w": [1.0]}), {}, steps=1, lr=0.1, update=lambda v, g, r: v)
 
 
 @pytest.mark.parametrize("decay", [{"b1": 1.0}, {"b2": -0.1}])

@@ -265,6 +265,17 @@ def test_unused_parameters_keep_their_values(backend: Backend, model: Any) -> No
         np.testing.assert_allclose(backend.to_numpy(value), expected, atol=1e-15)
 
 
+def test_a_loss_that_forgets_the_learner(backend: Backend, model: Any, support: Any) -> None:
+    """It is computed with the model, which does not adapt."""
+    x, _ = support
+    maml = MAML(model)
+    fixed = backend.asarray(1.0, "float64")
+    with pytest.raises(InputError, match="depends on none of the adapted parameters"):
+        maml.clone().adapt(lambda learner: nn.mse(fixed * x, x))
+    with pytest.raises(InputTypeError, match="the loss function"):
+        maml.clone().adapt(lambda learner: None)
+
+
 def test_only_a_recorded_loss_can_be_an_array(backend: Backend, model: Any, support: Any) -> None:
     x, y = support
     learner = MAML(model).clone()

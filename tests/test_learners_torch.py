@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,49 @@ def test_evaluation_under_no_grad_builds_no_graph() -> None:
         found = maml.clone().adapt_on(F.mse_loss, sx, sy)(sx)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=0)
+
+
+def test_no_gradient_under_inference_mode() -> None:
+    """Nothing is recorded there; it used to be zero without a word."""
+    maml = MAML(zoo.built(TORCH), inner_lr=0.1)
+    (task,) = zoo.tasks()[:1]
+    support_x, support_y, *_ = tensors(task)
+    learner = maml.clone()
+    with torch.inference_mode():
+        for go in (
+            lambda: maml.meta_value_and_grad(F.mse_loss, zoo.tasks(), task_map="scan"),
+            lambda: learner.adapt_on(F.mse_loss, support_x, support_y),
+        ):
+            with pytest.raises(InputError, match=r"inference_mode.*no_grad"):
+                go()
+
+
+def test_one_learner_in_several_threads() -> None:
+    """A call swaps values into the module; two at once used to leave it without parameters."""
+    module = zoo.built(TORCH)
+    maml = MAML(module, inner_lr=0.1)
+    expected = maml.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost
+
+    def cost(_: int) -> Tensor:
+        return maml.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(cost, range(40)):
+            assert torch.equal(found, expected)
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+    assert len(list(module.parameters())) == len(maml.meta_parameters())
+
+
+def test_a_schedule_follows_the_model() -> None:
+    """To another dtype or device, after the wrapper was made."""
+    first, later = (
+        MAMLPlusPlus(zoo.built(TORCH).to(dtype), 0.1, 2, multi_step_epochs=10)
+        for dtype in (torch.float64, torch.float32)
+    )
+    later.double()
+    later.assign(first.meta_parameters())
+    one, other = (m.meta_value_and_grad(F.mse_loss, zoo.tasks()).cost for m in (first, later))
+    torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 
 
 def test_adaptation_inside_a_users_own_transform() -> None:

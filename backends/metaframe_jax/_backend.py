@@ -99,7 +99,8 @@ class JaxBackend(Backend):
         return tuple(str(device) for device in jax.devices())
 
     def device_of(self, x: Array) -> str:
-        return str(next(iter(x.devices())))
+        # Of an array on many devices one that this process has.
+        return str(min(x.sharding.addressable_devices, key=lambda device: device.id))
 
     def on_cpu(self, x: Array) -> bool:
         return on_cpu(x)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
+from metaframe_torch._tape import refuse_inference_mode
 
 DROPOUTS = frozenset(
     {
@@ -43,6 +45,26 @@ CHECKPOINTED = (
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
+_lock = threading.RLock()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[P, R]) -> Callable[P, R]:
+    """One thread at a time: a call puts other values into the user's module and takes them out.
+
+    For all modules, since the kernels that a call allows are those of the process.
+    """
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock:
+            return method(*args, **kwargs)
+
+    return locked
+
+
 class TorchAdapter(ModelAdapter):
     """A `torch.nn.Module`; names are those of `named_parameters`."""
 
@@ -52,15 +74,19 @@ class TorchAdapter(ModelAdapter):
         self.model = model
         self.backend = backend
 
+    @_alone
     def params(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
 
+    @_alone
     def state(self) -> dict[str, Tensor]:
         return dict(self.model.named_buffers())
 
+    @_alone
     def trainable(self) -> tuple[str, ...]:
         return tuple(n for n, p in self.model.named_parameters() if p.requires_grad)
 
+    @_alone
     def aliases(self) -> dict[str, str]:
         names = {id(p): name for name, p in self.model.named_parameters()}
         every = self.model.named_parameters(remove_duplicate=False)
@@ -69,6 +95,7 @@ class TorchAdapter(ModelAdapter):
     def signature(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self.model.modules())
 
+    @_alone
     def call(
         self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
@@ -101,6 +128,7 @@ class TorchAdapter(ModelAdapter):
             for path, module in layers
         )
 
+    @_alone
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -351,6 +379,7 @@ def tape_gradient(
     loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
 ) -> tuple[Array | None, ...]:
     """Gradients from autograd's record, which reaches from here back to whatever `xs` came from."""
+    refuse_inference_mode()
     second = torch.is_grad_enabled() and not first_order
     with torch.enable_grad():
         if callable(loss):

@@ -22,6 +22,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.errors import InputError
 
 _inside = ContextVar("inside", default=False)
 """Is a gradient by the tape being taken?"""
@@ -31,6 +32,7 @@ def value_and_grad(
     fn: ScalarFn, xs: Arrays, on_disconnected: Callable[[], None] | None
 ) -> tuple[Array, Arrays, Arrays]:
     """`fn(xs)` and the gradients with respect to `xs`, where no transform is active."""
+    refuse_inference_mode()
     recorded = _inside.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in xs))
     listening = torch.is_grad_enabled()
     token = _inside.set(True)
@@ -53,6 +55,14 @@ def value_and_grad(
     pairs = zip(found, xs, strict=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
     return (value, aux, grads) if recorded else (value.detach(), detached(aux), grads)
+
+
+def refuse_inference_mode() -> None:
+    """An error where the tape would record nothing, whatever it is told."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "no gradient can be taken under torch.inference_mode(). Use torch.no_grad()."
+        )
 
 
 def _closes_over(value: Array, inputs: Arrays) -> bool:

@@ -252,8 +252,7 @@ def rate_for(
                 "the learning rate is a number or an array, or a mapping from the names of "
                 f"parameters to such; received {lr!r}."
             )
-        checks.learning_rate(lr)
-        return lr
+        return checks.learning_rate(lr)
     if missing := [name for name in names if name not in lr]:
         raise InputError(f"lr has no rate for the adapted parameters {missing}.")
     for name in lr:
@@ -261,9 +260,7 @@ def rate_for(
             raise InputError(
                 f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
             )
-    rates = {name: lr[name] for name in names}
-    checks.learning_rate(rates)
-    return rates
+    return checks.learning_rate({name: lr[name] for name in names})
 
 
 def _floating(params: Params, backend: Backend) -> tuple[str, ...]:

@@ -132,11 +132,16 @@ class Learner:
         self._rule_state = self._rule.init({name: params[name] for name in self.config.names})
 
     def _step(self, support_loss: Any) -> Self:
-        loss, config = support_loss, self.config
+        config, penalised = self.config, self._method.penalty is not None
+
+        def at(params: Params) -> Any:
+            value = support_loss(self._sibling(params))
+            return value + self._penalty(params) if penalised else value
+
         if callable(support_loss):
-            loss = lambda params: support_loss(self._sibling(params)) + self._penalty(params)  # noqa: E731
-        elif self._method.penalty is not None:
-            loss = support_loss + self._penalty(self.params)
+            loss: Any = at
+        else:
+            loss = support_loss + self._penalty(self.params) if penalised else support_loss
         grads = gradients(
             self._adapter.backend,
             self.params,

@@ -16,7 +16,7 @@ from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
-from metaframe.learners.objective import TaskRun, adapted_query_loss, array_like
+from metaframe.learners.objective import TaskRun, adapted_query_loss
 from metaframe.models import adapter_of
 from metaframe.models.per_step import StepAffine, row
 from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
@@ -125,8 +125,7 @@ class MAMLPlusPlus(MAML):
         weights = multi_step_weights(config.inner_steps, epoch, self._multi_step_epochs)
         # The loss before the first step has no weight.
         weights = np.concatenate([[0.0], weights])
-        array = array_like(weights, self._adapter.params(), self._adapter.backend)
-        return Phase(config, Method(multi_step_loss), {"weights": array})
+        return Phase(config, Method(multi_step_loss), {"weights": weights})
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> np.ndarray[Any, Any]:

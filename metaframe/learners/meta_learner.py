@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from metaframe import checks
 from metaframe.backend import Array, Backend
 from metaframe.compile import compile
@@ -15,7 +17,7 @@ from metaframe.learners.config import AdaptConfig, Norm
 from metaframe.learners.functional import Params
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
-from metaframe.learners.objective import Meta, Setting, as_batch
+from metaframe.learners.objective import Meta, Setting, array_like, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper
@@ -39,8 +41,8 @@ class Phase(NamedTuple):
 
     config: AdaptConfig
     method: Method
-    schedule: Params
-    """Arrays that the method reads and that are not differentiated."""
+    schedule: Mapping[str, np.ndarray[Any, Any]]
+    """Numbers that the method reads and that are not differentiated."""
 
 
 class MetaLearner(Wrapper):
@@ -62,7 +64,7 @@ class MetaLearner(Wrapper):
         self._adapter = adapter
         self._method = method
         self._learned: NamedParameters | None = None
-        self._schedule: Params = {}
+        self._schedule: Mapping[str, np.ndarray[Any, Any]] = {}
         self._epoch = 0
         self._phase_of: Callable[[int], Phase] | None = None
         self._programs: dict[Program, Program] = {}
@@ -314,10 +316,13 @@ class MetaLearner(Wrapper):
     def constants(self) -> Meta:
         """What else a meta-gradient depends on: other parameters, state, the method's schedule."""
         meta = frozenset(self._adapter.trainable())
+        params = self._adapter.params()
+        # The model may have moved to another device or dtype since.
+        schedule = {n: array_like(x, params, self.backend) for n, x in self._schedule.items()}
         groups = {
-            "params": {n: x for n, x in self._adapter.params().items() if n not in meta},
+            "params": {n: x for n, x in params.items() if n not in meta},
             "state": self._adapter.state(),
-            "schedule": self._schedule,
+            "schedule": schedule,
         }
         asarray = self.backend.asarray
         return {kind: {n: asarray(x) for n, x in xs.items()} for kind, xs in groups.items()}

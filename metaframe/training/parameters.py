@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from metaframe.backend import Backend
 from metaframe.errors import CheckpointError
 from metaframe.learners.meta_learner import MetaLearner
 
@@ -36,20 +37,23 @@ def checked_parameters(
                 f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
                 "was trained with."
             )
-    statistics, own = group(arrays, "statistics/"), maml.statistics
-    if set(statistics) != set(own):
+    statistics, averages = group(arrays, "statistics/"), maml.statistics
+    if set(statistics) != set(averages):
         raise CheckpointError(
             "the checkpoint is of another normalisation policy: it has statistics for "
-            f"{sorted(statistics)}, the learner for {sorted(own)}."
+            f"{sorted(statistics)}, the learner for {sorted(averages)}."
         )
 
     def assign() -> None:
-        maml.assign({n: backend.asarray(x, dtypes[n]) for n, x in found.items()})
-        maml.assign_statistics(
-            {n: backend.asarray(x, backend.dtype_name(own[n])) for n, x in statistics.items()}
-        )
+        # Where the learner is: its own arrays say.
+        maml.assign({n: _like(own[n], x, backend) for n, x in found.items()})
+        maml.assign_statistics({n: _like(averages[n], x, backend) for n, x in statistics.items()})
 
     return assign
+
+
+def _like(old: Any, x: np.ndarray[Any, Any], backend: Backend) -> Any:
+    return backend.asarray(x, backend.dtype_name(old), backend.device_of(old))
 
 
 def group(arrays: Arrays, prefix: str) -> dict[str, np.ndarray[Any, Any]]:

@@ -229,7 +229,7 @@ class _PureStep:
             )
         backend = self._maml.backend
         leaves = [
-            backend.asarray(arrays[name], backend.dtype_name(old))
+            backend.asarray(arrays[name], backend.dtype_name(old), backend.device_of(old))
             for name, old in zip(names, tree.leaves(self._state), strict=True)
         ]
         self._state = tree.unflatten(tree.structure(self._state), leaves)
