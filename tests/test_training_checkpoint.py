@@ -41,6 +41,7 @@ from metaframe.training import (
 )
 from metaframe.training.checkpoint import checkpoint_files, decode, encode
 from metaframe.training.metrics import MetricsLog, read_metrics
+from processes import run
 
 SMALL = Checkpoint(
     {"params/w": np.arange(6.0).reshape(2, 3), "optimizer/count": np.array(3.0)},
@@ -625,3 +626,33 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     assert killed.plain == whole.plain
     for name, value in whole.arrays.items():
         np.testing.assert_array_equal(killed.arrays[name], value, err_msg=name)
+
+
+RESTORED_ON_ANOTHER_DEVICE = """
+import sys, jax
+from metaframe import MAML, nn, optim, set_backend
+from metaframe.tasks import SinusoidTaskSampler
+from metaframe.training import MetaTrainer, load_checkpoint, save_checkpoint
+
+set_backend("jax")
+first, second = jax.devices()
+model = nn.mlp([1, 4, 1])
+params = jax.device_put(model.init(0), second)
+trainer = MetaTrainer(MAML((model, params)), optim.adam(1e-2), nn.mse, SinusoidTaskSampler())
+trainer.fit(1, 2)
+save_checkpoint(sys.argv[1], trainer)
+load_checkpoint(sys.argv[1], trainer)
+arrays = jax.tree.leaves((trainer.maml.meta_parameters(), trainer._outer._state))
+print({device.id for x in arrays for device in x.devices()})
+"""
+
+
+def test_arrays_are_restored_where_they_were(tmp_path: Path) -> None:
+    """On the device of the learner, and not on the default one."""
+    require("jax")
+    said = run(
+        ["-c", RESTORED_ON_ANOTHER_DEVICE, str(tmp_path / "c")],
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_PLATFORMS="cpu",
+    )
+    assert said.strip() == "{1}"
