@@ -86,7 +86,9 @@ def meta_value_and_grad(
         task_cost: `task_cost(v, task) -> scalar`, or `(scalar, aux)` with `has_aux`; usually an
             `inner_loop` followed by a cost on the query set. It sees a task without a task axis.
         task_map: "vmap" for all tasks at once; "scan" one after the other in compiled form, in the
-            memory of one task; "loop" the same in Python; "auto" see `strategy`.
+            memory of one task; "loop" the same in Python; "auto" see `strategy`. On torch,
+            variables that require grad keep the record of every task for whoever differentiates
+            the result: detach them, or work under `torch.no_grad()`, for the memory of one.
         chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all.
         has_aux: `task_cost` returns something besides, a structure of arrays.
         outer_v: which variables to differentiate, as for `maml_step`; all by default.
