@@ -103,7 +103,7 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
     if not leaves:
         raise InputError("batch holds no arrays, so no tasks.")
     for i, leaf in enumerate(leaves):
-        if not getattr(leaf, "shape", ()):  # a Python number has none
+        if len(getattr(leaf, "shape", ())) == 0:  # a Python number has no shape
             raise InputError(
                 f"batch[{tree.key_chains(batch)[i]!r}] is a scalar; every leaf needs a leading "
                 "task axis. A list is a structure: for an array of its numbers write "
