@@ -74,13 +74,17 @@ def test_shared_training_is_the_same_run(
 
 @pytest.mark.parametrize("backend_name", ["torch", slow("jax"), slow("tensorflow")])
 def test_when_one_process_stops_all_do(backend_name: str, tmp_path: Path) -> None:
-    """After the same step: the next tenth one, or the next evaluation."""
+    """After the same step: the next tenth one, or the next evaluation.
+
+    No thread of gloo outlives the session: at the interpreter's end it could abort the process.
+    """
     require(backend_name)
     script = str(Path(__file__).with_name("distributed_ending.py"))
     run_together([script, backend_name, str(tmp_path)], 2, tmp_path, LIMIT)
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    assert first == {"stopped": [20, "enough"], "interrupted": 26}
-    assert second == {"stopped": [20, "stopped by another process"], "interrupted": 26}
+    both = {"interrupted": 26, "left of gloo": []}
+    assert first == {"stopped": [20, "enough"], **both}
+    assert second == {"stopped": [20, "stopped by another process"], **both}
 
 
 @pytest.mark.slow

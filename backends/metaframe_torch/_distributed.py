@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,9 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Array, group: dist.ProcessGroup) -> Array:
+    def forward(ctx: Any, x: Array) -> Array:
         ctx.mark_dirty(x)
-        dist.all_reduce(x, dist.ReduceOp.SUM, group)
+        dist.all_reduce(x)
         return x
 
     @staticmethod
@@ -51,11 +52,14 @@ class _Sum(torch.autograd.Function):
 
 
 class TorchWorkers(Workers):
-    """The processes of the default process group."""
+    """The processes of the default process group.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_world_size(group), dist.get_rank(group), group.size())
-        self.group = group
+    They hold no reference to the group: its threads end with the last one, and a thread of gloo
+    that is still alive when the interpreter ends can abort the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dist.get_world_size(), dist.get_rank(), dist.get_world_size())
 
     def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -71,12 +75,12 @@ class TorchWorkers(Workers):
             # The form that a graph can hold; it returns a new tensor.
             from torch.distributed import _functional_collectives as functional
 
-            return functional.all_reduce(x, "sum", self.group)
+            return functional.all_reduce(x, "sum", _world())
         apply: Any = _Sum.apply
-        return apply(x, self.group)
+        return apply(x)
 
     def tell(self, text: str) -> list[str]:
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         with disable_proxy_modes_tracing(), torch.no_grad():
             data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
             sizes = self._gathered(torch.tensor([data.numel()], device=device))
@@ -89,7 +93,7 @@ class TorchWorkers(Workers):
 
     def _gathered(self, x: Array) -> list[Array]:
         rows = [torch.empty_like(x) for _ in range(self.processes)]
-        dist.all_gather(rows, x, self.group)
+        dist.all_gather(rows, x)
         return rows
 
     def leave_word(self, text: str) -> None:
@@ -108,7 +112,13 @@ class TorchWorkers(Workers):
         return dist.distributed_c10d._get_default_store()
 
 
-_known: list[TorchWorkers] = []
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "an initialised group"
+    return group
+
+
+_known: list[tuple[ref[dist.ProcessGroup], TorchWorkers]] = []
 """The workers of the current group; they remember what was agreed on."""
 
 
@@ -126,11 +136,10 @@ def workers() -> Workers:
                 "torch.distributed.init_process_group() first."
             )
         return ALONE
-    group = dist.group.WORLD
-    assert group is not None, "an initialised group"
-    if not _known or _known[0].group is not group:
-        _known[:] = [TorchWorkers(group)]
-    return _known[0]
+    group = _world()
+    if not _known or _known[0][0]() is not group:
+        _known[:] = [(ref(group), TorchWorkers())]
+    return _known[0][1]
 
 
 @contextmanager
