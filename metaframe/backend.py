@@ -289,8 +289,10 @@ def _select(name: str, device: str | None, dtype: str | None) -> Selection:
             f"received {dtype!r}."
         )
     selection = Selection(backend, device, dtype or "float32")
-    # Fails here, not in the middle of training, if the device or the dtype cannot be had.
-    backend.asarray(0.0, selection.dtype, selection.device)
+    # Fails here, not in the middle of training, if the device or the dtype cannot be had. The
+    # defaults always can; asking would start the framework, and too early for a distributed run.
+    if device is not None or selection.dtype != "float32":
+        backend.asarray(0.0, selection.dtype, selection.device)
     return selection
 
 

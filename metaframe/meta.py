@@ -148,7 +148,6 @@ def meta_value_and_grad(
             return grads, (costs, *aux)
 
         if distributed:
-            check_share(backend, how, count)
             agree(
                 backend,
                 task_cost=task_cost,
@@ -158,6 +157,7 @@ def meta_value_and_grad(
                 tasks=tasks,
                 num_tasks=count,
             )
+            check_share(backend, how, count)
         grads, (costs, *aux) = accumulate(
             backend, of_task, of_chunk, first_tasks(batch, count), wanted, settled
         )

@@ -14,10 +14,11 @@ import pytest
 from distributed_problem import ALGORITHMS, ALL, DTYPES, FEW, ONE, Case, batch, step, variables
 from frameworks import require, slow
 from metaframe import tree, use_backend
-from processes import run_together
+from processes import run, run_together
 
-WORKER, CHECKS = (
-    str(Path(__file__).with_name(f"distributed_{name}.py")) for name in ("worker", "checks")
+WORKER, CHECKS, START = (
+    str(Path(__file__).with_name(f"distributed_{name}.py"))
+    for name in ("worker", "checks", "start")
 )
 LIMIT = 400
 """Seconds. Nearly all of them are imports and compilers, on a machine that may be busy."""
@@ -153,3 +154,59 @@ def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
             for part in ("process 0 has", "num_tasks = 6", "process 1 has", "num_tasks = 5"):
                 assert part in found["shapes"]
         assert found == everyone[0]
+
+
+@pytest.mark.parametrize("backend_name", ["torch", slow("jax"), slow("tensorflow")])
+def test_a_backend_selected_before_the_session(backend_name: str, tmp_path: Path) -> None:
+    """And costs that differ by a number, however they come by it, in any mesh of JAX."""
+    require(backend_name)
+    run_together([START, backend_name, str(tmp_path)], 2, tmp_path, LIMIT)
+    everyone = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    for found in everyone:
+        assert found["compiled"] == found["eager"] == 1.5
+        for how in ("global", "default", "attribute"):
+            assert found[how].startswith("DistributedError: the 2 processes do not agree"), how
+            assert all(part in found[how] for part in ("= 1.0", "= 2.0"))
+        assert found["complex"].startswith("InputError: with distributed=True")
+
+
+LATE = """
+import metaframe
+from metaframe.distributed import session
+
+metaframe.set_backend({name!r}, dtype="float16")
+try:
+    with session():
+        pass
+except metaframe.errors.BackendError as error:
+    print(error)
+"""
+ALONE = """
+import numpy as np
+import metaframe
+
+metaframe.set_backend({name!r})
+try:
+    metaframe.meta_value_and_grad(lambda v, t: (v - t) ** 2, distributed=True)(1.0, np.ones(2))
+except metaframe.errors.BackendError as error:
+    print(error)
+"""
+PLACE = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+    "METAFRAME_PEERS": "127.0.0.1:1,127.0.0.1:2",
+}
+
+
+@pytest.mark.parametrize("backend_name", ["jax", "tensorflow"])
+def test_a_session_that_comes_too_late(backend_name: str) -> None:
+    require(backend_name)
+    said = run(["-c", LATE.format(name=backend_name)], **PLACE)
+    assert "Enter it first; select a device or dtype inside of it." in said
+
+
+def test_a_step_without_the_session(backend_name: str) -> None:
+    said = run(["-c", ALONE.format(name=backend_name)], **PLACE)
+    assert "WORLD_SIZE is 2, and this process has not joined the others." in said

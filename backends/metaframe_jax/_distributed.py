@@ -8,6 +8,7 @@ wrong (compare JAX issue 36886).
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -17,12 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import core, distributed
+from jax._src import core, distributed, xla_bridge
 from jax._src.interpreters.partial_eval import DynamicJaxprTrace
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaframe.backend import Array, Arrays, ArraysFn
-from metaframe.errors import InputError
+from metaframe.errors import BackendError, InputError
 from metaframe.workers import ALONE, Part, Place, Workers
 
 SHUTDOWN = 10
@@ -53,7 +54,6 @@ class JaxWorkers(Workers):
             )
         super().__init__(mesh.size, jax.process_index(), jax.process_count())
         self._mesh = mesh
-        self._told = 0
 
     def share(self, num_tasks: int) -> list[int]:
         concrete: Any = _mesh() if core.trace_state_clean() else None
@@ -96,8 +96,7 @@ class JaxWorkers(Workers):
         client: Any = distributed.global_state.client
         if client is None:
             return [text]
-        self._told += 1
-        prefix = f"metaframe/told/{self._told}"
+        prefix = f"metaframe/told/{next(_told)}"
         client.key_value_set(f"{prefix}/{self.process}", text)
         limit = 1000 * round(_timeout[-1])
         client.wait_at_barrier(f"{prefix}/all", limit)
@@ -113,6 +112,8 @@ class JaxWorkers(Workers):
             client.key_value_set(LAST_WORD, text)
 
 
+_told = itertools.count()
+"""Numbers what is told, whichever mesh is active: the processes' store takes every key once."""
 _left = threading.Event()
 """Has this process left the run, or is it about to?"""
 _spanning: list[bool] = []
@@ -189,7 +190,16 @@ def _across(jitted: Callable[..., Arrays]) -> ArraysFn:
 
 @contextmanager
 def join(place: Place) -> Iterator[None]:
-    """jax.distributed for a block of code."""
+    """jax.distributed for a block of code.
+
+    Raises:
+        BackendError: too late for it.
+    """
+    if xla_bridge.backends_are_initialized():
+        raise BackendError(
+            "session() was entered after JAX had made an array or looked for its devices, and then "
+            "JAX joins no run any more. Enter it first; select a device or dtype inside of it."
+        )
     jax.distributed.initialize(
         place.address,
         place.processes,

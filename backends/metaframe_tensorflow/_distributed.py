@@ -128,7 +128,11 @@ def workers() -> Workers:
 
 @contextmanager
 def join(place: Place) -> Iterator[None]:
-    """A MultiWorkerMirroredStrategy for a block of code."""
+    """A MultiWorkerMirroredStrategy for a block of code.
+
+    Raises:
+        BackendError: without the addresses, or too late for it.
+    """
     if place.peers:
         task = {"type": "worker", "index": place.process}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": place.peers}, "task": task})
@@ -138,7 +142,16 @@ def join(place: Place) -> Iterator[None]:
             '"host:port,host:port,...", or TF_CONFIG. `metaframe launch` does.'
         )
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=place.timeout)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
+        raise BackendError(
+            "session() was entered after TensorFlow had made a tensor or looked for its devices, "
+            "and then TensorFlow joins no run any more. Enter it first; select a device or dtype "
+            "inside of it."
+        ) from error
     with strategy.scope():
         try:
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from metaframe.backend import Array, Arrays
-from metaframe.errors import BackendError, InputError
+from metaframe.errors import InputError
 from metaframe.workers import ALONE, Part, Place, Workers
 
 LAST_WORD = "metaframe/last_word"
@@ -123,18 +122,8 @@ _known: list[tuple[ref[dist.ProcessGroup], TorchWorkers]] = []
 
 
 def workers() -> Workers:
-    """Those of the default process group; nobody else if there is none.
-
-    Raises:
-        BackendError: this is one of several processes, and they have not been joined.
-    """
+    """Those of the default process group; nobody else if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise BackendError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group. Enter "
-                "`with metaframe.distributed.session():`, or call "
-                "torch.distributed.init_process_group() first."
-            )
         return ALONE
     group = _world()
     if not _known or _known[0][0]() is not group:

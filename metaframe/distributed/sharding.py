@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from metaframe.boundary import Array, Arrays, Backend
+from metaframe.errors import InputError
 from metaframe.workers import AllSum, Share, Workers
 
 SumOver = Callable[[Arrays], tuple[Arrays, Arrays]]
@@ -53,8 +54,18 @@ def all_summed(backend: Backend, arrays: Arrays, all_sum: AllSum) -> Arrays:
 
     Floats travel in the widest type among them and at least in float32; whole numbers, if there
     are any, in a second buffer.
+
+    Raises:
+        InputError: an array of anything else.
     """
     ops, names = backend.ops, [backend.dtype_name(x) for x in arrays]
+    for x, name in zip(arrays, names, strict=True):
+        if not (backend.is_floating(x) or name.startswith(("int", "uint", "bool"))):
+            raise InputError(
+                f"with distributed=True a task's results are sums over the workers, of real "
+                f"numbers; received {name}. Return such an array in real parts, as real and "
+                "imaginary part for instance, or not at all."
+            )
     out: list[Array] = list(arrays)
     for dtype, places in _buffers([backend.is_floating(x) for x in arrays], names):
         flat = [ops.reshape(ops.astype(arrays[i], dtype), (-1,)) for i in places]
@@ -73,7 +84,7 @@ def _buffers(floating: Sequence[bool], names: Sequence[str]) -> list[tuple[str, 
     floats = [i for i, flag in enumerate(floating) if flag]
     others = [i for i, flag in enumerate(floating) if not flag]
     wide = "float64" if any(names[i] == "float64" for i in floats) else "float32"
-    whole = "int64" if any(names[i] == "int64" for i in others) else "int32"
+    whole = "int64" if any(names[i] in ("int64", "uint64") for i in others) else "int32"
     return [(dtype, places) for dtype, places in ((wide, floats), (whole, others)) if places]
 
 
