@@ -5,8 +5,8 @@ under the entry point group `metaframe.backends`; an entry's name is its framewo
 so that a framework nobody imported is never imported by us.
 
 Choosing: with nothing selected the arrays decide. `set_backend` selects for the process,
-`use_backend` for a block of code in the current thread or task. A selected backend also converts
-neutral inputs: NumPy arrays and Python numbers.
+`use_backend` for a block of code in the current thread or task; within it the later one counts. A
+selected backend also converts neutral inputs: NumPy arrays and Python numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -105,7 +106,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         UnknownKeyError: no such backend, with the nearest name.
         BackendNotInstalledError: its framework is missing, with the command that installs it.
-        BackendError: it lacks a required method, which is named.
+        BackendError: its module cannot be imported, or it lacks a required method, which is named.
     """
     if name in _loaded:
         return _loaded[name]
@@ -117,16 +118,41 @@ def load_backend(name: str) -> Backend:
             f"backend {name!r} needs {name}, which is not installed. Run: {sources[name].install}"
         )
     module, _, attribute = sources[name].target.partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise BackendError(
+            f"backend {name!r} cannot be loaded from {sources[name].target}: {error}. Bring it up "
+            f"to date, or remove it. It is installed by: {sources[name].install}"
+        ) from error
     _by_type.clear()
     return _loaded.setdefault(name, backend)
 
 
+_broken: set[str] = set()
+
+
 def backends_in_use() -> tuple[Backend, ...]:
-    """Backends of the frameworks that are imported already."""
+    """Backends of the frameworks that are imported already.
+
+    One that cannot be loaded is left out, with a warning: those who work on another framework need
+    not suffer from it.
+    """
     # None in sys.modules marks a module that must not be imported.
     imported = (name for name in sorted(known_backends()) if sys.modules.get(name) is not None)
-    return tuple(load_backend(name) for name in imported)
+    found = map(_unless_broken, imported)
+    return tuple(backend for backend in found if backend is not None)
+
+
+def _unless_broken(name: str) -> Backend | None:
+    if name in _broken:
+        return None
+    try:
+        return load_backend(name)
+    except BackendError as error:
+        _broken.add(name)
+        warnings.warn(str(error), stacklevel=2)
+        return None
 
 
 _registered: set[tuple[str, type]] = set()
@@ -253,7 +279,7 @@ def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array
 
 
 def current_selection() -> Selection | None:
-    """What is selected here: by the innermost `use_backend`, else by `set_backend`."""
+    """What is selected here: within a `use_backend` the latest, else by `set_backend`."""
     return _scoped_selection.get() or _process_selection
 
 
@@ -297,7 +323,7 @@ def _select(name: str, device: str | None, dtype: str | None) -> Selection:
 
 
 def set_backend(name: str, *, device: str | None = None, dtype: str | None = None) -> None:
-    """Select a backend for the whole process.
+    """Select a backend for the whole process, and for the rest of the `use_backend` around it.
 
     Args:
         name: "torch", "jax", "tensorflow", or a backend registered by another package.
@@ -316,8 +342,7 @@ def set_backend(name: str, *, device: str | None = None, dtype: str | None = Non
     'torch'
     >>> unset_backend()
     """
-    global _process_selection
-    _process_selection = _select(name, device, dtype)
+    _set_selection(_select(name, device, dtype))
 
 
 def unset_backend() -> None:
@@ -326,8 +351,27 @@ def unset_backend() -> None:
     >>> set_backend("torch")
     >>> unset_backend()
     """
+    _set_selection(None)
+
+
+def _set_selection(selection: Selection | None) -> None:
     global _process_selection
+    _process_selection = selection
+    if _scoped_selection.get() is not None:
+        _scoped_selection.set(selection)
+
+
+@contextmanager
+def nothing_selected() -> Iterator[None]:
+    """A block of code that starts without a selection; what it selects ends with it."""
+    global _process_selection
+    before, token = _process_selection, _scoped_selection.set(None)
     _process_selection = None
+    try:
+        yield
+    finally:
+        _scoped_selection.reset(token)
+        _process_selection = before
 
 
 @contextmanager
@@ -371,6 +415,7 @@ class BackendInfo:
     version: str | None
     """None if the framework is not installed."""
     devices: tuple[str, ...]
+    """None of them if the backend cannot be loaded, which a warning says."""
     install: str
     """The command that installs the framework."""
 
@@ -387,14 +432,14 @@ def available_backends() -> tuple[BackendInfo, ...]:
 def _info(name: str, source: _Source) -> BackendInfo:
     if importlib.util.find_spec(name) is None:
         return BackendInfo(name, None, (), source.install)
-    backend = load_backend(name)
-    return BackendInfo(name, _version(name), backend.devices(), source.install)
+    backend = _unless_broken(name)
+    return BackendInfo(name, _version(name), backend.devices() if backend else (), source.install)
 
 
 def _version(name: str) -> str:
     import importlib.metadata
 
-    if (version := getattr(sys.modules[name], "__version__", None)) is not None:
+    if (version := getattr(sys.modules.get(name), "__version__", None)) is not None:
         return str(version)
     try:
         return importlib.metadata.version(name)

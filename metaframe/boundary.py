@@ -136,6 +136,11 @@ class Backend(Required):
         del x
         return None
 
+    def seed_from(self, generator: object) -> int | None:
+        """A seed below 2**63 drawn from a random generator of the framework; None for others."""
+        del generator
+        return None
+
     def double_precision(self) -> AbstractContextManager[object]:
         """A block of code in which float64 is float64, if that has to be switched on."""
         return nullcontext()

@@ -117,6 +117,18 @@ def test_scopes_nest_and_win_over_the_process(pair: tuple[Backend, Backend]) -> 
     assert current_backend() is outer
 
 
+@pytest.mark.parametrize("pair", PAIRS, indirect=True, ids="-".join)
+def test_within_a_scope_the_later_one_counts(pair: tuple[Backend, Backend]) -> None:
+    outer, inner = pair
+    with use_backend(outer.name):
+        set_backend(inner.name)
+        assert current_backend() is inner
+        unset_backend()
+        assert mb.current_selection() is None
+        set_backend(inner.name)
+    assert current_backend() is inner
+
+
 def test_a_scope_ends_when_its_block_raises(backend_name: str) -> None:
     with pytest.raises(KeyError), use_backend(backend_name):
         raise KeyError
@@ -387,6 +399,24 @@ def test_a_registered_backend_is_inferred_and_not_loaded_before() -> None:
     import abacus
 
     assert current_backend(abacus.Array([1])).name == "abacus"
+
+
+def test_a_registered_backend_that_is_broken(
+    abacus: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It harms nobody who does not use it, and says where it comes from."""
+    monkeypatch.setattr(mb, "_broken", set())
+    (abacus / "metaframe_abacus.py").write_text("from abacus import Beads")
+    import abacus as framework
+
+    x = framework.Array([1])
+    with pytest.warns(UserWarning, match="'abacus' cannot be loaded from metaframe_abacus"):
+        assert mb.owner(x) is None
+    assert current_backend(load_backend(backend_name).asarray(1.0)).name == backend_name
+    (info,) = (info for info in available_backends() if info.name == "abacus")
+    assert info.devices == ()
+    with pytest.raises(BackendError, match=r"cannot import name 'Beads'.*metaframe-abacus"):
+        set_backend("abacus")
 
 
 @pytest.mark.usefixtures("abacus")

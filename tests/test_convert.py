@@ -80,6 +80,17 @@ def test_strided_views(pair: tuple[Backend, Backend]) -> None:
     same_bits(target.to_numpy(convert(x, to=target.name)), source.to_numpy(x))
 
 
+@pytest.mark.parametrize("to", ["jax", "tensorflow"])
+def test_signs_that_torch_has_not_applied_yet(to: str) -> None:
+    for name in ("torch", to):
+        require(name)
+    import torch
+
+    for x in (torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j]).conj().imag):
+        found = load_backend(to).to_numpy(convert(x, to=to))
+        same_bits(np.asarray(found), x.resolve_conj().resolve_neg().numpy())
+
+
 def test_memory_is_shared_where_it_can_be() -> None:
     for name in ("torch", "jax"):
         require(name)

@@ -444,6 +444,14 @@ def test_bad_input(torch_arr: Call) -> None:
         check(torch_arr, executions=("vmp",))
     with pytest.raises(InputError, match="1 gradients for 2 variables"):
         check(torch_arr, step=lambda v, batch: (1.0, [v["w"]]))
+    with pytest.raises(
+        InputError, match=r"called \['b', 'weight'\] for the variables \['b', 'w'\]"
+    ):
+        check(torch_arr, step=lambda v, batch: (1.0, {"weight": v["w"], "b": v["b"]}))
+    with pytest.raises(InputError, match=r"shape \(1, 2\) for 'w', which has shape \(2,\)"):
+        check(torch_arr, step=lambda v, batch: (1.0, {**v, "w": v["w"][None]}))
+    with pytest.raises(InputError, match="a step is of one"):
+        check(torch_arr, step=lambda v, batch: (1.0, v), backends=("jax",))
 
 
 # -- the command -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frameworks import hardly_depends_on_the_backend
+from frameworks import hardly_depends_on_the_backend, require
 from metaframe import tree
 from metaframe.backend import use_backend
 from metaframe.errors import InputError, InputTypeError
@@ -152,7 +153,7 @@ def test_a_generator_gives_the_seed():
     assert first.seed == again.seed != second.seed
     with pytest.raises(InputError, match="not both"):
         SinusoidTaskSampler(generator=rng, seed=0)
-    with pytest.raises(InputTypeError, match=r"numpy\.random\.Generator, received int"):
+    with pytest.raises(InputTypeError, match=r"NumPy, torch or TensorFlow, received int"):
         SinusoidTaskSampler(generator=3)
 
     class Generator:
@@ -160,6 +161,21 @@ def test_a_generator_gives_the_seed():
 
     with pytest.raises(InputTypeError, match=rf"received {__name__}.*Generator"):
         SinusoidTaskSampler(generator=Generator())
+
+
+GENERATORS = {
+    "torch": lambda torch: torch.Generator().manual_seed(5),
+    "tensorflow": lambda tf: tf.random.Generator.from_seed(5),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_of_a_framework(name):
+    require(name)
+    framework = importlib.import_module(name)
+    one, same = (GENERATORS[name](framework) for _ in range(2))
+    first, second = SinusoidTaskSampler(generator=one), SinusoidTaskSampler(generator=one)
+    assert first.seed == SinusoidTaskSampler(generator=same).seed != second.seed
 
 
 def test_what_training_would_pass_by_is_not_overridden():

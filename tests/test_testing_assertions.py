@@ -200,12 +200,19 @@ def test_samplers_without_a_leak() -> None:
     assert_no_leak(SinusoidTaskSampler(seed=1), tasks=5)
 
 
+FORMS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+    "numbers": lambda labels: labels,
+    "column": lambda labels: labels[:, None],
+    "one-hot": lambda labels: np.eye(3, dtype=np.float32)[labels],
+}
+
+
 class Leaky(IndexedSampler):
     """Classification of single numbers, with a fault to choose."""
 
-    def __init__(self, fault: str, **how: Any) -> None:
+    def __init__(self, fault: str, form: str = "numbers", **how: Any) -> None:
         super().__init__(**how)
-        self._fault = fault
+        self._fault, self._form = fault, form
 
     def draw(self, rng: np.random.Generator) -> Task:
         classes = np.argsort(rng.random(3))
@@ -214,6 +221,7 @@ class Leaky(IndexedSampler):
         query = 5 + 10.0 * classes[:, None] + np.floor(4 * rng.random((3, 1)))
         if self._fault == "query":
             query[1] = support[2]
+        labels = FORMS[self._form](labels)
         return Task(support, labels, query, labels)
 
 
@@ -225,11 +233,12 @@ def test_query_in_support() -> None:
         assert_no_leak(Leaky("query"))
 
 
-def test_labels_that_never_change() -> None:
-    assert_no_leak(Leaky("none"))
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_that_never_change(form: str) -> None:
+    assert_no_leak(Leaky("none", form))
     with pytest.raises(AssertionError, match=r"sampler 0: .* had the same label in all of them"):
-        assert_no_leak(Leaky("labels"))
-    assert_no_leak(Leaky("labels"), labels=False)
+        assert_no_leak(Leaky("labels", form))
+    assert_no_leak(Leaky("labels", form), labels=False)
 
 
 def test_splits_that_overlap() -> None:

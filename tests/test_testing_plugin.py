@@ -27,6 +27,34 @@ def test_gap(backend_name):
 """
 
 
+SELECTING = """
+import metaframe
+from metaframe.backend import current_selection
+
+def test_first(backend_name):
+    metaframe.set_backend(backend_name)
+
+def test_second(backend_name):
+    assert current_selection() is None
+
+def test_third(backend):
+    metaframe.set_backend("torch" if backend.name == "jax" else "jax")
+
+def test_last():
+    assert current_selection() is None
+"""
+SUITES = """
+from metaframe.testing.conformance import ConformanceSuite
+
+class TestMistyped(ConformanceSuite):
+    backend = "jxa"
+    patterns = ("dtype/float32*",)
+
+class TestNone(ConformanceSuite):
+    patterns = ("dtype/float32*",)
+"""
+
+
 def test_the_entry_point_is_the_module() -> None:
     """One name for both, or pytest would refuse to load the plugin twice."""
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -90,9 +118,13 @@ def test_a_framework_asked_for_by_name_fails(matrix: Path) -> None:
 
 
 def test_an_unknown_name(matrix: Path) -> None:
-    code, output = run_pytest(matrix, "--metaframe-backends=jxa")
-    assert code == pytest.ExitCode.USAGE_ERROR
-    assert "no backend called 'jxa'. Did you mean 'jax'?" in output
+    for args, environment in (
+        (["--metaframe-backends=jxa"], {}),
+        ([], {"METAFRAME_REQUIRED_BACKENDS": "torch,jxa"}),
+    ):
+        code, output = run_pytest(matrix, *args, **environment)
+        assert code == pytest.ExitCode.USAGE_ERROR
+        assert "no backend called 'jxa'. Did you mean 'jax'?" in output
 
 
 @pytest.mark.parametrize(
@@ -100,7 +132,6 @@ def test_an_unknown_name(matrix: Path) -> None:
     [
         (pytest.mark.backend_gap("jax"), "says why"),
         (pytest.mark.backend_gap(reason="x"), "names its backends"),
-        (pytest.mark.backend_gap("jxa", reason="x"), r"Did you mean 'jax'\?"),
         (pytest.mark.backend_gap("jax", reason="x", strict=False), "says why"),
     ],
 )
@@ -110,6 +141,29 @@ def test_a_gap_without_a_reason(
     request.node.add_marker(gap)
     with pytest.raises(pytest.UsageError, match=message):
         plugin.pytest_collection_modifyitems([request.node])
+
+
+def test_a_gap_of_a_backend_that_is_not_there(tmp_path: Path) -> None:
+    source = 'import pytest\n@pytest.mark.backend_gap("jxa", reason="x")\n'
+    (tmp_path / "test_it.py").write_text(source + "def test_it(backend_name):\n    pass\n")
+    code, output = run_pytest(tmp_path, "--metaframe-backends=jax")
+    assert code == 0, output
+    assert "test_it[jax]: backend_gap names no backend that is known here: 'jxa'" in output
+
+
+def test_selections_end_with_their_test(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SELECTING)
+    code, output = run_pytest(tmp_path, "--metaframe-backends=torch,jax")
+    assert code == 0, output
+
+
+def test_a_conformance_suite_of_no_backend(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SUITES)
+    code, output = run_pytest(tmp_path)
+    assert code == 1
+    assert set(outcomes(output).values()) == {"FAILED"}
+    assert "no backend called 'jxa'. Did you mean 'jax'?" in output
+    assert 'TestNone names no backend: write backend = "..."' in output
 
 
 def test_a_gap_that_has_closed(tmp_path: Path) -> None:

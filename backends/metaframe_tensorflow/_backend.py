@@ -85,6 +85,11 @@ class TensorFlowBackend(Backend):
     def is_traced(self, x: Array) -> bool:
         return not isinstance(x, tf.Variable) and not hasattr(x, "numpy")
 
+    def seed_from(self, generator: object) -> int | None:
+        if not isinstance(generator, tf.random.Generator):
+            return None
+        return int(generator.uniform((), 0, 2**63 - 1, tf.int64))
+
     def devices(self) -> tuple[str, ...]:
         # In a cluster those of every process are listed; a name without its task is one's own.
         names = (device.name for device in tf.config.list_logical_devices())

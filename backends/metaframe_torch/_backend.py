@@ -67,11 +67,21 @@ class TorchBackend(Backend):
             return np.asarray(x.contiguous().view(torch.int16).numpy().view(bfloat16))
         return np.asarray(x.numpy())
 
+    def to_dlpack(self, x: Array) -> Any:
+        # The protocol knows nothing of signs that are still to be applied.
+        return x.detach().resolve_conj().resolve_neg()
+
     def from_dlpack(self, x: Any) -> Array | None:
         try:
             return from_dlpack(x)
         except (BufferError, RuntimeError, TypeError, ValueError):
             return None  # a device or a dtype that torch does not take
+
+    def seed_from(self, generator: object) -> int | None:
+        if not isinstance(generator, torch.Generator):
+            return None
+        where = generator.device
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=where))
 
     def dtype_name(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks
+from metaframe.backend import backends_in_use
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks.sampling import IndexedSampler, Split, uniform
 from metaframe.tasks.task import Task
@@ -28,7 +29,8 @@ class SinusoidTaskSampler(IndexedSampler):
         phase_range: (low, high) of the phase, in radians.
         x_range: (low, high) of the inputs.
         k_support, k_query: points in the support set and in the query set.
-        generator: a NumPy generator to draw the seed from, once; instead of `seed`.
+        generator: a generator of NumPy, torch or TensorFlow to draw the seed from, once; instead
+            of `seed`. The tasks themselves are drawn in NumPy on every backend.
         seed: the tasks' seed; None, with no generator, takes a fresh one, readable as
             `sampler.seed`.
         device, dtype: where the arrays are placed and their floating dtype; default: as the
@@ -38,7 +40,7 @@ class SinusoidTaskSampler(IndexedSampler):
 
     Raises:
         InputError: an empty or infinite range, or fewer than one point.
-        InputTypeError: a generator of another library.
+        InputTypeError: something else for a generator.
 
     >>> sampler = SinusoidTaskSampler(k_support=10, k_query=5, seed=0)
     >>> sampler.sample(2)[1]
@@ -55,7 +57,7 @@ class SinusoidTaskSampler(IndexedSampler):
         x_range: tuple[float, float] = (-5.0, 5.0),
         k_support: int = 10,
         k_query: int = 10,
-        generator: np.random.Generator | None = None,
+        generator: Any = None,
         seed: int | None = None,
         device: str | None = None,
         dtype: Any = None,
@@ -88,17 +90,20 @@ class SinusoidTaskSampler(IndexedSampler):
         return Task(support_x, curve(support_x), query_x, curve(query_x))
 
 
-def _seed_from(generator: np.random.Generator, seed: int | None) -> int:
+def _seed_from(generator: Any, seed: int | None) -> int:
     if seed is not None:
         raise InputError(f"give generator or seed, not both; received seed={seed!r} as well.")
-    if not isinstance(generator, np.random.Generator):
-        kind = type(generator)
-        where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-        raise InputTypeError(
-            f"generator must be a numpy.random.Generator, received {where}{kind.__qualname__}. "
-            "Tasks are drawn in NumPy on every backend: pass numpy.random.default_rng(0) or seed=0."
-        )
-    return int(generator.integers(2**63))
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(2**63))
+    for backend in backends_in_use():
+        if (drawn := backend.seed_from(generator)) is not None:
+            return drawn
+    kind = type(generator)
+    where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    raise InputTypeError(
+        f"generator must be a random generator of NumPy, torch or TensorFlow, received "
+        f"{where}{kind.__qualname__}. Pass numpy.random.default_rng(0), or seed=0."
+    )
 
 
 def _interval(name: str, value: Any) -> tuple[float, float]:

@@ -267,13 +267,23 @@ def _assert_apart(where: str, task: Task) -> None:
         )
 
 
+def _classes(targets: Values) -> Values | None:
+    """One class number an example; None if the targets are no labels."""
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    one_hot = targets.ndim == 2 and bool(np.all((targets == 0) | (targets == 1)))
+    if one_hot and bool(np.all(targets.sum(axis=1) == 1)):
+        return np.asarray(targets.argmax(axis=1))
+    return targets if targets.dtype.kind in "iu" and targets.ndim == 1 else None
+
+
 def _assert_labels_vary(where: str, drawn: Sequence[Task]) -> None:
     given: dict[bytes, list[int]] = defaultdict(list)
     ways = set()
     for task in drawn:
         for x, y in ((task.support_x, task.support_y), (task.query_x, task.query_y)):
-            targets = _numpy(tree.leaves(y)[0])
-            if targets.dtype.kind not in "iu" or targets.ndim != 1:
+            targets = _classes(_numpy(tree.leaves(y)[0]))
+            if targets is None:
                 return
             ways.update(targets.tolist())
             for key, label in zip(_keys(x), targets.tolist(), strict=True):

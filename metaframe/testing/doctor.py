@@ -16,6 +16,7 @@ import numpy as np
 from metaframe import checks, tree
 from metaframe.backend import backend_of, load_backend, use_backend
 from metaframe.convert import convert
+from metaframe.errors import InputError
 from metaframe.inner import Cost, Order
 from metaframe.testing._causes import causes, redrawn
 from metaframe.testing._locate import not_finite
@@ -61,8 +62,10 @@ def check_meta_gradient(
         batch: all tasks; every leaf has a leading task axis.
         adaptation: what happens before the cost is taken, default one step at rate 0.01.
         step: your own `(variables, batch) -> (cost, gradients)`, which is then what is examined.
-        backends: further backends to run on, for a `cost` written in `metaframe.ops`.
-        executions: which ways of running to compare with the loop, default all.
+        backends: further backends to run on, for a `cost` written in `metaframe.ops`; not with a
+            `step`, which is of one framework.
+        executions: which of metaframe's ways of running to compare with its loop, default all; a
+            `step` runs as it is.
 
     Returns:
         a `Report`: `.ok`, `.findings`, and a text from `str`.
@@ -86,6 +89,11 @@ def check_meta_gradient(
     """
     for name in executions:
         checks.choice(name, "executions", EXECUTIONS)
+    if step is not None and backends:
+        raise InputError(
+            f"backends={tuple(backends)} would run your cost on other frameworks, and a step is of "
+            "one. Leave out either."
+        )
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
         subject = Subject(cost, variables, batch, adaptation, step)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
-from metaframe.backend import Backend, known_backends, use_backend
+from metaframe.backend import Backend, known_backends, nothing_selected, use_backend
 from metaframe.errors import nearest
 
 REQUIRED = "METAFRAME_REQUIRED_BACKENDS"
@@ -32,16 +33,17 @@ def required_backends() -> frozenset[str]:
 
 
 def require(name: str, *, promised: bool = False) -> None:
-    """Skip a test where the framework is missing; fail where it was promised.
+    """Skip a test where the framework is missing; fail where it was promised, or is no backend.
 
     Args:
         name: the backend.
         promised: fail in any case. Otherwise only if METAFRAME_REQUIRED_BACKENDS names it.
     """
+    if name not in known_backends():
+        pytest.fail(f"no backend called {name!r}. {nearest(name, known_backends())}")
     if importlib.util.find_spec(name) is not None:
         return
-    source = known_backends().get(name)
-    how = f" Run: {source.install}" if source else ""
+    how = f" Run: {known_backends()[name].install}"
     if name in required_backends():
         pytest.fail(f"{name} is not installed, and {REQUIRED} names it.{how}")
     if promised:
@@ -65,7 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _GAP)
     chosen = config.getoption(_OPTION)
     names = _names(chosen or "") or sorted(known_backends())
-    _check_known(names)
+    _check_known(names, _OPTION)
+    _check_known(sorted(required_backends()), REQUIRED)
     config.pluginmanager.register(_fixtures(names, promised=bool(chosen)), "metaframe-fixtures")
 
 
@@ -73,11 +76,11 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _check_known(names: Iterable[str]) -> None:
+def _check_known(names: Iterable[str], where: str) -> None:
     for name in names:
         if name not in known_backends():
             raise pytest.UsageError(
-                f"{_OPTION}: no backend called {name!r}. {nearest(name, known_backends())}"
+                f"{where}: no backend called {name!r}. {nearest(name, known_backends())}"
             )
 
 
@@ -86,11 +89,15 @@ def _fixtures(names: Sequence[str], *, promised: bool) -> object:
     # parameters are not known before the command line is.
     class Fixtures:
         @pytest.fixture(params=names)
-        def backend_name(self, request: pytest.FixtureRequest) -> str:
-            """The name of each backend in turn; nothing is selected."""
+        def backend_name(self, request: pytest.FixtureRequest) -> Iterator[str]:
+            """The name of each backend in turn, with nothing selected.
+
+            What the test selects ends with it.
+            """
             name: str = request.param
             require(name, promised=promised)
-            return name
+            with nothing_selected():
+                yield name
 
         @pytest.fixture
         def backend(self, backend_name: str) -> Iterator[Backend]:
@@ -118,4 +125,12 @@ def _check_gap(item: pytest.Item, mark: pytest.Mark) -> None:
             f"{item.nodeid}: a gap names its backends and says why, received {mark.args} and "
             f'{mark.kwargs}. Write @pytest.mark.backend_gap("tensorflow", reason="...").'
         )
-    _check_known(mark.args)
+    for name in mark.args:
+        if name not in known_backends():
+            # A backend of a package that is not installed, or a mistake: then its test fails.
+            warnings.warn(
+                f"{item.nodeid}: backend_gap names no backend that is known here: {name!r}. "
+                f"{nearest(name, known_backends())}",
+                pytest.PytestWarning,
+                stacklevel=2,
+            )

@@ -72,6 +72,7 @@ class Adaptation:
 
 
 ONE_STEP = Adaptation()
+_RETURN = "Return (cost, gradients in the structure of the variables)."
 
 
 class Gradient(NamedTuple):
@@ -145,16 +146,29 @@ class Subject:
     def of_step(self, step: Step, batch: tree.Tree) -> Gradient:
         """What a step returns, its gradients brought into the order of the variables."""
         cost, grads, *_ = step(self.variables, batch)
-        leaves, _ = tree.flatten(grads, is_leaf=lambda node: node is None)
+        leaves, spec = tree.flatten(grads, is_leaf=lambda node: node is None)
         if len(leaves) != len(self.names):
             raise InputError(
                 f"step returned {len(leaves)} gradients for {len(self.names)} variables "
-                f"{list(self.names)}. Return (cost, gradients in the structure of the variables)."
+                f"{list(self.names)}. {_RETURN}"
             )
-        return Gradient(
-            self._number(cost),
-            tuple(None if g is None else np.array(self.backend.to_numpy(g)) for g in leaves),
-        )
+        names = tree.key_chains(tree.unflatten(spec, range(len(leaves))))
+        in_order = isinstance(grads, (list, tuple))  # as torch.autograd.grad returns them
+        if names != self.names and not in_order:
+            raise InputError(
+                f"step returned gradients called {list(names)} for the variables "
+                f"{list(self.names)}. {_RETURN}"
+            )
+        values = [None if g is None else np.array(self.backend.to_numpy(g)) for g in leaves]
+        for name, variable, value in zip(
+            self.names, tree.leaves(self.variables), values, strict=True
+        ):
+            if value is not None and value.shape != tuple(variable.shape):
+                raise InputError(
+                    f"step returned a gradient of shape {value.shape} for {name!r}, which has "
+                    f"shape {tuple(variable.shape)}. {_RETURN}"
+                )
+        return Gradient(self._number(cost), tuple(values))
 
     def reference(
         self, task_map: TaskMap = "loop", *, order: Order = 2, compiled: bool = False

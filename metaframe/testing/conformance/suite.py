@@ -55,6 +55,8 @@ class ConformanceSuite:
 
         from metaframe.testing.plugin import require
 
+        if not hasattr(self, "backend"):
+            pytest.fail(f'{type(self).__name__} names no backend: write backend = "...".')
         require(self.backend)
         backend = load_backend(self.backend)
         reason = gaps(backend).get(clause.id)
