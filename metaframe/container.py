@@ -72,6 +72,27 @@ class Container(dict[str, Any]):
             raise UnknownKeyError(f"no key {key!r}. {nearest(key, _all_chains(self))}")
         return found
 
+    def __delitem__(self, key: str) -> None:
+        """`del c["a"]`, `del c["a/b"]` (a key chain)."""
+        above, _, name = key.rpartition("/")
+        holder = self[above] if above else self
+        if not isinstance(holder, Container):
+            raise InputError(
+                f"{key!r} cannot be deleted: {above!r} is a {type(holder).__name__} and no "
+                f"Container. Replace {above!r} as a whole."
+            )
+        if name not in holder:
+            raise UnknownKeyError(f"no key {key!r}. {nearest(key, _all_chains(self))}")
+        dict.__delitem__(holder, name)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Take out what is at this key or key chain; `default`, if given, where nothing is."""
+        if default and key not in self:
+            return default[0]
+        found = self[key]
+        del self[key]
+        return found
+
     def __contains__(self, key: object) -> bool:
         """Is there something at this key or key chain?"""
         return isinstance(key, str) and _find(self, key) is not _MISSING

@@ -109,6 +109,23 @@ def test_attribute_and_key_are_the_same(v: Container) -> None:
     assert "extra" not in v
 
 
+def test_what_a_key_chain_finds_it_takes_out(v: Container) -> None:
+    for chain in tree.key_chains(v):
+        left, leaf = v.copy(), v[chain]
+        assert left.pop(chain) is leaf
+        assert chain not in left
+        assert left.pop(chain, 3) == 3
+        with pytest.raises(UnknownKeyError, match="no key"):
+            left.pop(chain)
+        with pytest.raises(UnknownKeyError, match="no key"):
+            del left[chain]
+        other = v.copy()
+        del other[chain]
+        assert tree.key_chains(other) == tree.key_chains(left)
+    with pytest.raises(InputError, match="'a' is a list and no Container"):
+        del Container(a=[1, 2])["a/0"]
+
+
 def test_chains_go_through_lists() -> None:
     container = Container(layers=[{"w": 1}, {"w": 2}])
     assert container["layers/1/w"] == 2
