@@ -393,6 +393,30 @@ def _clipped(
     return update(grads, state, params, lr)
 
 
+def rule(optimizer: Optimizer) -> str | None:
+    """What the state of `optimizer` means, clipped or not; None for a rule of someone else.
+
+    Momentum, RMSprop and Adagrad keep arrays of the same names and shapes, so that only this tells
+    their states apart.
+
+    >>> rule(clipped(adamw(1e-3), norm=1.0)), rule(momentum(0.1, nesterov=True))
+    ('adam', 'momentum')
+    """
+    update: Any = optimizer.update
+    while getattr(update, "func", None) is _clipped:
+        update = update.keywords["update"]
+    return _RULES.get(getattr(update, "func", None))
+
+
+_RULES: dict[Any, str] = {
+    _sgd: "sgd",
+    _momentum: "momentum",
+    _adam: "adam",
+    _rmsprop: "rmsprop",
+    _adagrad: "adagrad",
+}
+
+
 def _rate(own: Rate, given: Rate) -> Rate:
     if own is not None and given is not None:
         raise InputError(

@@ -447,6 +447,23 @@ def test_what_is_refused_changes_nothing(backend: Backend, tmp_path: Path) -> No
         assert moved(other) == before
 
 
+def test_rules_that_keep_alike_arrays_are_told_apart(backend: Backend) -> None:
+    """By what is written next to the arrays; a checkpoint from before that is read."""
+    del backend
+
+    def with_rule(optimizer: optim.Optimizer) -> MetaTrainer:
+        other = trainer()
+        return MetaTrainer(other.maml, optimizer, nn.mse, other.task_sampler)
+
+    arrays, plain = with_rule(optim.momentum(0.1)).state()
+    for other in (optim.rmsprop(0.1), optim.clipped(optim.adagrad(0.1), norm=1.0)):
+        with pytest.raises(CheckpointError, match="of momentum, and this one is (rmsp|adag)"):
+            with_rule(other).restore(arrays, plain)
+        with_rule(other).restore(arrays, {**plain, "optimizer": {}})
+    clipped = optim.clipped(optim.momentum(0.1, nesterov=True), norm=1.0)
+    with_rule(clipped).restore(arrays, plain)
+
+
 def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
     class Odd(SinusoidTaskSampler):
         def state(self) -> dict[str, Any]:
