@@ -362,6 +362,8 @@ WRONG = [
     (["train", "--inner-lr", "much"], "not a valid float"),
     (["train", "--ways", "1"], "ways must be at least 2, received 1"),
     (["train", "--iterations", "0"], "iterations must be at least 1, received 0"),
+    (["train", "--clip-norm", "0"], "clip_norm must be above 0, received 0.0"),
+    (["train", "--clip-value", "-1"], "clip_value must be above 0, received -1.0"),
     (["train", "--schedule", "linear"], "'constant', 'cosine'"),
     (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),

@@ -457,7 +457,7 @@ def test_rules_that_keep_alike_arrays_are_told_apart(backend: Backend) -> None:
 
     arrays, plain = with_rule(optim.momentum(0.1)).state()
     for other in (optim.rmsprop(0.1), optim.clipped(optim.adagrad(0.1), norm=1.0)):
-        with pytest.raises(CheckpointError, match="of momentum, and this one is (rmsp|adag)"):
+        with pytest.raises(CheckpointError, match=r"of momentum, and this one is (rmsp|adag)"):
             with_rule(other).restore(arrays, plain)
         with_rule(other).restore(arrays, {**plain, "optimizer": {}})
     clipped = optim.clipped(optim.momentum(0.1, nesterov=True), norm=1.0)
