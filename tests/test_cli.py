@@ -297,6 +297,25 @@ def test_every_algorithm_trains(
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
 
+@hardly_depends_on_the_backend
+def test_reptile_learns_to_adapt(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its defaults, and not with one inner step, which is said."""
+    losses = []
+    for name, one in (("usual", []), ("one", ["--inner-steps", "1"])):
+        out = tmp_path / name
+        flags = ["--algorithm", "reptile", "--iterations", "400", "--eval-tasks", "200", *one]
+        flags += ["--eval-every", "0", *execution(backend_name), "--no-plots", "--out", str(out)]
+        assert main(["train", *flags]) == 0
+        said = capsys.readouterr().err
+        assert ("reptile with inner_steps=1 is ordinary training" in said) == bool(one)
+        result = read_result(out)
+        assert result is not None
+        losses.append(result["evaluation"]["transductive"]["mean"])
+    assert losses[0] < 0.7 * losses[1]
+
+
 def test_context_of_a_convolutional_model() -> None:
     """Its model has the context that the algorithm adapts, and starts at the plain network."""
     config = resolve({"dataset": "omniglot", "algorithm": "cavia", "backend": "torch", "width": 4})
@@ -586,6 +605,12 @@ def test_presets_are_settings_that_exist(name: str) -> None:
     assert (preset.expected < 1) == (
         not DATASETS[config.dataset].regression or name.endswith("maml")
     )
+
+
+def test_presets_of_reptile_take_several_inner_steps() -> None:
+    for name, preset in PRESETS.items():
+        if preset.settings.get("algorithm") == "reptile":
+            assert preset.settings["inner_steps"] >= 5, name
 
 
 def test_reproduce_compares_with_the_expected_number(

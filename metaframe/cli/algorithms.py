@@ -70,6 +70,9 @@ ALGORITHMS = {
     "reptile": Algorithm(
         "moves towards the adapted parameters (arXiv 1803.02999)",
         lambda model, c: Reptile(model, c.inner_lr, c.inner_steps, norm=c.norm),
+        # After one step it moves along the plain gradient of the support loss, and learns nothing
+        # of adaptation.
+        defaults={"inner_steps": 5},
     ),
     "anil": Algorithm(
         "adapts the head only (arXiv 1909.09157)",

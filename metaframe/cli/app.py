@@ -13,7 +13,7 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend import available_backends
-from metaframe.cli import algorithms, presets, runs, tables
+from metaframe.cli import algorithms, presets, runs, tables, uses
 from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
@@ -113,6 +113,8 @@ def train(
     output = Output(as_json=as_json, quiet=quiet)
     settings = presets.preset(preset).settings if preset else {}
     config = resolve(given(flags), file, settings)
+    for warning in uses.warnings(config):
+        output.remark(f"warning: {warning}")
     folder = out or runs.default_folder(config)
     extras = runs.Extras(plots, tensorboard)
     with _saved(folder, f"metaframe resume {runs.quoted(folder)}", output):

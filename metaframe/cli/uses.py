@@ -48,6 +48,16 @@ def check_fit(config: RunConfig) -> None:
         _check_runs(config, given)
 
 
+def warnings(config: RunConfig) -> list[str]:
+    """What is allowed and hardly meant."""
+    if config.algorithm == "reptile" and config.inner_steps == 1:
+        return [
+            "reptile with inner_steps=1 is ordinary training on all tasks at once: its direction "
+            "is the gradient of the mean support loss. Give --inner-steps 2 or more."
+        ]
+    return []
+
+
 def _check_owned(
     given: Mapping[str, object], kind: str, own: str, settings: Mapping[str, tuple[str, ...]]
 ) -> None:
