@@ -1,6 +1,7 @@
 """A run folder: made, trained in, continued, evaluated.
 
 config.toml     the resolved settings
+classes.json    the classes of each split, of a data set that has files
 metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the same
 checkpoints/    the last few, and the best by validation
 result.json     what the evaluation on held-out tasks found
@@ -23,6 +24,7 @@ from typing import Any
 
 from metaframe.backend import load_backend
 from metaframe.cli import tables
+from metaframe.cli.classes import CLASSES, check_classes, record_classes
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, schedule, selected
@@ -102,9 +104,10 @@ def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
     check_free(folder, overwrite=overwrite)
     if overwrite:
         # The settings first: what is left if this fails is then not taken for the old run.
-        for name in (CONFIG, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+        for name in (CONFIG, CLASSES, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
             _remove(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
+    record_classes(config, folder)
     write_atomically(folder / CONFIG, config.to_toml().encode())
 
 
@@ -162,10 +165,11 @@ def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
     this time.
 
     Raises:
-        UsageError: more steps than that were taken already.
+        UsageError: more steps than that were taken already, or the data has other classes.
         CheckpointError: the last checkpoint or the best one is damaged.
     """
     before = opened(folder, {})
+    check_classes(config, folder)
 
     def start(experiment: Experiment, workers: Workers) -> None:
         _restore(experiment, folder, output)
@@ -263,7 +267,12 @@ def _whole(file: Path, without: str) -> Checkpoint:
 def evaluate(
     folder: Path, config: RunConfig, checkpoint: str | None, output: Output
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of the run in `folder`: "best", "latest", a file, or the usual one."""
+    """Evaluate a checkpoint of the run in `folder`: "best", "latest", a file, or the usual one.
+
+    Raises:
+        UsageError: no such checkpoint, or the data has other classes to test on.
+    """
+    check_classes(config, folder, ["test"])
     with selected(config):
         experiment = Experiment(config)
         chosen = _choose(experiment, folder, checkpoint)
@@ -271,7 +280,12 @@ def evaluate(
 
 
 def plot(folder: Path, config: RunConfig, output: Output) -> list[str]:
-    """Draw the plots of the run in `folder`; returns the files."""
+    """Draw the plots of the run in `folder`; returns the files.
+
+    Raises:
+        UsageError: the data has other classes to test on.
+    """
+    check_classes(config, folder, ["test"])
     with selected(config):
         experiment = Experiment(config)
         _choose(experiment, folder)
