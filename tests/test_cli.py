@@ -149,14 +149,38 @@ def test_resume_ends_where_an_uninterrupted_run_does(
 def test_resume_does_not_train_on_what_stopped_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    out = tmp_path / "run"
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(out)]
     flags += ["--outer-lr", "1e-12", "--patience", "2", "--eval-every", "1"]
     # The parameters hardly move, so that no validation is better than the first.
+    assert main(["train", *flags, "--iterations", "9"]) == 0
+    stopped = "stopped after 3 of 9 steps: no improvement in 2 evaluations"
+    assert stopped in capsys.readouterr().out
+    assert main(["resume", str(out), "--no-plots"]) == 0
+    assert stopped in capsys.readouterr().out
+    before = contents(out)
+    for more in (["--iterations", "12"], ["--patience", "1"]):
+        assert main(["resume", str(out), *more, "--no-plots"]) == 2
+        said = capsys.readouterr().err
+        assert f"{stopped}. With patience={'2' if '12' in more else '1'} it would again" in said
+    assert contents(out) == before
+    longer = as_json(capsys, "resume", str(out), "--iterations", "12", "--patience", "3")
+    assert (longer["steps"], longer["stopped"]) == (4, "no improvement in 3 evaluations")
+    recorded = read_toml(out / "config.toml")
+    assert (recorded["iterations"], recorded["patience"]) == (12, 3)
+    whole = as_json(capsys, "resume", str(out), "--patience", "0", "--no-plots")
+    assert (whole["steps"], whole["stopped"]) == (12, None)
+
+
+def test_resume_ends_early_where_an_uninterrupted_run_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    flags += ["--outer-lr", "1e-12", "--patience", "2", "--eval-every", "1"]
     first = as_json(capsys, "train", *flags, "--iterations", "2")
     assert (first["steps"], first["stopped"]) == (2, None)
-    for _ in range(2):
-        found = as_json(capsys, "resume", str(tmp_path / "run"), "--iterations", "9")
-        assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
+    found = as_json(capsys, "resume", str(tmp_path / "run"), "--iterations", "9")
+    assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
 
 
 @pytest.fixture

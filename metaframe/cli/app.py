@@ -130,7 +130,7 @@ def train(
     help="Train up to so many outer steps in all. With a cosine schedule the rate then follows the "
     "longer curve, which is not the one of an uninterrupted run.",
 )
-@setting_flags(("backend", "device", "data"))
+@setting_flags(("patience", "backend", "device", "data"))
 @click.option("--plots/--no-plots", default=True, help="Draw plots at the end.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too.")
 @_modes
@@ -143,7 +143,10 @@ def resume(
     tensorboard: bool,
     **flags: Any,
 ) -> None:
-    """Go on with an interrupted run, exactly where its last checkpoint left it."""
+    """Go on with an interrupted run, exactly where its last checkpoint left it.
+
+    One that stopped early goes on with more --patience.
+    """
     changes = given(flags) if iterations is None else {**given(flags), "iterations": iterations}
     config = runs.opened(run, changes)
     output = Output(as_json=as_json, quiet=quiet)
@@ -166,6 +169,9 @@ def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
 def _report(result: Mapping[str, Any], folder: Path, output: Output) -> None:
     percent = result["metric"] == "accuracy"
     lines = described(result["evaluation"], percent=percent)
+    if result["stopped"]:
+        planned = result["config"]["iterations"]
+        lines.append(f"stopped after {result['steps']} of {planned} steps: {result['stopped']}")
     output.result({"folder": str(folder), **result}, [*lines, f"everything is in {folder}"])
 
 

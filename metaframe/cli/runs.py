@@ -11,7 +11,6 @@ tensorboard/    the metrics once more, if asked for
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import shlex
@@ -27,7 +26,8 @@ from metaframe.cli import tables
 from metaframe.cli.classes import CLASSES, check_classes, record_classes
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import Experiment, resolve, schedule, selected
+from metaframe.cli.experiment import Experiment, resolve, selected
+from metaframe.cli.extension import check_extension, extended
 from metaframe.cli.output import Output, finite, to_json
 from metaframe.distributed import Workers, is_restarted
 from metaframe.distributed.agreement import agree
@@ -161,11 +161,12 @@ def train(
 def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
     """Train on from the last checkpoint in `folder`, evaluate, and return the result.
 
-    Another number of outer steps than the run has so far is recorded there; other changes are for
-    this time.
+    Another number of outer steps than the run has so far, or another patience, is recorded there;
+    other changes are for this time.
 
     Raises:
-        UsageError: more steps than that were taken already, or the data has other classes.
+        UsageError: more steps than that were taken already, the run would stop early at once, or
+            the data has other classes.
         CheckpointError: the last checkpoint or the best one is damaged.
     """
     before = opened(folder, {})
@@ -173,28 +174,14 @@ def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> di
 
     def start(experiment: Experiment, workers: Workers) -> None:
         _restore(experiment, folder, output)
-        if config.iterations == before.iterations:
+        after = extended(before, config)
+        if after == before:
             return
-        _check_extension(experiment, before, output)
+        check_extension(experiment, before, output)
         if workers.is_first:
-            longer = dataclasses.replace(before, iterations=config.iterations)
-            write_atomically(folder / CONFIG, longer.to_toml().encode())
+            write_atomically(folder / CONFIG, after.to_toml().encode())
 
     return _trained(config, folder, output, extras, start)
-
-
-def _check_extension(experiment: Experiment, before: RunConfig, output: Output) -> None:
-    config, step = experiment.config, experiment.trainer.step
-    if config.iterations < step:
-        raise UsageError(
-            f"the run has taken {step} steps, received iterations={config.iterations}. Give as "
-            "many or more."
-        )
-    if config.schedule == "cosine":
-        output.remark(
-            f"the cosine schedule now ends after {config.iterations} steps: the next learning rate "
-            f"is {schedule(config)(step):.2g}, and was to be {schedule(before)(step):.2g}"
-        )
 
 
 def is_of(config: RunConfig, folder: Path) -> bool:
