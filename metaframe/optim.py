@@ -373,7 +373,7 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
 
 def _check_limit(limit: Any) -> None:
     # Arrays are not looked at, they may be traced.
-    if isinstance(limit, numbers.Real) and not limit > 0:
+    if isinstance(limit, numbers.Real) and not float(limit) > 0:
         raise InputError(
             f"the limit to clip to must be above 0, received {limit}. 0 would stop the training; "
             "for no clipping leave it out."

@@ -733,16 +733,23 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "said", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_in_a_terminal_a_signal_saves_and_resume_goes_on(
+    signum: signal.Signals, said: str, code: int, tmp_path: Path
+) -> None:
     out = str(tmp_path / "my run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
     terminal = Terminal("train", *flags, *execution("torch"), "--out", out)
     terminal.expect("tasks/s")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(signum)
     terminal.expect("saved; continue with: metaframe resume")
-    assert terminal.wait() == 130
+    assert terminal.wait() == code
     assert f"metaframe resume '{out}'" in "".join(terminal.shown.splitlines())
-    assert "interrupted" in terminal.shown
+    assert said in terminal.shown
     step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
     assert step > 0
     assert main(["resume", out, "--iterations", str(step + 2), "--no-plots", "-q"]) == 0

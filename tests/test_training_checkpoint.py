@@ -563,24 +563,48 @@ def test_what_another_run_left_is_not_lost(used: Path) -> None:
 
 
 class Interrupted(Callback):
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        self._signum = signum
+
     def on_step(self, run: Run) -> None:
         if run.trainer.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self._signum)
 
 
 @hardly_depends_on_the_backend
-def test_ctrl_c_ends_after_the_step_and_saves(backend: Backend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_saves(
+    backend: Backend, signum: signal.Signals, tmp_path: Path
+) -> None:
     del backend
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     runner, whole = trainer(), trainer()
-    with pytest.raises(KeyboardInterrupt):
-        runner.fit(10, 3, callbacks=[Interrupted(), Checkpoints(tmp_path, every=100)])
-    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+        runner.fit(10, 3, callbacks=[Interrupted(signum), Checkpoints(tmp_path, every=100)])
+    assert isinstance(ended.value, SystemExit) == (signum == signal.SIGTERM)
+    assert getattr(ended.value, "code", 143) == 143
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = trainer()
     assert load_checkpoint(latest_checkpoint(tmp_path), resumed).step == 3
     resumed.fit(7, 3)
     whole.fit(10, 3)
     same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "handler"),
+    [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, lambda signum, frame: None)],
+    ids=["ignored", "another's"],
+)
+def test_a_signal_that_is_not_ours_is_left_alone(signum: int, handler: Any) -> None:
+    require("torch")
+    before = signal.signal(signum, handler)
+    try:
+        with use_backend("torch", dtype="float64"):
+            history = trainer().fit(4, 3, callbacks=[Interrupted(signum)])
+    finally:
+        signal.signal(signum, before)
+    assert (len(history.meta_loss), history.stopped) == (4, None)
 
 
 PROGRAM = """

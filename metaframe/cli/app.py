@@ -20,6 +20,7 @@ from metaframe.cli.experiment import resolve
 from metaframe.cli.flags import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
+from metaframe.training.interrupt import TERMINATED, Terminated
 
 click.rich_click.TEXT_MARKUP = "rich"
 click.rich_click.OPTION_GROUPS = {
@@ -55,6 +56,9 @@ def run(argv: Sequence[str] | None) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         stderr.print(f"metaframe: {where}{error.strerror or error}", markup=False)
         return FAILED
+    except Terminated:
+        stderr.print("terminated", markup=False)
+        return TERMINATED
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else FAILED
     return OK
@@ -85,7 +89,7 @@ _run_argument = click.argument("run", type=click.Path(path_type=Path))
 def cli() -> None:
     """Meta-learning on PyTorch, JAX and TensorFlow: train, evaluate, resume, reproduce, plot.
 
-    Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted.
+    Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted, 143 terminated.
     """
 
 
@@ -108,7 +112,7 @@ def train(
 ) -> None:
     """Meta-train, evaluate on held-out tasks, and leave everything in a run folder.
 
-    Settings: defaults < preset < file < flags. Ctrl-C saves and exits; `resume` goes on.
+    Settings: defaults < preset < file < flags. Ctrl-C and SIGTERM save and exit; `resume` goes on.
     """
     output = Output(as_json=as_json, quiet=quiet)
     settings = presets.preset(preset).settings if preset else {}
@@ -157,10 +161,10 @@ def resume(
 
 @contextmanager
 def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
-    """After Ctrl-C, say which command goes on."""
+    """After Ctrl-C or SIGTERM, say which command goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if (folder / runs.CONFIG).exists():
             output.remark(f"saved; continue with: {command}")
         raise
