@@ -26,7 +26,7 @@ from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS, judge
-from metaframe.cli.runs import read_result
+from metaframe.cli.runs import opened, read_result
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
@@ -397,6 +397,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 PROTONET = ["train", "--dataset", "digits", "--algorithm", "protonet"]
 RUNS = ["train", "--preset", "omniglot-oneshot-runs"]
+PRESET = ["train", "--preset", "omniglot-20w1s-maml"]
+MAMLPP = ["train", "--algorithm", "maml++"]
 WRONG = [
     (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
@@ -423,6 +425,22 @@ WRONG = [
     ([*PROTONET, "--inner-steps", "9"], "inner_steps has no effect on algorithm protonet"),
     ([*PROTONET, "--eval-steps", "9"], "eval_steps has no effect on algorithm protonet"),
     ([*PROTONET, "--mode", "remat"], "mode has no effect on algorithm protonet"),
+    *(
+        (
+            ["train", "--algorithm", name, "--mode", "remat"],
+            f"mode has no effect on algorithm {name}",
+        )
+        for name in ("fomaml", "reptile", "imaml")
+    ),
+    (
+        ["train", "--eval-every", "0", "--validation-tasks", "9"],
+        "validation_tasks is for validations, received validation_tasks=9 with eval_every=0",
+    ),
+    (
+        [*MAMLPP, "--multi-step-epochs", "0", "--steps-per-epoch", "9"],
+        "steps_per_epoch is for what counts epochs, received steps_per_epoch=9 with",
+    ),
+    ([*PRESET, "--algorithm", "protonet", "--inner-lr", "1"], "inner_lr has no effect on"),
     (["train", "--norm", "support"], "norm is a setting of omniglot, mini-imagenet, tiered"),
     ([*RUNS, "--parts", "background,evaluation"], "drawn from the alphabets of part evaluation"),
     ([*RUNS, "--held-out", "Greek"], "held_out has no effect with protocol=runs"),
@@ -562,6 +580,36 @@ def test_settings_come_from_flags_then_file_then_preset_then_defaults(tmp_path: 
     assert config.width == DATASETS["sinusoid"].defaults["width"] == 40
     assert config.outer_lr == RunConfig().outer_lr
     assert config.clip_norm == 1.0
+
+
+def test_what_a_preset_says_of_no_use_is_left_out(tmp_path: Path) -> None:
+    """And is refused where a file says it; but not in a folder from before that was so."""
+    preset = PRESETS["omniglot-20w1s-maml"].settings
+    for given in ({"algorithm": "protonet"}, {"dataset": "digits"}):
+        config = resolve({**given, "backend": "torch"}, None, preset)
+        usual = resolve({**given, "dataset": config.dataset, "backend": "torch"})
+        names = ("inner_lr", "inner_steps", "eval_steps") if "algorithm" in given else ("parts",)
+        assert [getattr(config, n) for n in names] == [getattr(usual, n) for n in names]
+        assert config.ways == 20
+    settings = 'algorithm = "fomaml"\nmode = "remat"\nbackend = "torch"\n'
+    (tmp_path / "config.toml").write_text(settings)
+    with pytest.raises(UsageError, match="mode has no effect on algorithm fomaml"):
+        resolve({}, tmp_path / "config.toml")
+    assert opened(tmp_path, {}).mode == "reverse"
+
+
+def test_the_evaluation_takes_the_steps_of_training_at_least() -> None:
+    omniglot = {"dataset": "omniglot", "backend": "torch"}
+    for given, steps in (
+        ({}, 3),
+        ({"algorithm": "maml++"}, 5),
+        ({"algorithm": "imaml"}, 16),
+        ({"inner_steps": 7}, 7),
+        ({"inner_steps": 7, "eval_steps": 2}, 2),
+    ):
+        config = resolve({**omniglot, **given})
+        assert config.eval_steps == steps
+        assert resolve(config.as_dict()) == config
 
 
 @pytest.mark.parametrize(

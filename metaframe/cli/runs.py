@@ -127,7 +127,7 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
     """
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no run folder: it has no {CONFIG}.")
-    return resolve({**read_toml(folder / CONFIG), **changes})
+    return resolve(changes, None, read_toml(folder / CONFIG))
 
 
 Start = Callable[[Experiment, Workers], None]
