@@ -734,6 +734,15 @@ def test_a_figure_that_is_not_finite_is_not_reached(tmp_path: Path) -> None:
     plots.adaptation(read_result(tmp_path))
 
 
+def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    lines = ('{"step": 1, "loss": 2.0}', '{"step": 1, "eval_loss": null}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    figure = plots.learning_curve(read_metrics(tmp_path))
+    assert figure is not None
+    assert np.isnan(figure.axes[0].lines[1].get_ydata()).all()
+    figure.canvas.draw()
+
+
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(as_json(capsys, "list")["data sets"]) == set(DATASETS)
     assert {b["name"] for b in as_json(capsys, "backends")} >= {"jax", "tensorflow", "torch"}
