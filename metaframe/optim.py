@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -327,10 +328,14 @@ def _adagrad(
 def clip_by_value(grads: Grads, limit: float) -> Grads:
     """Every element limited to `[-limit, limit]`.
 
+    Raises:
+        InputError: `limit` is not above 0.
+
     >>> import torch
     >>> clip_by_value({"w": torch.tensor([-3.0, 0.5])}, 1.0)
     {'w': tensor([-1.0000,  0.5000])}
     """
+    _check_limit(limit)
     return tree.map(lambda g: ops.clip(g, -limit, limit), grads)
 
 
@@ -349,19 +354,39 @@ def global_norm(grads: Grads) -> Any:
 def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
     """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013).
 
+    With a limit of infinity they are left as they are.
+
+    Raises:
+        InputError: `limit` is not above 0.
+
     >>> import torch
     >>> clip_by_global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
     {'w': tensor([0.6000]), 'b': tensor([0.8000])}
     """
+    _check_limit(limit)
+    if isinstance(limit, numbers.Real) and limit == math.inf:  # and not inf / inf
+        return grads
     norm = global_norm(grads)
     scale = limit / ops.maximum(norm, limit)
     return tree.map(lambda g: g * _like(scale, g), grads)
+
+
+def _check_limit(limit: Any) -> None:
+    # Arrays are not looked at, they may be traced.
+    if isinstance(limit, numbers.Real) and not float(limit) > 0:
+        raise InputError(
+            f"the limit to clip to must be above 0, received {limit}. 0 would stop the training; "
+            "for no clipping leave it out."
+        )
 
 
 def clipped(
     optimizer: Optimizer, *, norm: float | None = None, value: float | None = None
 ) -> Optimizer:
     """`optimizer` with its gradients clipped first, by element and then by global norm.
+
+    Raises:
+        InputError: neither limit is given, or one that is not above 0.
 
     >>> import torch
     >>> from metaframe import optim
@@ -371,6 +396,9 @@ def clipped(
     """
     if norm is None and value is None:
         raise InputError("clipped needs norm=, value= or both, received neither.")
+    for limit in (norm, value):
+        if limit is not None:
+            _check_limit(limit)
 
     update = functools.partial(_clipped, update=optimizer.update, norm=norm, value=value)
     return Optimizer(optimizer.init, update, optimizer.learning_rate)
@@ -391,6 +419,30 @@ def _clipped(
     if norm is not None:
         grads = clip_by_global_norm(grads, norm)
     return update(grads, state, params, lr)
+
+
+def rule(optimizer: Optimizer) -> str | None:
+    """What the state of `optimizer` means, clipped or not; None for a rule of someone else.
+
+    Momentum, RMSprop and Adagrad keep arrays of the same names and shapes, so that only this tells
+    their states apart.
+
+    >>> rule(clipped(adamw(1e-3), norm=1.0)), rule(momentum(0.1, nesterov=True))
+    ('adam', 'momentum')
+    """
+    update: Any = optimizer.update
+    while getattr(update, "func", None) is _clipped:
+        update = update.keywords["update"]
+    return _RULES.get(getattr(update, "func", None))
+
+
+_RULES: dict[Any, str] = {
+    _sgd: "sgd",
+    _momentum: "momentum",
+    _adam: "adam",
+    _rmsprop: "rmsprop",
+    _adagrad: "adagrad",
+}
 
 
 def _rate(own: Rate, given: Rate) -> Rate:

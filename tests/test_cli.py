@@ -26,7 +26,7 @@ from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS, judge
-from metaframe.cli.runs import read_result
+from metaframe.cli.runs import opened, read_result
 from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
@@ -149,14 +149,38 @@ def test_resume_ends_where_an_uninterrupted_run_does(
 def test_resume_does_not_train_on_what_stopped_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    out = tmp_path / "run"
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(out)]
     flags += ["--outer-lr", "1e-12", "--patience", "2", "--eval-every", "1"]
     # The parameters hardly move, so that no validation is better than the first.
+    assert main(["train", *flags, "--iterations", "9"]) == 0
+    stopped = "stopped after 3 of 9 steps: no improvement in 2 evaluations"
+    assert stopped in capsys.readouterr().out
+    assert main(["resume", str(out), "--no-plots"]) == 0
+    assert stopped in capsys.readouterr().out
+    before = contents(out)
+    for more in (["--iterations", "12"], ["--patience", "1"]):
+        assert main(["resume", str(out), *more, "--no-plots"]) == 2
+        said = capsys.readouterr().err
+        assert f"{stopped}. With patience={'2' if '12' in more else '1'} it would again" in said
+    assert contents(out) == before
+    longer = as_json(capsys, "resume", str(out), "--iterations", "12", "--patience", "3")
+    assert (longer["steps"], longer["stopped"]) == (4, "no improvement in 3 evaluations")
+    recorded = read_toml(out / "config.toml")
+    assert (recorded["iterations"], recorded["patience"]) == (12, 3)
+    whole = as_json(capsys, "resume", str(out), "--patience", "0", "--no-plots")
+    assert (whole["steps"], whole["stopped"]) == (12, None)
+
+
+def test_resume_ends_early_where_an_uninterrupted_run_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, *execution("torch"), "--no-plots", "--out", str(tmp_path / "run")]
+    flags += ["--outer-lr", "1e-12", "--patience", "2", "--eval-every", "1"]
     first = as_json(capsys, "train", *flags, "--iterations", "2")
     assert (first["steps"], first["stopped"]) == (2, None)
-    for _ in range(2):
-        found = as_json(capsys, "resume", str(tmp_path / "run"), "--iterations", "9")
-        assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
+    found = as_json(capsys, "resume", str(tmp_path / "run"), "--iterations", "9")
+    assert (found["steps"], found["stopped"]) == (3, "no improvement in 2 evaluations")
 
 
 @pytest.fixture
@@ -297,6 +321,25 @@ def test_every_algorithm_trains(
     assert np.isfinite(result["evaluation"]["loss"]["mean"])
 
 
+@hardly_depends_on_the_backend
+def test_reptile_learns_to_adapt(
+    backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its defaults, and not with one inner step, which is said."""
+    losses = []
+    for name, one in (("usual", []), ("one", ["--inner-steps", "1"])):
+        out = tmp_path / name
+        flags = ["--algorithm", "reptile", "--iterations", "400", "--eval-tasks", "200", *one]
+        flags += ["--eval-every", "0", *execution(backend_name), "--no-plots", "--out", str(out)]
+        assert main(["train", *flags]) == 0
+        said = capsys.readouterr().err
+        assert ("reptile with inner_steps=1 is ordinary training" in said) == bool(one)
+        result = read_result(out)
+        assert result is not None
+        losses.append(result["evaluation"]["transductive"]["mean"])
+    assert losses[0] < 0.7 * losses[1]
+
+
 def test_context_of_a_convolutional_model() -> None:
     """Its model has the context that the algorithm adapts, and starts at the plain network."""
     config = resolve({"dataset": "omniglot", "algorithm": "cavia", "backend": "torch", "width": 4})
@@ -354,6 +397,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 PROTONET = ["train", "--dataset", "digits", "--algorithm", "protonet"]
 RUNS = ["train", "--preset", "omniglot-oneshot-runs"]
+PRESET = ["train", "--preset", "omniglot-20w1s-maml"]
+MAMLPP = ["train", "--algorithm", "maml++"]
 WRONG = [
     (["train", "--dataset", "sinusoidd"], "Did you mean 'sinusoid'? There are digits, folder"),
     (["train", "--algorithm", "mmal"], "Did you mean 'maml'? There are anil, cavia"),
@@ -362,6 +407,8 @@ WRONG = [
     (["train", "--inner-lr", "much"], "not a valid float"),
     (["train", "--ways", "1"], "ways must be at least 2, received 1"),
     (["train", "--iterations", "0"], "iterations must be at least 1, received 0"),
+    (["train", "--clip-norm", "0"], "clip_norm must be above 0, received 0.0"),
+    (["train", "--clip-value", "-1"], "clip_value must be above 0, received -1.0"),
     (["train", "--schedule", "linear"], "'constant', 'cosine'"),
     (["train", "--preset", "sinusoid"], "Did you mean 'sinusoid-maml'?"),
     (["train", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
@@ -378,6 +425,22 @@ WRONG = [
     ([*PROTONET, "--inner-steps", "9"], "inner_steps has no effect on algorithm protonet"),
     ([*PROTONET, "--eval-steps", "9"], "eval_steps has no effect on algorithm protonet"),
     ([*PROTONET, "--mode", "remat"], "mode has no effect on algorithm protonet"),
+    *(
+        (
+            ["train", "--algorithm", name, "--mode", "remat"],
+            f"mode has no effect on algorithm {name}",
+        )
+        for name in ("fomaml", "reptile", "imaml")
+    ),
+    (
+        ["train", "--eval-every", "0", "--validation-tasks", "9"],
+        "validation_tasks is for validations, received validation_tasks=9 with eval_every=0",
+    ),
+    (
+        [*MAMLPP, "--multi-step-epochs", "0", "--steps-per-epoch", "9"],
+        "steps_per_epoch is for what counts epochs, received steps_per_epoch=9 with",
+    ),
+    ([*PRESET, "--algorithm", "protonet", "--inner-lr", "1"], "inner_lr has no effect on"),
     (["train", "--norm", "support"], "norm is a setting of omniglot, mini-imagenet, tiered"),
     ([*RUNS, "--parts", "background,evaluation"], "drawn from the alphabets of part evaluation"),
     ([*RUNS, "--held-out", "Greek"], "held_out has no effect with protocol=runs"),
@@ -519,6 +582,36 @@ def test_settings_come_from_flags_then_file_then_preset_then_defaults(tmp_path: 
     assert config.clip_norm == 1.0
 
 
+def test_what_a_preset_says_of_no_use_is_left_out(tmp_path: Path) -> None:
+    """And is refused where a file says it; but not in a folder from before that was so."""
+    preset = PRESETS["omniglot-20w1s-maml"].settings
+    for given in ({"algorithm": "protonet"}, {"dataset": "digits"}):
+        config = resolve({**given, "backend": "torch"}, None, preset)
+        usual = resolve({**given, "dataset": config.dataset, "backend": "torch"})
+        names = ("inner_lr", "inner_steps", "eval_steps") if "algorithm" in given else ("parts",)
+        assert [getattr(config, n) for n in names] == [getattr(usual, n) for n in names]
+        assert config.ways == 20
+    settings = 'algorithm = "fomaml"\nmode = "remat"\nbackend = "torch"\n'
+    (tmp_path / "config.toml").write_text(settings)
+    with pytest.raises(UsageError, match="mode has no effect on algorithm fomaml"):
+        resolve({}, tmp_path / "config.toml")
+    assert opened(tmp_path, {}).mode == "reverse"
+
+
+def test_the_evaluation_takes_the_steps_of_training_at_least() -> None:
+    omniglot = {"dataset": "omniglot", "backend": "torch"}
+    for given, steps in (
+        ({}, 3),
+        ({"algorithm": "maml++"}, 5),
+        ({"algorithm": "imaml"}, 16),
+        ({"inner_steps": 7}, 7),
+        ({"inner_steps": 7, "eval_steps": 2}, 2),
+    ):
+        config = resolve({**omniglot, **given})
+        assert config.eval_steps == steps
+        assert resolve(config.as_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -586,6 +679,12 @@ def test_presets_are_settings_that_exist(name: str) -> None:
     )
 
 
+def test_presets_of_reptile_take_several_inner_steps() -> None:
+    for name, preset in PRESETS.items():
+        if preset.settings.get("algorithm") == "reptile":
+            assert preset.settings["inner_steps"] >= 5, name
+
+
 def test_reproduce_compares_with_the_expected_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -635,6 +734,15 @@ def test_a_figure_that_is_not_finite_is_not_reached(tmp_path: Path) -> None:
     plots.adaptation(read_result(tmp_path))
 
 
+def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    lines = ('{"step": 1, "loss": 2.0}', '{"step": 1, "eval_loss": null}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    figure = plots.learning_curve(read_metrics(tmp_path))
+    assert figure is not None
+    assert np.isnan(figure.axes[0].lines[1].get_ydata()).all()
+    figure.canvas.draw()
+
+
 def test_lists_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(as_json(capsys, "list")["data sets"]) == set(DATASETS)
     assert {b["name"] for b in as_json(capsys, "backends")} >= {"jax", "tensorflow", "torch"}
@@ -682,16 +790,23 @@ def test_in_a_pipe_the_result_alone_is_on_standard_output(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_in_a_terminal_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "said", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_in_a_terminal_a_signal_saves_and_resume_goes_on(
+    signum: signal.Signals, said: str, code: int, tmp_path: Path
+) -> None:
     out = str(tmp_path / "my run")
     flags = ["--iterations", "100000", "--eval-every", "0", "--eval-tasks", "5", "--no-plots"]
     terminal = Terminal("train", *flags, *execution("torch"), "--out", out)
     terminal.expect("tasks/s")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(signum)
     terminal.expect("saved; continue with: metaframe resume")
-    assert terminal.wait() == 130
+    assert terminal.wait() == code
     assert f"metaframe resume '{out}'" in "".join(terminal.shown.splitlines())
-    assert "interrupted" in terminal.shown
+    assert said in terminal.shown
     step = read_checkpoint(latest_checkpoint(Path(out) / "checkpoints")).step
     assert step > 0
     assert main(["resume", out, "--iterations", str(step + 2), "--no-plots", "-q"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -265,6 +266,20 @@ def test_a_norm_beyond_half_precision(backend: Backend, to_np: Call) -> None:
     clipped, _ = optim.clip_by_global_norm(grads, 250.0)
     assert backend.dtype_name(clipped) == "float16"
     np.testing.assert_array_equal(to_np(clipped), [100.0] * 4)
+
+
+def test_limits_of_clipping(backend: Backend, arr: Call, to_np: Call) -> None:
+    """Infinity is no limit; and what stops the training is none either."""
+    del backend
+    grads = arr({"w": [3.0, -4.0]})
+    for clip in (optim.clip_by_global_norm, optim.clip_by_value):
+        np.testing.assert_array_equal(to_np(clip(grads, math.inf)["w"]), [3.0, -4.0])
+        for limit in (0.0, -1.0, math.nan):
+            with pytest.raises(InputError, match="must be above 0, received"):
+                clip(grads, limit)
+    for limits in ({"norm": 0.0}, {"value": 0}, {"norm": 1.0, "value": -1.0}):
+        with pytest.raises(InputError, match="must be above 0, received"):
+            optim.clipped(optim.sgd(0.1), **limits)
 
 
 def test_a_rate_of_numpy_is_a_number(backend: Backend) -> None:

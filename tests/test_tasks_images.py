@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -284,6 +285,51 @@ def test_the_command_trains_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["train", *flags, "--data", str(broken), "--overwrite"]) == 1
     assert "0.png cannot be read" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").read_text() == result, "the old run is still there"
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> Path:
+    """A run on a folder of twelve classes that are divided at random."""
+    root = folder_of(tmp_path / "images", *(f"class{c:02}" for c in range(12)))
+    flags = [
+        *("--dataset", "folder", "--data", str(root), "--backend", "torch", "--no-compiled"),
+        *("--ways", "2", "--queries", "2", "--width", "2", "--inner-steps", "1"),
+        *("--meta-batch-size", "1", "--iterations", "2", "--eval-every", "1", "--eval-tasks", "2"),
+        *("--validation-tasks", "1", "--eval-steps", "1", "--no-plots", "-q"),
+    ]
+    assert main(["train", *flags, "--out", str(tmp_path / "run")]) == 0
+    return tmp_path
+
+
+def test_a_run_goes_on_with_the_classes_it_began_with(
+    divided: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = divided / "run"
+    began = json.loads((run / "classes.json").read_text())
+    sizes = {split: len(names) for split, names in began.items()}
+    assert sizes == {"train": 8, "validation": 2, "test": 2}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (divided / "images" / began["train"][0]).rename(divided / "away")
+    capsys.readouterr()
+    for command in (["resume", "--iterations", "3"], ["evaluate"], ["plot"]):
+        assert main([*command, str(run)]) == 2
+        said = capsys.readouterr().err
+        assert "does not divide into the classes that the run began with" in said
+    found = re.search(r"'(class\d\d)' was in (train|test), and is (in|not in) test now", said)
+    assert found is not None
+    assert found[1] in began[found[2]]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "classes.json").unlink()  # as of a run from before it was written
+    assert main(["evaluate", str(run), "-q"]) == 0
+
+
+def test_a_damaged_record_of_classes_is_one_message(
+    divided: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("{", "[]", '{"test": 1}'):
+        (divided / "run" / "classes.json").write_text(text)
+        assert main(["evaluate", str(divided / "run")]) == 1
+        assert "classes.json is damaged" in capsys.readouterr().err
 
 
 # -- lazy images -----------------------------------------------------------------------------

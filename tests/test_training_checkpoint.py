@@ -447,6 +447,23 @@ def test_what_is_refused_changes_nothing(backend: Backend, tmp_path: Path) -> No
         assert moved(other) == before
 
 
+def test_rules_that_keep_alike_arrays_are_told_apart(backend: Backend) -> None:
+    """By what is written next to the arrays; a checkpoint from before that is read."""
+    del backend
+
+    def with_rule(optimizer: optim.Optimizer) -> MetaTrainer:
+        other = trainer()
+        return MetaTrainer(other.maml, optimizer, nn.mse, other.task_sampler)
+
+    arrays, plain = with_rule(optim.momentum(0.1)).state()
+    for other in (optim.rmsprop(0.1), optim.clipped(optim.adagrad(0.1), norm=1.0)):
+        with pytest.raises(CheckpointError, match=r"of momentum, and this one is (rmsp|adag)"):
+            with_rule(other).restore(arrays, plain)
+        with_rule(other).restore(arrays, {**plain, "optimizer": {}})
+    clipped = optim.clipped(optim.momentum(0.1, nesterov=True), norm=1.0)
+    with_rule(clipped).restore(arrays, plain)
+
+
 def test_a_checkpoint_says_what_it_cannot_hold(tmp_path: Path) -> None:
     class Odd(SinusoidTaskSampler):
         def state(self) -> dict[str, Any]:
@@ -546,24 +563,48 @@ def test_what_another_run_left_is_not_lost(used: Path) -> None:
 
 
 class Interrupted(Callback):
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        self._signum = signum
+
     def on_step(self, run: Run) -> None:
         if run.trainer.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self._signum)
 
 
 @hardly_depends_on_the_backend
-def test_ctrl_c_ends_after_the_step_and_saves(backend: Backend, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_saves(
+    backend: Backend, signum: signal.Signals, tmp_path: Path
+) -> None:
     del backend
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     runner, whole = trainer(), trainer()
-    with pytest.raises(KeyboardInterrupt):
-        runner.fit(10, 3, callbacks=[Interrupted(), Checkpoints(tmp_path, every=100)])
-    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+        runner.fit(10, 3, callbacks=[Interrupted(signum), Checkpoints(tmp_path, every=100)])
+    assert isinstance(ended.value, SystemExit) == (signum == signal.SIGTERM)
+    assert getattr(ended.value, "code", 143) == 143
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = trainer()
     assert load_checkpoint(latest_checkpoint(tmp_path), resumed).step == 3
     resumed.fit(7, 3)
     whole.fit(10, 3)
     same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "handler"),
+    [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, lambda signum, frame: None)],
+    ids=["ignored", "another's"],
+)
+def test_a_signal_that_is_not_ours_is_left_alone(signum: int, handler: Any) -> None:
+    require("torch")
+    before = signal.signal(signum, handler)
+    try:
+        with use_backend("torch", dtype="float64"):
+            history = trainer().fit(4, 3, callbacks=[Interrupted(signum)])
+    finally:
+        signal.signal(signum, before)
+    assert (len(history.meta_loss), history.stopped) == (4, None)
 
 
 PROGRAM = """

@@ -156,6 +156,44 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
     assert b"grad_norm" in events.read_bytes()
 
 
+def test_tensorboard_hides_steps_that_are_taken_again(tmp_path: Path) -> None:
+    """By the mark that it looks for at the start of a file, of steps that others have too."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    with use_backend("torch"):
+        for step in (0, 2):
+            runner = trainer()
+            runner.step = step
+            runner.fit(3, 2, callbacks=[MetricsLog(tmp_path, tensorboard=True)])
+    starts = []
+    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.suffix):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            if event.session_log.status == SessionLog.START:
+                starts.append(event.step)
+            data = data[16 + size :]
+    assert starts == [1, 3]
+
+
+def test_what_is_not_finite_is_null_in_a_file_and_no_number_in_python(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    tasks = SinusoidTaskSampler(seed=0, split="validation").sample(2)
+    with use_backend("torch"):
+        runner = trainer(metric=lambda p, y: ops.sum(p) * math.nan)
+        for step in (1, 2):  # and once more as it goes on
+            log = MetricsLog(tmp_path)
+            runner.fit(1, 2, eval_every=1, eval_tasks=tasks, callbacks=[log])
+            read = [json.loads(x, parse_constant=refuse) for x in _text(tmp_path).splitlines()]
+            assert [r["score"] for r in read if "score" in r] == [None] * step
+    records = read_metrics(tmp_path)
+    assert [math.isnan(r["eval_score"]) for r in records if "eval_score" in r] == [True, True]
+
+
 def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(MissingDependencyError, match=r"^TensorBoard needs tensorboardX, which is"):

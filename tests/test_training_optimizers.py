@@ -187,6 +187,22 @@ def test_a_checkpoint_of_another_native_optimizer_is_refused() -> None:
         assert torch.equal(value, was)
 
 
+def test_a_checkpoint_of_another_keras_optimizer_is_refused() -> None:
+    """Also where both keep as many variables of the same shapes."""
+    require("tensorflow")
+    optimizers = pytest.importorskip("keras").optimizers
+
+    def build(optimizer: Any) -> MetaTrainer:
+        maml = MAML(BY_ID["keras"].build(zoo.weights()), 0.1, 1)
+        return MetaTrainer(maml, optimizer, nn.mse, zoo.Fixed())
+
+    one, other = build(optimizers.SGD(0.01, momentum=0.9)), build(optimizers.RMSprop(0.01))
+    arrays, plain = one.state()
+    with pytest.raises(CheckpointError, match="of SGD, and this one is a RMSprop"):
+        other.restore(arrays, plain)
+    other.restore(arrays, {**plain, "optimizer": {}})  # as written before the class was kept
+
+
 def test_an_optimizer_of_another_model_is_refused() -> None:
     require("torch")
     maml, other = (MAML(BY_ID["torch"].build(zoo.weights()), 0.1, 1) for _ in range(2))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 ok, 1 failed, 2 usage, 130 interrupted."""
+    """Run the command and return its exit code, see `metaframe --help`."""
     from metaframe.cli.app import run
 
     # Most of what TensorFlow notes about the processor and XLA would stand between the lines of

@@ -52,6 +52,7 @@ ALGORITHMS = {
     "fomaml": Algorithm(
         "inner gradients taken for constants (arXiv 1703.03400, 5.2)",
         lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True, norm=c.norm),
+        ignores=("mode",),
     ),
     "maml++": Algorithm(
         "learned rates for every step, multi-step loss, annealed order (arXiv 1810.09502)",
@@ -70,6 +71,10 @@ ALGORITHMS = {
     "reptile": Algorithm(
         "moves towards the adapted parameters (arXiv 1803.02999)",
         lambda model, c: Reptile(model, c.inner_lr, c.inner_steps, norm=c.norm),
+        # After one step it moves along the plain gradient of the support loss, and learns nothing
+        # of adaptation.
+        defaults={"inner_steps": 5},
+        ignores=("mode",),
     ),
     "anil": Algorithm(
         "adapts the head only (arXiv 1909.09157)",
@@ -100,6 +105,7 @@ ALGORITHMS = {
         ),
         ("proximal", "cg_steps"),
         {"inner_steps": 16},
+        ignores=("mode",),
     ),
     "protonet": Algorithm(
         "classes are the means of their features (arXiv 1703.05175)",

@@ -13,13 +13,14 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend import available_backends
-from metaframe.cli import algorithms, presets, runs, tables
+from metaframe.cli import algorithms, presets, runs, tables, uses
 from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.flags import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
+from metaframe.training.interrupt import TERMINATED, Terminated
 
 click.rich_click.TEXT_MARKUP = "rich"
 click.rich_click.OPTION_GROUPS = {
@@ -55,6 +56,9 @@ def run(argv: Sequence[str] | None) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         stderr.print(f"metaframe: {where}{error.strerror or error}", markup=False)
         return FAILED
+    except Terminated:
+        stderr.print("terminated", markup=False)
+        return TERMINATED
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else FAILED
     return OK
@@ -85,7 +89,7 @@ _run_argument = click.argument("run", type=click.Path(path_type=Path))
 def cli() -> None:
     """Meta-learning on PyTorch, JAX and TensorFlow: train, evaluate, resume, reproduce, plot.
 
-    Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted.
+    Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted, 143 terminated.
     """
 
 
@@ -108,11 +112,13 @@ def train(
 ) -> None:
     """Meta-train, evaluate on held-out tasks, and leave everything in a run folder.
 
-    Settings: defaults < preset < file < flags. Ctrl-C saves and exits; `resume` goes on.
+    Settings: defaults < preset < file < flags. Ctrl-C and SIGTERM save and exit; `resume` goes on.
     """
     output = Output(as_json=as_json, quiet=quiet)
     settings = presets.preset(preset).settings if preset else {}
     config = resolve(given(flags), file, settings)
+    for warning in uses.warnings(config):
+        output.remark(f"warning: {warning}")
     folder = out or runs.default_folder(config)
     extras = runs.Extras(plots, tensorboard)
     with _saved(folder, f"metaframe resume {runs.quoted(folder)}", output):
@@ -128,7 +134,7 @@ def train(
     help="Train up to so many outer steps in all. With a cosine schedule the rate then follows the "
     "longer curve, which is not the one of an uninterrupted run.",
 )
-@setting_flags(("backend", "device", "data"))
+@setting_flags(("patience", "backend", "device", "data"))
 @click.option("--plots/--no-plots", default=True, help="Draw plots at the end.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too.")
 @_modes
@@ -141,7 +147,10 @@ def resume(
     tensorboard: bool,
     **flags: Any,
 ) -> None:
-    """Go on with an interrupted run, exactly where its last checkpoint left it."""
+    """Go on with an interrupted run, exactly where its last checkpoint left it.
+
+    One that stopped early goes on with more --patience.
+    """
     changes = given(flags) if iterations is None else {**given(flags), "iterations": iterations}
     config = runs.opened(run, changes)
     output = Output(as_json=as_json, quiet=quiet)
@@ -152,10 +161,10 @@ def resume(
 
 @contextmanager
 def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
-    """After Ctrl-C, say which command goes on."""
+    """After Ctrl-C or SIGTERM, say which command goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if (folder / runs.CONFIG).exists():
             output.remark(f"saved; continue with: {command}")
         raise
@@ -164,6 +173,9 @@ def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
 def _report(result: Mapping[str, Any], folder: Path, output: Output) -> None:
     percent = result["metric"] == "accuracy"
     lines = described(result["evaluation"], percent=percent)
+    if result["stopped"]:
+        planned = result["config"]["iterations"]
+        lines.append(f"stopped after {result['steps']} of {planned} steps: {result['stopped']}")
     output.result({"folder": str(folder), **result}, [*lines, f"everything is in {folder}"])
 
 

@@ -28,9 +28,11 @@ Precision = Literal["float32", "float64", "bfloat16"]
 Protocol = Literal["random", "runs"]
 
 
-def setting(default: Any, text: str, *, at_least: float | None = None) -> Any:
-    """A field with its help text and the least value it may have."""
-    return field(default=default, metadata={"help": text, "at_least": at_least})
+def setting(
+    default: Any, text: str, *, at_least: float | None = None, above: float | None = None
+) -> Any:
+    """A field with its help text and the least value it may have, or the bound it is above."""
+    return field(default=default, metadata={"help": text, "at_least": at_least, "above": above})
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class RunConfig:
     outer_lr: float = setting(1e-3, "Learning rate of the outer optimizer, Adam.", at_least=0)
     schedule: Schedule = setting("constant", "How the outer learning rate changes.")
     warmup_steps: int = setting(0, "Outer steps over which the rate rises.", at_least=0)
-    clip_norm: float | None = setting(None, "Limit of the meta-gradient's norm.", at_least=0)
-    clip_value: float | None = setting(None, "Limit of its elements.", at_least=0)
+    clip_norm: float | None = setting(None, "Limit of the meta-gradient's norm.", above=0)
+    clip_value: float | None = setting(None, "Limit of its elements.", above=0)
     meta_batch_size: int = setting(16, "Tasks in an outer step.", at_least=1)
     iterations: int = setting(1000, "Outer steps.", at_least=1)
     eval_every: int = setting(250, "Outer steps between validations; 0 for none.", at_least=0)
@@ -102,6 +104,9 @@ class RunConfig:
             least = entry.metadata["at_least"]
             if least is not None and value is not None and not value >= least:
                 raise UsageError(f"{entry.name} must be at least {least}, received {value}.")
+            bound = entry.metadata["above"]
+            if bound is not None and value is not None and not value > bound:
+                raise UsageError(f"{entry.name} must be above {bound}, received {value}.")
             object.__setattr__(self, entry.name, value)
 
     def as_dict(self) -> dict[str, Any]:

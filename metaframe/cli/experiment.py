@@ -16,7 +16,7 @@ from metaframe.backend import known_backends, load_backend, use_backend
 from metaframe.cli import algorithms, tables
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
-from metaframe.cli.uses import check_fit
+from metaframe.cli.uses import check_fit, defaults, has_use
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -33,16 +33,24 @@ def resolve(
 ) -> RunConfig:
     """The settings of a run: defaults < preset < file < flags.
 
+    Of the preset, or of a run folder in its place, what the data set or the algorithm has no use
+    for is left out; in the file and the flags it is refused. The evaluation takes as many inner
+    steps as training at least, unless it is said how many.
+
     Raises:
         UsageError: an unknown key or name, or a value that does not fit.
     """
-    given = {**(preset or {}), **(read_toml(file) if file else {}), **flags}
+    own = {**(read_toml(file) if file else {}), **flags}
+    given = {**(preset or {}), **own}
     check_keys(given, "the command line")
-    name = str(given.get("dataset", RunConfig.dataset))
-    chosen = algorithms.algorithm(str(given.get("algorithm", RunConfig.algorithm)))
-    data = tables.dataset(name)
-    config = RunConfig(**{**data.defaults, **chosen.defaults, **given})
-    check_fit(config)
+    data = str(given.get("dataset", RunConfig.dataset))
+    algorithm = str(given.get("algorithm", RunConfig.algorithm))
+    given = {n: v for n, v in given.items() if n in own or has_use(n, data, algorithm)}
+    config = RunConfig(**{**defaults(data, algorithm), **given})
+    if "eval_steps" not in given:
+        steps = max(config.eval_steps, config.inner_steps)
+        config = dataclasses.replace(config, eval_steps=steps)
+    check_fit(config, own)
     if config.data is not None:  # found again from wherever the run is continued
         config = dataclasses.replace(config, data=os.path.abspath(Path(config.data).expanduser()))
     backend = config.backend or _installed()

@@ -1,6 +1,7 @@
 """A run folder: made, trained in, continued, evaluated.
 
 config.toml     the resolved settings
+classes.json    the classes of each split, of a data set that has files
 metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the same
 checkpoints/    the last few, and the best by validation
 result.json     what the evaluation on held-out tasks found
@@ -10,7 +11,6 @@ tensorboard/    the metrics once more, if asked for
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import shlex
@@ -23,9 +23,11 @@ from typing import Any
 
 from metaframe.backend import load_backend
 from metaframe.cli import tables
+from metaframe.cli.classes import CLASSES, check_classes, record_classes
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
-from metaframe.cli.experiment import Experiment, resolve, schedule, selected
+from metaframe.cli.experiment import Experiment, resolve, selected
+from metaframe.cli.extension import check_extension, extended
 from metaframe.cli.output import Output, finite, to_json
 from metaframe.distributed import Workers, is_restarted
 from metaframe.distributed.agreement import agree
@@ -102,9 +104,10 @@ def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
     check_free(folder, overwrite=overwrite)
     if overwrite:
         # The settings first: what is left if this fails is then not taken for the old run.
-        for name in (CONFIG, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+        for name in (CONFIG, CLASSES, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
             _remove(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
+    record_classes(config, folder)
     write_atomically(folder / CONFIG, config.to_toml().encode())
 
 
@@ -124,7 +127,7 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
     """
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} is no run folder: it has no {CONFIG}.")
-    return resolve({**read_toml(folder / CONFIG), **changes})
+    return resolve(changes, None, read_toml(folder / CONFIG))
 
 
 Start = Callable[[Experiment, Workers], None]
@@ -158,39 +161,27 @@ def train(
 def go_on(config: RunConfig, folder: Path, output: Output, extras: Extras) -> dict[str, Any]:
     """Train on from the last checkpoint in `folder`, evaluate, and return the result.
 
-    Another number of outer steps than the run has so far is recorded there; other changes are for
-    this time.
+    Another number of outer steps than the run has so far, or another patience, is recorded there;
+    other changes are for this time.
 
     Raises:
-        UsageError: more steps than that were taken already.
+        UsageError: more steps than that were taken already, the run would stop early at once, or
+            the data has other classes.
         CheckpointError: the last checkpoint or the best one is damaged.
     """
     before = opened(folder, {})
+    check_classes(config, folder)
 
     def start(experiment: Experiment, workers: Workers) -> None:
         _restore(experiment, folder, output)
-        if config.iterations == before.iterations:
+        after = extended(before, config)
+        if after == before:
             return
-        _check_extension(experiment, before, output)
+        check_extension(experiment, before, output)
         if workers.is_first:
-            longer = dataclasses.replace(before, iterations=config.iterations)
-            write_atomically(folder / CONFIG, longer.to_toml().encode())
+            write_atomically(folder / CONFIG, after.to_toml().encode())
 
     return _trained(config, folder, output, extras, start)
-
-
-def _check_extension(experiment: Experiment, before: RunConfig, output: Output) -> None:
-    config, step = experiment.config, experiment.trainer.step
-    if config.iterations < step:
-        raise UsageError(
-            f"the run has taken {step} steps, received iterations={config.iterations}. Give as "
-            "many or more."
-        )
-    if config.schedule == "cosine":
-        output.remark(
-            f"the cosine schedule now ends after {config.iterations} steps: the next learning rate "
-            f"is {schedule(config)(step):.2g}, and was to be {schedule(before)(step):.2g}"
-        )
 
 
 def is_of(config: RunConfig, folder: Path) -> bool:
@@ -263,7 +254,12 @@ def _whole(file: Path, without: str) -> Checkpoint:
 def evaluate(
     folder: Path, config: RunConfig, checkpoint: str | None, output: Output
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of the run in `folder`: "best", "latest", a file, or the usual one."""
+    """Evaluate a checkpoint of the run in `folder`: "best", "latest", a file, or the usual one.
+
+    Raises:
+        UsageError: no such checkpoint, or the data has other classes to test on.
+    """
+    check_classes(config, folder, ["test"])
     with selected(config):
         experiment = Experiment(config)
         chosen = _choose(experiment, folder, checkpoint)
@@ -271,7 +267,12 @@ def evaluate(
 
 
 def plot(folder: Path, config: RunConfig, output: Output) -> list[str]:
-    """Draw the plots of the run in `folder`; returns the files."""
+    """Draw the plots of the run in `folder`; returns the files.
+
+    Raises:
+        UsageError: the data has other classes to test on.
+    """
+    check_classes(config, folder, ["test"])
     with selected(config):
         experiment = Experiment(config)
         _choose(experiment, folder)

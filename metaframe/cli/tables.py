@@ -43,6 +43,7 @@ class Dataset:
         regression: mean squared error instead of cross-entropy and accuracy.
         convolutional: is its model slow on a CPU when vectorised over tasks?
         defaults: settings that differ from the general ones.
+        classes: `(config, split) -> names of the classes`, where files decide on them.
     """
 
     about: str
@@ -52,6 +53,7 @@ class Dataset:
     regression: bool = False
     convolutional: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    classes: Callable[[RunConfig, Split], list[str]] | None = None
 
 
 def _sinusoid(config: RunConfig, split: Split, seed: int) -> SinusoidTaskSampler:
@@ -98,6 +100,15 @@ def _few_shot(
 
 
 def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    return _few_shot(*_divided_omniglot(config), config, split, seed, rotations=True)
+
+
+def _omniglot_classes(config: RunConfig, split: Split) -> list[str]:
+    data, classes = _divided_omniglot(config)
+    return [data.characters[label] for label in classes[split]]
+
+
+def _divided_omniglot(config: RunConfig) -> tuple[Omniglot, ClassSplit]:
     if config.data is None:
         raise UsageError("dataset omniglot needs its files: --data FOLDER with the official zips.")
     data = load_omniglot(config.data, config.parts)
@@ -106,8 +117,7 @@ def _omniglot(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         classes = ClassSplit(train=tuple(range(len(data.characters))))
     if config.held_out:
         classes = data.split_alphabets(config.held_out)
-    classes = _with_validation(classes, config)
-    return _few_shot(data, classes, config, split, seed, rotations=True)
+    return data, _with_validation(classes, config)
 
 
 def _with_validation(classes: ClassSplit, config: RunConfig) -> ClassSplit:
@@ -119,6 +129,15 @@ def _with_validation(classes: ClassSplit, config: RunConfig) -> ClassSplit:
 
 
 def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    return _few_shot(*_divided_folder(config), config, split, seed)
+
+
+def _folder_classes(config: RunConfig, split: Split) -> list[str]:
+    data, classes = _divided_folder(config)
+    return [str(data.classes[label]) for label in classes[split]]
+
+
+def _divided_folder(config: RunConfig) -> tuple[LabelledImages, ClassSplit]:
     if config.data is None:
         raise UsageError("dataset folder needs its files: --data FOLDER, with one for each class.")
     data = _folder_of_images(config.data, stamp(Path(config.data)))
@@ -126,7 +145,7 @@ def _folder(config: RunConfig, split: Split, seed: int) -> FewShotSampler:
         classes = data.hold_out(config.held_out)
     else:
         classes = data.own_split or data.split_classes()
-    return _few_shot(data, _with_validation(classes, config), config, split, seed)
+    return data, _with_validation(classes, config)
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,13 +157,22 @@ def _folder_of_images(path: str, state: str) -> LabelledImages:
     return data
 
 
-def _imagenet(
-    load: Callable[..., ImageClasses], config: RunConfig, split: Split, seed: int
-) -> FewShotSampler:
+Load = Callable[..., ImageClasses]
+
+
+def _imagenet(load: Load, config: RunConfig, split: Split, seed: int) -> FewShotSampler:
+    data = _imagenet_split(load, config, split)
+    return _few_shot(data, data.class_split, config, split, seed)
+
+
+def _imagenet_classes(load: Load, config: RunConfig, split: Split) -> list[str]:
+    return list(_imagenet_split(load, config, split).classes)
+
+
+def _imagenet_split(load: Load, config: RunConfig, split: Split) -> ImageClasses:
     if config.data is None:
         raise UsageError(f"dataset {config.dataset} needs its files: --data FOLDER.")
-    data = load(config.data, split)
-    return _few_shot(data, data.class_split, config, split, seed)
+    return load(config.data, split)
 
 
 def _imagenet_model(config: RunConfig) -> nn.Model:
@@ -232,6 +260,7 @@ DATASETS = {
         ("data", "parts", "held_out", "protocol", "ways", *_NORMALISED),
         convolutional=True,
         defaults={"parts": ("small1",), "queries": 5, "inner_lr": 0.4, "eval_steps": 3},
+        classes=_omniglot_classes,
     ),
     "mini-imagenet": Dataset(
         "photographs of 100 classes; needs --data with train.csv and so on, and images",
@@ -240,6 +269,7 @@ DATASETS = {
         ("data", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
+        classes=functools.partial(_imagenet_classes, load_mini_imagenet),
     ),
     "tiered-imagenet": Dataset(
         "photographs of 608 classes, unlike between splits; needs --data with npz files or folders",
@@ -248,6 +278,7 @@ DATASETS = {
         ("data", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
+        classes=functools.partial(_imagenet_classes, load_tiered_imagenet),
     ),
     "folder": Dataset(
         "images of your own; needs --data with a folder for each class, also within others",
@@ -256,6 +287,7 @@ DATASETS = {
         ("data", "held_out", "ways", *_NORMALISED),
         convolutional=True,
         defaults=_AS_MAML,
+        classes=_folder_classes,
     ),
 }
 

@@ -28,11 +28,17 @@ class KerasOptimizer:
         """Its variables by position: their names differ between two models in one process."""
         self._build()
         held = enumerate(self._optimizer.variables)
-        return {str(i): _to_numpy(variable) for i, variable in held}, {}
+        arrays = {str(i): _to_numpy(variable) for i, variable in held}
+        return arrays, {"class": self._name()}
 
     def restore(self, arrays: Arrays, plain: Any) -> None:
         """Assign its variables."""
-        del plain
+        written = plain.get("class", self._name())  # which older checkpoints lack
+        if written != self._name():
+            raise CheckpointError(
+                f"the checkpoint is of another optimizer: of {written}, and this one is a "
+                f"{self._name()}."
+            )
         self._build()
         held = {str(i): variable for i, variable in enumerate(self._optimizer.variables)}
         if set(held) != set(arrays):
@@ -49,6 +55,9 @@ class KerasOptimizer:
                 )
         for name, variable in held.items():
             variable.assign(arrays[name])
+
+    def _name(self) -> str:
+        return type(self._optimizer).__name__
 
     def _build(self) -> None:
         if not self._optimizer.built:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +22,7 @@ class MetricsLog(Callback):
     """Writes `metrics.jsonl` and `metrics.csv`, one record a step and one an evaluation.
 
     A run that goes on from a checkpoint goes on in the same files; what they hold of later steps is
-    dropped, because those steps are taken again.
+    dropped, because those steps are taken again. A number that is not finite is null in the first.
 
     Args:
         folder: made if it does not exist.
@@ -35,7 +37,7 @@ class MetricsLog(Callback):
     def __init__(self, folder: str | Path, *, tensorboard: bool = False) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._events = _event_writer(self.folder / "tensorboard") if tensorboard else None
+        self._event_writer = _event_writer() if tensorboard else None
 
     def on_start(self, run: Run) -> None:
         """Open the files, after dropping records of steps that come again."""
@@ -50,6 +52,14 @@ class MetricsLog(Callback):
         self._lines: IO[str] = lines.open("a", encoding="utf-8")
         self._csv: IO[str] = rows.open("a", encoding="utf-8", newline="")
         self._table = csv.DictWriter(self._csv, COLUMNS)
+        self._events: Any = None
+        if self._event_writer is not None:
+            step = run.trainer.step
+            # TensorBoard hides what other files have of later steps. Two files of one second would
+            # have the same name.
+            self._events = self._event_writer(
+                str(self.folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
+            )
         self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._started = time.perf_counter()
 
@@ -93,13 +103,14 @@ class MetricsLog(Callback):
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The records in `folder`/metrics.jsonl; none if there is no such file.
 
-    A last line that a killed process left unfinished is ignored.
+    A last line that a killed process left unfinished is ignored. What is null becomes NaN.
 
     Raises:
         InputError: a line in the middle is damaged.
@@ -111,18 +122,20 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     records = []
     for i, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            records.append({n: math.nan if v is None else v for n, v in record.items()})
         except ValueError as error:
             if i < len(lines) - 1:
                 raise InputError(f"{path}, line {i + 1} is no JSON: {error}.") from error
     return records
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer() -> Callable[..., Any]:
     try:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
     except ImportError:
         raise MissingDependencyError(
             "TensorBoard", "tensorboardX", "pip install tensorboardX"
         ) from None
-    return SummaryWriter(str(folder))
+    writer: Callable[..., Any] = SummaryWriter
+    return writer

@@ -180,6 +180,7 @@ class _PureStep:
         self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
         self._ours = ours = isinstance(optimizer, optim.Optimizer)
+        self._rule = optim.rule(optimizer) if ours else None
 
         def step(
             gradient: MetaGradient,
@@ -216,16 +217,22 @@ class _PureStep:
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
         names, leaves = tree.key_chains(self._state), tree.leaves(self._state)
         backend = self._maml.backend
-        return {n: on_host(x, backend) for n, x in zip(names, leaves, strict=True)}, {}
+        arrays = {n: on_host(x, backend) for n, x in zip(names, leaves, strict=True)}
+        return arrays, {} if self._rule is None else {"rule": self._rule}
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        del plain
         names = tree.key_chains(self._state)
         if set(names) != set(arrays):
             raise CheckpointError(
                 "the checkpoint is of another optimizer: "
                 f"missing {sorted(set(names) - set(arrays))}, "
                 f"unexpected {sorted(set(arrays) - set(names))}."
+            )
+        written = plain.get("rule")  # checkpoints from before it was kept have none
+        if None not in (written, self._rule) and written != self._rule:
+            raise CheckpointError(
+                f"the checkpoint is of another optimizer: of {written}, and this one is "
+                f"{self._rule}."
             )
         backend = self._maml.backend
         leaves = [

@@ -195,6 +195,8 @@ class MetaTrainer:
             KeyboardInterrupt: Ctrl-C, after the current step and after the callbacks' `on_end`.
                 Processes that share a run agree on it, as on `Run.stop`, after every tenth
                 iteration and every evaluation, and all of them raise.
+            SystemExit: SIGTERM in the same way, with the exit code 143; not in processes that share
+                a run, and not where the signal has a handler.
         """
         checks.integer(num_iterations, "num_iterations", at_least=0)
         checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
@@ -211,7 +213,10 @@ class MetaTrainer:
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
         run = Run(self, num_iterations, meta_batch_size, merits=self._merits)
         validation = _Validation(eval_tasks, eval_every)
-        with watched(run, watchers), held_interrupt(run.stop) as interrupt:
+        # Several processes leave SIGTERM as it is: JAX listens to it too.
+        alone = not self._distributed or self._workers().processes == 1
+        held = held_interrupt(run.stop, terminate=alone)
+        with watched(run, watchers), held as interrupt:
             source = batches(
                 self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
             )
