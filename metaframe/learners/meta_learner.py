@@ -339,6 +339,13 @@ class MetaLearner(Wrapper):
         names = tuple(name for name in config.names if name in adaptable)
         if names == config.names:
             return config
+        # Where a frozen one counts as state, as with Keras, it is there.
+        known = {*adaptable, *self._adapter.params(), *self._adapter.state()}
+        if lost := [name for name in config.names if name not in known]:
+            raise InputError(
+                f"the model has no parameters {lost}, which it had when it was wrapped. Wrap it "
+                "again."
+            )
         if not names:
             raise InputError(f"all of the parameters to adapt are frozen: {list(config.names)}.")
         if (

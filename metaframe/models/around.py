@@ -37,6 +37,10 @@ class Around(ModelAdapter):
         """The model's."""
         return self.inner.trainable()
 
+    def adaptable(self) -> tuple[str, ...]:
+        """The model's."""
+        return self.inner.adaptable()
+
     def variables(self) -> dict[str, Any]:
         """The model's."""
         return self.inner.variables()
