@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -159,8 +159,8 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if any(id(x) in self._own for x in args):
-            self._refuse_own(func(*args, **kwargs), args)
+        if (name := self._own_among((*args, *kwargs.values()))) is not None:
+            _refuse_own(name, func(*args, **kwargs))
         if self._repeated and func in DROPOUTS and _drops(*args, **kwargs):
             raise InputError(
                 "dropout draws another mask when an inner step is run again in the backward pass. "
@@ -178,15 +178,14 @@ class _Calls(TorchFunctionMode):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
 
-    def _refuse_own(self, result: Any, args: tuple[Any, ...]) -> None:
-        """A value computed from a parameter that another one stands in for is not the model's."""
-        if isinstance(result, Tensor):  # and not a shape or a dtype
-            name = next(self._own[id(x)] for x in args if id(x) in self._own)
-            raise InputError(
-                f"the model reads its parameter {name!r} from somewhere else than its attributes, "
-                "such as a list or a closure, where other values cannot be put. Read it from the "
-                "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
-            )
+    def _own_among(self, values: Iterable[Any]) -> str | None:
+        """The name of a parameter that another one stands in for, in whatever list or tuple."""
+        for x in values:
+            if (name := self._own.get(id(x))) is not None:
+                return name
+            if isinstance(x, (list, tuple)) and (name := self._own_among(x)) is not None:
+                return name
+        return None
 
     def _batch_norm(
         self,
@@ -237,6 +236,17 @@ class _Calls(TorchFunctionMode):
             running_mean = running_var = None
             own = True
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _refuse_own(name: str, result: Any) -> None:
+    """A value computed from a parameter that another one stands in for is not the model's."""
+    values = result if isinstance(result, (list, tuple)) else (result,)
+    if any(isinstance(x, Tensor) for x in values):  # and not a shape or a dtype
+        raise InputError(
+            f"the model reads its parameter {name!r} from somewhere else than its attributes, "
+            "such as a list or a closure, where other values cannot be put. Read it from the "
+            "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
+        )
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
