@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
+from metaframe.models.flags import Flags
 from metaframe_torch._tape import refuse_inference_mode
 
 DROPOUTS = frozenset(
@@ -73,6 +74,7 @@ class TorchAdapter(ModelAdapter):
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         self.model = model
         self.backend = backend
+        self._flags = Flags()
 
     @_alone
     def params(self) -> dict[str, Tensor]:
@@ -92,8 +94,9 @@ class TorchAdapter(ModelAdapter):
         every = self.model.named_parameters(remove_duplicate=False)
         return {name: names[id(p)] for name, p in every}
 
-    def signature(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self.model.modules())
+    @_alone
+    def signature(self) -> Hashable:
+        return self._flags.of(self.model.modules)
 
     @_alone
     def call(
@@ -104,7 +107,8 @@ class TorchAdapter(ModelAdapter):
         own = {id(p): n for n, p in self.model.named_parameters() if params.get(n) is not p}
         calls, twice = _Calls(inputs.forward, copies, own), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
-        with calls, kernels, _computed_once(), _attributes_kept(self.model):
+        kept, watched = _attributes_kept(self.model), self._flags.called(self.model.modules)
+        with calls, kernels, _computed_once(), kept, watched:
             values = {**params, **copies}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
