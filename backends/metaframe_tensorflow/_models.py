@@ -6,7 +6,7 @@ structure in which tensors stand in the places of the variables; the module itse
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -45,7 +45,14 @@ class ModuleAdapter(ModelAdapter):
         return named
 
     def signature(self) -> Hashable:
-        return self._flags.of(lambda: _modules(self.model).values())
+        return self._flags.of(self._parts)
+
+    def _parts(self) -> Iterator[object]:
+        for x in _held(self.model).values():
+            if isinstance(x, tf.Module):
+                yield x
+            elif _is_keras(x):
+                yield from x._flatten_layers()
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
@@ -55,14 +62,29 @@ class ModuleAdapter(ModelAdapter):
             return self._output(copy, inputs), state
         with tf.GradientTape() as tape:
             output = self._output(copy, inputs)
-        if missed := [v.name for v in tape.watched_variables() if v.ref() in tensors]:
-            raise InputError(
-                f"{type(self.model).__qualname__} reads the variables {missed} from somewhere else "
-                "than its attributes, such as a closure, where other values cannot be put. Read "
-                "them from self."
-            )
+        self._check_read({v.ref(): v.name for v in tape.watched_variables()}, known=tensors)
         self._checked = True
         return output, state
+
+    def _check_read(self, names: Mapping[Any, str], known: Mapping[Any, Array]) -> None:
+        """Variables that were read, which the tensors in their places should have been."""
+        model = type(self.model).__qualname__
+        if own := [name for ref, name in names.items() if ref in known]:
+            raise InputError(
+                f"{model} reads the variables {own} from somewhere else than its attributes, such "
+                "as a closure, where other values cannot be put. Read them from self."
+            )
+        layers = [x for x in _held(self.model).values() if _is_keras(x)]
+        # Keras freezes a layer and leaves its variables trainable for a tape.
+        frozen = {v.value.ref() for layer in layers for v in layer.non_trainable_variables}
+        if others := [name for ref, name in names.items() if ref not in frozen]:
+            raise InputError(
+                f"{model} depends on the trainable variables {others}, which are not among its "
+                "own: a tf.Module does not know of those in a Keras layer, a closure or another "
+                "object, nor of those it makes when it is called. Keep them in attributes of a "
+                "tf.Module, make the whole a Keras model, or freeze what is not to learn with "
+                "trainable=False."
+            )
 
     def _output(self, copy: Any, inputs: Inputs) -> Any:
         try:
@@ -81,21 +103,27 @@ class ModuleAdapter(ModelAdapter):
             variable.assign(params[name])
 
 
-def _modules(node: Any, found: dict[int, tf.Module] | None = None) -> dict[int, tf.Module]:
-    """All modules within, by identity. `tf.Module.submodules` takes ten times as long."""
+def _held(node: Any, found: dict[int, Any] | None = None) -> dict[int, Any]:
+    """Modules and what else there is in them, by identity.
+
+    For modules alone `tf.Module.submodules` would do, in three times the time.
+    """
     found = {} if found is None else found
     inside: Iterable[Any] = ()
-    if isinstance(node, tf.Module):
-        if id(node) not in found:
-            found[id(node)] = node
-            inside = vars(node).values()
-    elif isinstance(node, Mapping):
+    if isinstance(node, Mapping):
         inside = node.values()
     elif isinstance(node, (list, tuple)):
         inside = node
+    elif id(node) not in found:
+        found[id(node)] = node
+        inside = vars(node).values() if isinstance(node, tf.Module) else ()
     for x in inside:
-        _modules(x, found)
+        _held(x, found)
     return found
+
+
+def _is_keras(x: object) -> bool:
+    return hasattr(x, "_flatten_layers")
 
 
 class _Substitution:

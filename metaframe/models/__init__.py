@@ -10,6 +10,8 @@ come from anywhere and `params` is any structure of arrays, such as
   leading axis of its inputs. A module that takes a batch comes with a function that says so:
   `(lambda module, x: module(x), module)`.
 - A Keras model has to be built.
+- A `tf.Module` may hold frozen Keras layers. One that learns is refused: its variables are not
+  among those of the module.
 """
 
 from metaframe.models.adapter import BatchNorm as BatchNorm
