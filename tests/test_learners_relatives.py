@@ -152,6 +152,33 @@ def test_what_moves_does_not_depend_on_the_norm(name: str, norm: str) -> None:
     assert moved == set(expected)
 
 
+@pytest.mark.parametrize("name", MOVING)
+def test_a_result_holds_no_record(name: str) -> None:
+    """One of a context did, and its tasks ran one by one, with a warning that misled."""
+    make, _ = MOVING[name]
+    tasks = [binary(task) for task in zoo.tasks()]
+    maml = make(contextual(), inner_lr=LR)
+    cost, grads, aux = maml.meta_value_and_grad(nn.cross_entropy, tasks, task_map="vmap")
+    assert not any(x.requires_grad for x in (cost, *grads.values(), *aux.values()))
+
+
+def test_a_context_starts_at_zero_whatever_the_model_holds() -> None:
+    import torch
+
+    tasks, results = zoo.tasks(), []
+    x, y = torch.from_numpy(tasks[0].support_x), torch.from_numpy(tasks[0].support_y)
+    for value in (0.0, float("nan")):
+        module = contextual()
+        torch.nn.init.constant_(module.context, value)
+        maml = CAVIA(module, "context", inner_lr=LR, inner_steps=STEPS)
+        by_loss = maml.clone()
+        by_loss.adapt(nn.mse(by_loss(x), y))
+        nn.mse(by_loss(x), y).backward()
+        result = maml.meta_value_and_grad(nn.mse, tasks)
+        results.append([*result.grads.values(), *(p.grad for p in maml.meta_parameters().values())])
+    assert all(map(torch.equal, *results))
+
+
 def test_a_parameter_that_is_gone_is_an_error() -> None:
     """It used to be left out of the adaptation as if it had been frozen."""
     import torch

@@ -314,7 +314,10 @@ class MetaLearner(Wrapper):
         return {**meta, **_prefixed(learned)}
 
     def constants(self) -> Meta:
-        """What else a meta-gradient depends on: other parameters, state, the method's schedule."""
+        """What else a meta-gradient depends on: other parameters, state, the method's schedule.
+
+        Of no record of operations, as `meta_arrays`.
+        """
         meta = frozenset(self._adapter.trainable())
         params = self._adapter.params()
         # The model may have moved to another device or dtype since.
@@ -324,8 +327,8 @@ class MetaLearner(Wrapper):
             "state": self._adapter.state(),
             "schedule": schedule,
         }
-        asarray = self.backend.asarray
-        return {kind: {n: asarray(x) for n, x in xs.items()} for kind, xs in groups.items()}
+        asarray, stop = self.backend.asarray, self.backend.stop_gradient
+        return {kind: {n: stop(asarray(x)) for n, x in xs.items()} for kind, xs in groups.items()}
 
     @property
     def backend(self) -> Backend:
