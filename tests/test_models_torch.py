@@ -12,6 +12,7 @@ import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
 from metaframe.errors import InputError
+from metaframe.models import functional
 from metaframe.tasks import Task
 
 require("torch")
@@ -165,3 +166,10 @@ def test_a_parameter_that_is_not_read_from_its_module_is_refused(read: str, task
     with pytest.raises(InputError, match="reads its parameter"):
         maml.clone().adapt_on(F.mse_loss, X, Y)(X)
     assert maml(X).shape == (6, 2)  # with the parameters it has
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
+def test_a_model_without_weights_yet_is_refused(layer: nn.Module) -> None:
+    for use in (MAML, functional):
+        with pytest.raises(InputError, match=r"Sequential has no weights yet.*Call it once"):
+            use(nn.Sequential(nn.Linear(3, 3), layer))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
@@ -72,6 +74,11 @@ class TorchAdapter(ModelAdapter):
     output_first = True
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
+        if lazy := [name for name, x in _tensors(model) if is_lazy(x)]:
+            raise InputError(
+                f"the torch module {type(model).__qualname__} has no weights yet in {lazy}. Call "
+                "it once on data."
+            )
         self.model = model
         self.backend = backend
         self._flags = Flags()
@@ -137,6 +144,10 @@ class TorchAdapter(ModelAdapter):
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(params[name])
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 class _Calls(TorchFunctionMode):
