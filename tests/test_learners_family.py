@@ -353,8 +353,8 @@ def test_displacement_of_another_update_rule(model: Any, backend: Backend) -> No
     agree(zoo.PAIRS[backend.name].canonical(result.grads, backend), expected, 1e-13)
 
 
-def classification(count: int = 3) -> list[Task]:
-    labels = np.array([0, 1, 2, 0, 2, 1])
+def classification(count: int = 3, classes: tuple[int, int, int] = (0, 1, 2)) -> list[Task]:
+    labels = np.array(classes)[[0, 1, 2, 0, 2, 1]]
     rng = np.random.default_rng(3)
     return [
         Task(rng.normal(size=(6, 3)), labels, rng.normal(size=(6, 3)), rng.permutation(labels))
@@ -376,7 +376,12 @@ def centres(v: zoo.Values, task: Task) -> Any:
     return np.stack([features[task.support_y == k].mean(0) for k in range(3)])
 
 
-def test_prototypes(model: Any, check: Check) -> None:
+# The reference knows of three classes alone, so the others must not count.
+WAYS = pytest.mark.parametrize(("ways", "classes"), [(3, (0, 1, 2)), (6, (4, 1, 3))])
+
+
+@WAYS
+def test_prototypes(ways: int, classes: Any, model: Any, check: Check) -> None:
     tasks = classification()
 
     def cost(v: zoo.Values, _: Any) -> float:
@@ -387,10 +392,14 @@ def test_prototypes(model: Any, check: Check) -> None:
 
         return float(np.mean([of_task(task) for task in tasks]))
 
-    check(ProtoNet(model, 3), cost, tasks=tasks, loss_fn=nn.cross_entropy)
+    given = classification(classes=classes)
+    check(ProtoNet(model, ways), cost, tasks=given, loss_fn=nn.cross_entropy)
 
 
-def test_a_head_that_starts_at_prototypes(model: Any, check: Check) -> None:
+@WAYS
+def test_a_head_that_starts_at_prototypes(
+    ways: int, classes: Any, model: Any, check: Check
+) -> None:
     tasks = classification()
 
     def cost(v: zoo.Values, _: Any) -> float:
@@ -407,4 +416,23 @@ def test_a_head_that_starts_at_prototypes(model: Any, check: Check) -> None:
 
         return float(np.mean([of_task(task) for task in tasks]))
 
-    check(ProtoMAML(model, 3, LR, STEPS), cost, tasks=tasks, loss_fn=nn.cross_entropy)
+    given = classification(classes=classes)
+    check(ProtoMAML(model, ways, LR, STEPS), cost, tasks=given, loss_fn=nn.cross_entropy)
+
+
+def test_labels_that_are_no_class(model: Any, backend: Backend, compiled: bool) -> None:
+    """They used to be ignored."""
+    for make in (ProtoNet, ProtoMAML):
+        maml, task = make(model, 3), classification(1, (0, 3, 2))[0]
+        x, y = map(backend.asarray, (task.support_x, task.support_y))
+        with pytest.raises(InputError, match=r"0 to 2 with ways=3, received \[3\]"):
+            maml.clone().adapt_on(nn.cross_entropy, x, y)
+        result = maml.meta_value_and_grad(nn.cross_entropy, [task], task_map="vmap")
+        assert np.isnan(backend.to_numpy(result.cost))
+
+
+def test_a_query_of_a_class_without_support(model: Any, backend: Backend) -> None:
+    x = zoo.tasks(1)[0].support_x
+    task = Task(x, np.array([0, 1] * 3), x, np.array([0, 2] * 3))
+    result = ProtoMAML(model, 3).meta_value_and_grad(nn.cross_entropy, [task])
+    assert backend.to_numpy(result.cost) == np.inf

@@ -11,11 +11,13 @@ import pytest
 import metaframe
 import zoo
 from metaframe import (
+    ANIL,
     CAVIA,
     MAML,
     ImplicitMAML,
     MAMLPlusPlus,
     MetaCurvature,
+    MetaSGD,
     ProtoMAML,
     ProtoNet,
     Reptile,
@@ -94,6 +96,98 @@ def test_backward_through_a_learner(name: str) -> None:
         torch.testing.assert_close(parameter.grad, expected[key], rtol=0, atol=1e-13)
     registered = {id(p) for p in maml.parameters()}
     assert all(id(p) in registered for p in maml.meta_parameters().values())
+
+
+def contextual() -> Any:
+    """A torch model with batch normalisation, and a context parameter behind it."""
+    import torch
+
+    class Contextual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm = torch.nn.Linear(3, 4, bias=False), torch.nn.BatchNorm1d(4)
+            self.context = torch.nn.Parameter(torch.zeros(2))
+            self.head = torch.nn.Linear(6, 2)
+
+        def forward(self, x: Any) -> Any:
+            hidden = torch.tanh(self.norm(self.body(x)))
+            return self.head(torch.cat([hidden, self.context.expand(len(x), 2)], 1))
+
+    torch.manual_seed(0)
+    return Contextual().double()
+
+
+WHOLE = ("body.weight", "norm.weight", "norm.bias", "context", "head.weight", "head.bias")
+MOVING: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "maml": (MAML, WHOLE),
+    "anil": (lambda m, **how: ANIL(m, "head", **how), WHOLE[4:]),
+    "meta-sgd": (MetaSGD, WHOLE),
+    "maml++": (MAMLPlusPlus, WHOLE),
+    "maml++ norms": (
+        lambda m, **how: MAMLPlusPlus(m, learn_norms=True, **how),
+        (WHOLE[0], *WHOLE[3:]),
+    ),
+    "curvature": (MetaCurvature, WHOLE),
+    "cavia": (lambda m, **how: CAVIA(m, "context", **how), ("context",)),
+    "implicit": (ImplicitMAML, WHOLE),
+    "proto-maml": (
+        lambda m, **how: ProtoMAML(m, 2, **how),
+        (*WHOLE, "prototypes/w", "prototypes/b"),
+    ),
+    "reptile": (Reptile, WHOLE),
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen", "support", "per-step"])
+@pytest.mark.parametrize("name", MOVING)
+def test_what_moves_does_not_depend_on_the_norm(name: str, norm: str) -> None:
+    import torch
+
+    make, expected = MOVING[name]
+    maml = make(contextual(), inner_lr=LR, inner_steps=STEPS, norm=norm)
+    task = binary(zoo.tasks(1)[0])
+    x, y = torch.from_numpy(task.support_x), torch.from_numpy(task.support_y)
+    one, two = (maml.clone().adapt_on(nn.cross_entropy, x, y, steps=n).params for n in (1, 2))
+    moved = {n for n in one if not torch.allclose(one[n], two[n], rtol=0, atol=1e-7)}
+    assert moved == set(expected)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_result_holds_no_record(name: str) -> None:
+    """One of a context did, and its tasks ran one by one, with a warning that misled."""
+    make, _ = MOVING[name]
+    tasks = [binary(task) for task in zoo.tasks()]
+    maml = make(contextual(), inner_lr=LR)
+    cost, grads, aux = maml.meta_value_and_grad(nn.cross_entropy, tasks, task_map="vmap")
+    assert not any(x.requires_grad for x in (cost, *grads.values(), *aux.values()))
+
+
+def test_a_context_starts_at_zero_whatever_the_model_holds() -> None:
+    import torch
+
+    tasks, results = zoo.tasks(), []
+    x, y = torch.from_numpy(tasks[0].support_x), torch.from_numpy(tasks[0].support_y)
+    for value in (0.0, float("nan")):
+        module = contextual()
+        torch.nn.init.constant_(module.context, value)
+        maml = CAVIA(module, "context", inner_lr=LR, inner_steps=STEPS)
+        by_loss = maml.clone()
+        by_loss.adapt(nn.mse(by_loss(x), y))
+        nn.mse(by_loss(x), y).backward()
+        result = maml.meta_value_and_grad(nn.mse, tasks)
+        results.append([*result.grads.values(), *(p.grad for p in maml.meta_parameters().values())])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_parameter_that_is_gone_is_an_error() -> None:
+    """It used to be left out of the adaptation as if it had been frozen."""
+    import torch
+
+    module = contextual()
+    maml = MAML(module)
+    module.head = torch.nn.Linear(6, 2, bias=False).double()
+    with pytest.raises(InputError, match=r"has no parameters \['head\.bias'\].*Wrap it again"):
+        maml.clone()
 
 
 def test_an_adapter_around_another_keeps_its_layout() -> None:

@@ -16,6 +16,7 @@ import zoo
 from frameworks import require, slow
 from metaframe import MAML, nn, ops
 from metaframe.backend import load_backend, use_backend
+from metaframe.models.precision import mixed_precision
 from metaframe.tasks import Task
 from test_models_norm import MODELS as NORMALISED
 
@@ -295,6 +296,19 @@ def test_dropout_of_a_model_with_its_own_key_has_one_mask(name: str) -> None:
     )
     off = np.mean((maml.backend.to_numpy(undropped) - task.query_y) ** 2) - costs[0, 0]
     assert abs(off) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["nnx-dropout", slow("keras-dropout")])
+def test_dropout_in_mixed_precision(name: str) -> None:
+    """The key has no precision to be rounded to, so the mask is that of the model as it is."""
+    maml, tasks = maml_around(name, MODELS[name][0]), tasks_of(ROW)
+    rounded = MAML(mixed_precision(maml.module), 0.1, maml.config.inner_steps)
+    costs = [
+        float(m.backend.to_numpy(m.meta_value_and_grad(nn.mse, tasks, task_map="scan").cost))
+        for m in (maml, rounded)
+    ]
+    assert costs[0] != costs[1]
+    assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -435,3 +435,27 @@ def test_a_learner_whose_algorithm_ends_with_a_solution() -> None:
     for key, grad in maml.meta_value_and_grad(nn.mse, [task], task_map="loop").grads.items():
         found = maml.meta_parameters()[key].grad.numpy()
         np.testing.assert_allclose(found, grad.numpy(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("policy", ["batch", "support"])
+def test_a_portable_model_uses_the_normalisation_of_its_framework(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its statistics are asked for, and with the same numbers."""
+    require("torch")
+    import torch
+
+    fused, calls = torch.nn.functional.batch_norm, []
+    monkeypatch.setattr(
+        "torch.nn.functional.batch_norm",
+        lambda *args, **how: calls.append(1) or fused(*args, **how),
+    )
+    maml = MAML(_pair("torch"), 0.1, 2, norm=policy)
+    hows: list[dict[str, Any]] = [{"task_map": "vmap"}, {"task_map": "loop"}]
+    results = zoo.check_along_a_line(maml, nn.mse, zoo.tasks(2), hows)
+    assert bool(calls) == (policy == "batch")
+    monkeypatch.setattr(type(maml.backend.nn), "batch_norm", lambda *args: None)
+    composed = maml.meta_value_and_grad(nn.mse, zoo.tasks(2), task_map="vmap")
+    for key, grad in composed.grads.items():
+        for result in results:
+            np.testing.assert_allclose(result.grads[key], grad, rtol=0, atol=1e-13)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
 from metaframe.errors import InputError
+from metaframe.models import functional
 from metaframe.tasks import Task
 
 require("torch")
@@ -133,23 +135,41 @@ def test_an_embedding_that_limits_its_rows_leaves_the_models_alone(kind: Any) ->
     assert not torch.equal(module.embed.weight, weight)  # torch itself does write
 
 
+READ: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
+    "operator": lambda x, ws: x @ ws[0].T,
+    "keyword": lambda x, ws: F.linear(x, weight=ws[0]),
+    "list": lambda x, ws: F.linear(x, torch.cat(ws)),
+    "tuple": lambda x, ws: F.linear(x, torch.stack(tensors=tuple(ws))[0]),
+    "nested": lambda x, ws: torch.einsum("ni,oi->no", [x, *ws]),
+    "several results": lambda x, ws: F.linear(x, torch.stack(ws[0].unbind())),
+}
+
+
 class Aliased(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, read: str) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 2).double()
-        self.weights = [self.layer.weight]
+        self.weights, self.read = [self.layer.weight], read
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weights[0].shape == (2, 3)  # what is no value may be looked at
-        return x @ self.weights[0].T + self.layer.bias
+        return READ[self.read](x, self.weights) + self.layer.bias
 
 
+@pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("task_map", ["vmap", "loop"])
-def test_a_parameter_that_is_not_read_from_its_module_is_refused(task_map: Any) -> None:
+def test_a_parameter_that_is_not_read_from_its_module_is_refused(read: str, task_map: Any) -> None:
     """Its gradient was zero in one way and not in another."""
-    maml = MAML(Aliased(), 0.1, 2)
+    maml = MAML(Aliased(read), 0.1, 2)
     with pytest.raises(InputError, match=r"reads its parameter 'layer\.weight' from somewhere"):
         maml.meta_value_and_grad(F.mse_loss, TASKS, task_map=task_map)
     with pytest.raises(InputError, match="reads its parameter"):
         maml.clone().adapt_on(F.mse_loss, X, Y)(X)
     assert maml(X).shape == (6, 2)  # with the parameters it has
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
+def test_a_model_without_weights_yet_is_refused(layer: nn.Module) -> None:
+    for use in (MAML, functional):
+        with pytest.raises(InputError, match=r"Sequential has no weights yet.*Call it once"):
+            use(nn.Sequential(nn.Linear(3, 3), layer))

@@ -444,6 +444,8 @@ def test_data_sets(source: str) -> None:
     np.testing.assert_array_equal(np.take(data.classes, data.labels), LABELS)
     of_picture = {p.tobytes(): label for p, label in zip(PICTURES, LABELS, strict=True)}
     traced(data, of_picture, data.hold_out(test=[7, 8]))
+    for test in (7, np.int64(7), np.array([7])):
+        assert data.hold_out(test) == ClassSplit((0, 1, 3), (), (2,))
 
 
 @pytest.mark.parametrize("source", ["targets", "a table"])

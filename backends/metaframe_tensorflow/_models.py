@@ -6,7 +6,7 @@ structure in which tensors stand in the places of the variables; the module itse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -14,6 +14,7 @@ import tensorflow as tf
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
+from metaframe.models.flags import Flags
 
 Params = dict[str, Array]
 
@@ -24,6 +25,7 @@ class ModuleAdapter(ModelAdapter):
     def __init__(self, model: tf.Module, backend: Backend) -> None:
         self.model = model
         self.backend = backend
+        self._flags = Flags()
         self._checked = False
 
     def params(self) -> Params:
@@ -42,6 +44,16 @@ class ModuleAdapter(ModelAdapter):
                 named["/".join(map(str, path))] = variable
         return named
 
+    def signature(self) -> Hashable:
+        return self._flags.of(self._parts)
+
+    def _parts(self) -> Iterator[object]:
+        for x in _held(self.model).values():
+            if isinstance(x, tf.Module):
+                yield x
+            elif _is_keras(x):
+                yield from x._flatten_layers()
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
         tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}
@@ -50,14 +62,29 @@ class ModuleAdapter(ModelAdapter):
             return self._output(copy, inputs), state
         with tf.GradientTape() as tape:
             output = self._output(copy, inputs)
-        if missed := [v.name for v in tape.watched_variables() if v.ref() in tensors]:
-            raise InputError(
-                f"{type(self.model).__qualname__} reads the variables {missed} from somewhere else "
-                "than its attributes, such as a closure, where other values cannot be put. Read "
-                "them from self."
-            )
+        self._check_read({v.ref(): v.name for v in tape.watched_variables()}, known=tensors)
         self._checked = True
         return output, state
+
+    def _check_read(self, names: Mapping[Any, str], known: Mapping[Any, Array]) -> None:
+        """Variables that were read, which the tensors in their places should have been."""
+        model = type(self.model).__qualname__
+        if own := [name for ref, name in names.items() if ref in known]:
+            raise InputError(
+                f"{model} reads the variables {own} from somewhere else than its attributes, such "
+                "as a closure, where other values cannot be put. Read them from self."
+            )
+        layers = [x for x in _held(self.model).values() if _is_keras(x)]
+        # Keras freezes a layer and leaves its variables trainable for a tape.
+        frozen = {v.value.ref() for layer in layers for v in layer.non_trainable_variables}
+        if others := [name for ref, name in names.items() if ref not in frozen]:
+            raise InputError(
+                f"{model} depends on the trainable variables {others}, which are not among its "
+                "own: a tf.Module does not know of those in a Keras layer, a closure or another "
+                "object, nor of those it makes when it is called. Keep them in attributes of a "
+                "tf.Module, make the whole a Keras model, or freeze what is not to learn with "
+                "trainable=False."
+            )
 
     def _output(self, copy: Any, inputs: Inputs) -> Any:
         try:
@@ -74,6 +101,29 @@ class ModuleAdapter(ModelAdapter):
     def write(self, params: Params) -> None:
         for name, variable in self.params().items():
             variable.assign(params[name])
+
+
+def _held(node: Any, found: dict[int, Any] | None = None) -> dict[int, Any]:
+    """Modules and what else there is in them, by identity.
+
+    For modules alone `tf.Module.submodules` would do, in three times the time.
+    """
+    found = {} if found is None else found
+    inside: Iterable[Any] = ()
+    if isinstance(node, Mapping):
+        inside = node.values()
+    elif isinstance(node, (list, tuple)):
+        inside = node
+    elif id(node) not in found:
+        found[id(node)] = node
+        inside = vars(node).values() if isinstance(node, tf.Module) else ()
+    for x in inside:
+        _held(x, found)
+    return found
+
+
+def _is_keras(x: object) -> bool:
+    return hasattr(x, "_flatten_layers")
 
 
 class _Substitution:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
+from metaframe.models.flags import Flags
 from metaframe_torch._tape import refuse_inference_mode
 
 DROPOUTS = frozenset(
@@ -71,8 +74,14 @@ class TorchAdapter(ModelAdapter):
     output_first = True
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
+        if lazy := [name for name, x in _tensors(model) if is_lazy(x)]:
+            raise InputError(
+                f"the torch module {type(model).__qualname__} has no weights yet in {lazy}. Call "
+                "it once on data."
+            )
         self.model = model
         self.backend = backend
+        self._flags = Flags()
 
     @_alone
     def params(self) -> dict[str, Tensor]:
@@ -92,8 +101,9 @@ class TorchAdapter(ModelAdapter):
         every = self.model.named_parameters(remove_duplicate=False)
         return {name: names[id(p)] for name, p in every}
 
-    def signature(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self.model.modules())
+    @_alone
+    def signature(self) -> Hashable:
+        return self._flags.of(self.model.modules)
 
     @_alone
     def call(
@@ -104,7 +114,8 @@ class TorchAdapter(ModelAdapter):
         own = {id(p): n for n, p in self.model.named_parameters() if params.get(n) is not p}
         calls, twice = _Calls(inputs.forward, copies, own), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
-        with calls, kernels, _computed_once(), _attributes_kept(self.model):
+        kept, watched = _attributes_kept(self.model), self._flags.called(self.model.modules)
+        with calls, kernels, _computed_once(), kept, watched:
             values = {**params, **copies}
             output = torch.func.functional_call(
                 self.model, values, inputs.args, dict(inputs.kwargs)
@@ -135,6 +146,10 @@ class TorchAdapter(ModelAdapter):
                 parameter.copy_(params[name])
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
 class _Calls(TorchFunctionMode):
     """The calls a module makes that need another form here, caught on their way into torch.
 
@@ -159,8 +174,8 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if any(id(x) in self._own for x in args):
-            self._refuse_own(func(*args, **kwargs), args)
+        if (name := self._own_among((*args, *kwargs.values()))) is not None:
+            _refuse_own(name, func(*args, **kwargs))
         if self._repeated and func in DROPOUTS and _drops(*args, **kwargs):
             raise InputError(
                 "dropout draws another mask when an inner step is run again in the backward pass. "
@@ -178,15 +193,14 @@ class _Calls(TorchFunctionMode):
             args = _with_mapped_state(*args)
         return func(*args, **kwargs)
 
-    def _refuse_own(self, result: Any, args: tuple[Any, ...]) -> None:
-        """A value computed from a parameter that another one stands in for is not the model's."""
-        if isinstance(result, Tensor):  # and not a shape or a dtype
-            name = next(self._own[id(x)] for x in args if id(x) in self._own)
-            raise InputError(
-                f"the model reads its parameter {name!r} from somewhere else than its attributes, "
-                "such as a list or a closure, where other values cannot be put. Read it from the "
-                "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
-            )
+    def _own_among(self, values: Iterable[Any]) -> str | None:
+        """The name of a parameter that another one stands in for, in whatever list or tuple."""
+        for x in values:
+            if (name := self._own.get(id(x))) is not None:
+                return name
+            if isinstance(x, (list, tuple)) and (name := self._own_among(x)) is not None:
+                return name
+        return None
 
     def _batch_norm(
         self,
@@ -237,6 +251,17 @@ class _Calls(TorchFunctionMode):
             running_mean = running_var = None
             own = True
         return F.instance_norm(x, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _refuse_own(name: str, result: Any) -> None:
+    """A value computed from a parameter that another one stands in for is not the model's."""
+    values = result if isinstance(result, (list, tuple)) else (result,)
+    if any(isinstance(x, Tensor) for x in values):  # and not a shape or a dtype
+        raise InputError(
+            f"the model reads its parameter {name!r} from somewhere else than its attributes, "
+            "such as a list or a closure, where other values cannot be put. Read it from the "
+            "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
+        )
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -314,7 +314,10 @@ class MetaLearner(Wrapper):
         return {**meta, **_prefixed(learned)}
 
     def constants(self) -> Meta:
-        """What else a meta-gradient depends on: other parameters, state, the method's schedule."""
+        """What else a meta-gradient depends on: other parameters, state, the method's schedule.
+
+        Of no record of operations, as `meta_arrays`.
+        """
         meta = frozenset(self._adapter.trainable())
         params = self._adapter.params()
         # The model may have moved to another device or dtype since.
@@ -324,8 +327,8 @@ class MetaLearner(Wrapper):
             "state": self._adapter.state(),
             "schedule": schedule,
         }
-        asarray = self.backend.asarray
-        return {kind: {n: asarray(x) for n, x in xs.items()} for kind, xs in groups.items()}
+        asarray, stop = self.backend.asarray, self.backend.stop_gradient
+        return {kind: {n: stop(asarray(x)) for n, x in xs.items()} for kind, xs in groups.items()}
 
     @property
     def backend(self) -> Backend:
@@ -339,6 +342,13 @@ class MetaLearner(Wrapper):
         names = tuple(name for name in config.names if name in adaptable)
         if names == config.names:
             return config
+        # Where a frozen one counts as state, as with Keras, it is there.
+        known = {*adaptable, *self._adapter.params(), *self._adapter.state()}
+        if lost := [name for name in config.names if name not in known]:
+            raise InputError(
+                f"the model has no parameters {lost}, which it had when it was wrapped. Wrap it "
+                "again."
+            )
         if not names:
             raise InputError(f"all of the parameters to adapt are frozen: {list(config.names)}.")
         if (

@@ -8,8 +8,11 @@ So both are a linear head made from the support set; Proto-MAML takes inner step
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from metaframe import checks, ops, optim
 from metaframe.backend import Array, backend_of
@@ -34,9 +37,14 @@ class ProtoNet(MetaLearner):
 
     Args:
         module: f, a model whose output is (examples, features).
-        ways: the number of classes; labels are integers 0 to ways - 1, and each has at least one
-            example in a support set.
+        ways: the largest number of classes; labels are integers 0 to ways - 1. A class without
+            examples in a support set has the logit -inf, so a query example of it costs infinity.
+            Any other label in a support set is an error, or NaN where the step is compiled or
+            vectorised.
         norm: see `MAML`.
+
+    Raises:
+        InputError: from a learner, for a label that is not below `ways`.
 
     >>> import torch
     >>> net = ProtoNet(torch.nn.Linear(3, 3), ways=2)
@@ -103,16 +111,31 @@ class ProtoMAML(MAML):
         self._method = _from_prototypes(ways)
 
 
-def prototypes(features: Array, labels: Array, ways: int) -> Array:
-    """The mean feature of each class, (ways, features)."""
+def prototypes(features: Array, labels: Array, ways: int) -> tuple[Array, Array]:
+    """The mean feature of each class, (ways, features), and how many examples it has, (ways,).
+
+    Zeros for a class without any; NaN everywhere if a label is none of the classes.
+    """
     if len(features.shape) != 2:
         raise InputError(
             "prototypes need a model whose output is (examples, features), received shape "
             f"{tuple(features.shape)}."
         )
-    members = ops.one_hot(labels, ways, backend_of(features).dtype_name(features))
-    sums = ops.einsum("nk,nf->kf", members, features)
-    return sums / ops.sum(members, axis=0)[:, None]
+    backend = backend_of(features)
+    if not backend.is_traced(labels):
+        _check_labels(backend.to_numpy(labels), ways)
+    hit = ops.one_hot(labels, ways, backend.dtype_name(features))
+    members = hit / ops.sum(hit, axis=1, keepdims=True)  # of 1, or 0 for a label out of range
+    sums, counts = ops.einsum("nk,nf->kf", members, features), ops.sum(members, axis=0)
+    return sums / ops.maximum(counts, 1.0)[:, None], counts
+
+
+def _check_labels(labels: np.ndarray[Any, Any], ways: int) -> None:
+    if wrong := sorted({*labels.tolist()} - {*range(ways)}):
+        raise InputError(
+            f"the labels of a support set are integers 0 to {ways - 1} with ways={ways}, received "
+            f"{wrong}. Number the classes of each task from 0, or pass a larger ways."
+        )
 
 
 def _from_prototypes(ways: int) -> Method:
@@ -121,8 +144,9 @@ def _from_prototypes(ways: int) -> Method:
 
 
 def _with_head(support: Support, params: Params, *, ways: int) -> Params:
-    centres = prototypes(support.predict(params, support.x), support.y, ways)
-    head = (2 * ops.transpose(centres, (1, 0)), -ops.sum(ops.square(centres), axis=1))
+    centres, counts = prototypes(support.predict(params, support.x), support.y, ways)
+    squared = ops.sum(ops.square(centres), axis=1)
+    head = (2 * ops.transpose(centres, (1, 0)), ops.where(counts > 0, -squared, -math.inf))
     # Where operations are recorded, the inner gradient is with respect to these very objects: the
     # ones the head was made from would count its change as theirs.
     start = {name: 1 * x if name in support.names else x for name, x in params.items()}

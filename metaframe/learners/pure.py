@@ -2,8 +2,8 @@
 
 Both are pure functions of the learner's arrays, and values that compare equal if one compiled
 program serves for both. Whoever compiles a step hands them over as constants, so that a learner
-that changes in training, by a schedule or by a training flag, gets another program and never an
-outdated one.
+that changes in training, by a schedule, by a training flag or by another number or string among the
+attributes of its model, gets another program and never an outdated one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class MetaGradient:
     learned: bool
     """Are there meta-parameters of the update rule?"""
     flags: Hashable
-    """What, besides arrays, decides what the model computes, such as a training flag."""
+    """What, besides arrays, decides what the model computes, such as a training flag.
+
+    An attribute that `metaframe.models.flags` does not look at, such as a list, is taken to stay as
+    it is.
+    """
 
     def __call__(self, meta: Params, constants: Meta, batch: Task) -> MetaResult:
         """Mean query loss of the batch after adaptation, and its gradient."""

@@ -9,7 +9,9 @@ come from anywhere and `params` is any structure of arrays, such as
 - An Equinox module takes one example, as is the convention there, and is vectorised over the
   leading axis of its inputs. A module that takes a batch comes with a function that says so:
   `(lambda module, x: module(x), module)`.
-- A Keras model has to be built.
+- A Keras model has to be built, and lazy layers of torch called once.
+- A `tf.Module` may hold frozen Keras layers. One that learns is refused: its variables are not
+  among those of the module.
 """
 
 from metaframe.models.adapter import BatchNorm as BatchNorm

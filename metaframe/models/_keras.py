@@ -8,12 +8,13 @@ Keras model is an `nn.Module` too, but `torch.func.functional_call` does not rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from metaframe.backend import backend_of
 from metaframe.errors import InputError
 from metaframe.models.adapter import Inputs, ModelAdapter, Params
+from metaframe.models.flags import Flags
 
 
 class KerasAdapter(ModelAdapter):
@@ -30,6 +31,7 @@ class KerasAdapter(ModelAdapter):
                 "model.build(input_shape)."
             )
         self.model = model
+        self._flags = Flags()
         self._paths = _paths(model.variables)
         values = [v.value for v in (*model.trainable_variables, *model.non_trainable_variables)]
         self.backend = backend_of(*values)
@@ -46,6 +48,10 @@ class KerasAdapter(ModelAdapter):
         """Paths without the name of the model, which most start with."""
         return {name.removeprefix(f"{self.model.name}/"): name for name in self.params()}
 
+    def signature(self) -> Hashable:
+        """Plain attributes of all layers, such as the rate of a dropout."""
+        return self._flags.of(self.model._flatten_layers)
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model.stateless_call`, with `training=` as the policy says."""
         norm, kwargs = inputs.forward.norm, dict(inputs.kwargs)
@@ -58,12 +64,13 @@ class KerasAdapter(ModelAdapter):
             kwargs = {"training": norm == "batch", **kwargs}
         # By name: a structure that was flattened and built again does not keep the order.
         names = list(self.state())
-        output, after = self.model.stateless_call(
-            [self.backend.asarray(params[name]) for name in self.params()],
-            [self.backend.asarray(state[name]) for name in names],
-            *inputs.args,
-            **kwargs,
-        )
+        with self._flags.called(self.model._flatten_layers):
+            output, after = self.model.stateless_call(
+                [self.backend.asarray(params[name]) for name in self.params()],
+                [self.backend.asarray(state[name]) for name in names],
+                *inputs.args,
+                **kwargs,
+            )
         return output, dict(zip(names, after, strict=True))
 
     def _values(self, variables: Sequence[Any]) -> Params:

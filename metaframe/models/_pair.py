@@ -65,10 +65,10 @@ class PairAdapter(ModelAdapter):
                 for name in self._norms
             }
             structure = {**structure, **given}
+        if norm != "record":  # a framework's own batch normalisation does not record
+            return self._apply(structure, *inputs.args, **inputs.kwargs), state
         with recorded_statistics() as found:
             output = self._apply(structure, *inputs.args, **inputs.kwargs)
-        if norm != "record":
-            return output, state
         own = {
             f"{name}/{what}": value
             for name, pair in zip(self._norms, found, strict=bool(self._norms))

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from metaframe import ops
+from metaframe.backend import Array
 from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 
 HEAD = ("prototypes/w", "prototypes/b")
@@ -36,6 +37,10 @@ class Around(ModelAdapter):
     def trainable(self) -> tuple[str, ...]:
         """The model's."""
         return self.inner.trainable()
+
+    def adaptable(self) -> tuple[str, ...]:
+        """The model's."""
+        return self.inner.adaptable()
 
     def variables(self) -> dict[str, Any]:
         """The model's."""
@@ -75,8 +80,8 @@ class WithContext(Around):
 
     def params(self) -> Params:
         """The model's, and zeros."""
-        # A multiple, and not fresh zeros, so that torch records what is computed from it.
-        return {n: 0 * x if n in self._context else x for n, x in self.inner.params().items()}
+        params = self.inner.params()
+        return {n: _zeros(x) if n in self._context else x for n, x in params.items()}
 
     def trainable(self) -> tuple[str, ...]:
         """All but the context."""
@@ -85,6 +90,12 @@ class WithContext(Around):
     def adaptable(self) -> tuple[str, ...]:
         """The context."""
         return tuple(n for n in self.inner.params() if n in self._context)
+
+
+def _zeros(x: Array) -> Array:
+    """Zeros that torch records as it does `x`, and whatever that holds: 0 * NaN is NaN."""
+    zeros = ops.zeros_like(x)
+    return ops.where(zeros > 0, x, zeros)
 
 
 class WithHead(Around):

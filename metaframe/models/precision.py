@@ -61,4 +61,5 @@ def _cast(values: Any, dtype: str, backend: Backend) -> Any:
 
 
 def _like(x: Array, like: Array, backend: Backend) -> Array:
-    return backend.ops.astype(x, backend.dtype_name(like))
+    # A random key has no dtype to go back to.
+    return backend.ops.astype(x, backend.dtype_name(like)) if backend.is_floating(x) else x

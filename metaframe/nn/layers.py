@@ -72,6 +72,7 @@ def conv2d(
         )
     strides = _pair(stride)
     pads = _pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    _check_fits("a kernel", kernel.shape[:2], x, pads)
     return _add(backend.nn.conv2d(x, kernel, strides, pads), bias)
 
 
@@ -106,6 +107,20 @@ def _same(size: int, window: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _check_fits(
+    what: str, window: tuple[int, int], x: Array, pads: Pads = ((0, 0), (0, 0))
+) -> None:
+    # An error in one framework, and an image without pixels in another. TensorFlow may not know a
+    # size while it traces.
+    sizes = zip(x.shape[1:3], pads, window, strict=True)
+    if any(size is not None and size + sum(pad) < n for size, pad, n in sizes):
+        raise InputError(
+            f"{what} of {' x '.join(map(str, window))} pixels does not fit into x of shape "
+            f"{tuple(x.shape)}, padded by {pads}. Use larger images, or fewer layers that shrink "
+            "them."
+        )
+
+
 def max_pool2d(x: Array, window: Pair = 2) -> Array:
     """The largest pixel of each `window`, without overlap; what is left at the edges is dropped.
 
@@ -116,6 +131,9 @@ def max_pool2d(x: Array, window: Pair = 2) -> Array:
     [[[[4.0]]]]
     """
     backend, (x,) = native(x)
+    if len(x.shape) != 4:
+        raise InputError(f"max_pool2d needs x of shape (N, H, W, C), received {tuple(x.shape)}.")
+    _check_fits("a window", _pair(window), x)
     return backend.nn.max_pool2d(x, _pair(window))
 
 

@@ -6,9 +6,10 @@ task. So labels are an array, and images something that is indexed like one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from metaframe.errors import InputError, UnknownKeyError, nearest
 from metaframe.tasks.few_shot import ClassSplit, split_classes
 from metaframe.tasks.lazy import LazyImages
 
+Names = str | SupportsIndex | Iterable[str | int]
+"""Classes or folders, one or several."""
 _SPLIT_NAMES = {
     "train": "train",
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
@@ -52,13 +55,12 @@ class LabelledImages:
         """Divide the classes at random; see `metaframe.tasks.split_classes`."""
         return split_classes(range(len(self.classes)), sizes, seed=seed)
 
-    def hold_out(
-        self, test: Iterable[str | int], validation: Iterable[str | int] = ()
-    ) -> ClassSplit:
+    def hold_out(self, test: Names, validation: Names = ()) -> ClassSplit:
         """Hold out named classes, or all in a folder, such as an alphabet.
 
         Args:
-            test, validation: names of classes or of folders; all other classes are for training.
+            test, validation: a name of a class or of a folder, or several; all other classes are
+                for training.
 
         Raises:
             UnknownKeyError: no such class or folder, with the nearest name.
@@ -155,5 +157,7 @@ def _folder(name: str | int) -> str:
     return name.partition("/")[0] if isinstance(name, str) and "/" in name else ""
 
 
-def _names(names: str | int | Iterable[str | int]) -> tuple[str | int, ...]:
-    return (names,) if isinstance(names, str | int) else tuple(names)
+def _names(names: Names) -> tuple[str | int, ...]:
+    if isinstance(names, str):
+        return (names,)
+    return tuple(names) if isinstance(names, Iterable) else (operator.index(names),)
