@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ _hypothesis_settings: dict[str, Any] = {
 hypothesis.settings.register_profile("default", max_examples=200, **_hypothesis_settings)
 hypothesis.settings.register_profile("nightly", max_examples=2000, **_hypothesis_settings)
 hypothesis.settings.load_profile("default")  # --hypothesis-profile chooses another
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has its background jobs ignore Ctrl-C, and so would the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=BACKENDS)

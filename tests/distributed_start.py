@@ -17,7 +17,7 @@ from typing import Any
 from distributed_checks import refusal
 from distributed_worker import prepare
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 SCALE = 1.0 + RANK
 
 
