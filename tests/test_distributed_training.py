@@ -20,8 +20,8 @@ from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from processes import LIMIT, descendants, environment, run, run_together
 
 RUN = [
-    *("--iterations", "6", "--meta-batch-size", "5", "--eval-every", "3", "--validation-tasks"),
-    *("4", "--eval-tasks", "4", "--eval-steps", "1", "--width", "8", "--checkpoint-every", "2"),
+    *("--iterations", "6", "--meta-batch-size", "5", "--eval-tasks", "4", "--eval-steps", "1"),
+    *("--width", "8", "--checkpoint-every", "2"),
     *("--precision", "float64", "--no-plots", "--timeout", "60"),
 ]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
@@ -29,9 +29,13 @@ LAUNCH = ("-m", "metaframe.cli", "launch", "--processes")
 CLI = ("-m", "metaframe.cli")
 
 
-def on(backend_name: str) -> list[str]:
+VALIDATED = ("--eval-every", "3", "--validation-tasks", "4")
+
+
+def on(backend_name: str, validated: Sequence[str] = VALIDATED) -> list[str]:
     """Flags for the backend: torch takes longer to compile than to run a few steps."""
-    return [*RUN, "--backend", backend_name, *(["--no-compiled"] * (backend_name == "torch"))]
+    eager = ["--no-compiled"] * (backend_name == "torch")
+    return [*RUN, *validated, "--backend", backend_name, *eager]
 
 
 def last(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -106,8 +110,8 @@ def test_restarts_from_the_last_checkpoint(backend_name: str, tmp_path: Path) ->
     """What a job manager does when a process was killed: start all of them again, to resume."""
     require(backend_name)
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    many = ["--iterations", "2000", "--eval-every", "0", "--checkpoint-every", "100"]
-    flags = [*on(backend_name), *many, "--timeout", "10"]
+    many = ["--iterations", "2000", "--checkpoint-every", "100"]
+    flags = [*on(backend_name, ["--eval-every", "0"]), *many, "--timeout", "10"]
     command = [sys.executable, *LAUNCH, "2", "train", *flags, "--out", str(shared)]
     variables = environment({"JAX_ENABLE_X64": "1"})
     with subprocess.Popen(command, env=variables, start_new_session=True) as launcher:
@@ -142,7 +146,7 @@ RESTARTS = 20
 def test_torchrun_restarts_end_alike(tmp_path: Path) -> None:
     """One process killed in each of 20 runs; all end with the bits of a run without a fault."""
     require("torch")
-    flags = [*on("torch"), "--iterations", "80", "--eval-every", "0"]
+    flags = [*on("torch", ["--eval-every", "0"]), "--iterations", "80"]
     start = [*TORCHRUN, "2", "--max-restarts", "3", "--monitor-interval", "0.1", *CLI]
     # Without it a restarted process reads the address of a dead one (pytorch issue 135712).
     setting = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
