@@ -108,6 +108,7 @@ def meta_value_and_grad(
         InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
         NonFiniteError: with `check_finite`, a cost or gradient that is NaN or infinite.
         DistributedError: the processes do not agree on the variables, the batch or the settings.
+        BackendError: WORLD_SIZE says that there are other processes, which were not joined.
 
     >>> import torch
     >>> def task_cost(v, task):
