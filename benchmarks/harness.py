@@ -9,6 +9,7 @@ only wall time means anything, so there it is the figure.
 from __future__ import annotations
 
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -121,7 +122,7 @@ def time_interleaved(
     budget_s: float = 60.0,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time every program, taking turns.
+    """Time every program, taking turns in an order that changes: caches remember who was before.
 
     Args:
         programs: what to time, by name.
@@ -136,12 +137,13 @@ def time_interleaved(
         once = min(_clocked(program, 1)[1] for _ in range(2)) / 1e3
         repeats[name] = max(1, min(1000, round(sample_s / max(once, 1e-6))))
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    shuffled = random.Random(0)
     started = time.perf_counter()
     for i in range(rounds):
         if i >= 3 and time.perf_counter() - started > budget_s:
             break
-        for name, program in programs.items():
-            samples[name].append(_clocked(program, repeats[name]))
+        for name in shuffled.sample(list(programs), len(programs)):
+            samples[name].append(_clocked(programs[name], repeats[name]))
     return {
         name: Timing(*map(list, zip(*pairs, strict=True)), first[name], device == "cpu")
         for name, pairs in samples.items()

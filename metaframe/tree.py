@@ -351,6 +351,8 @@ class Packed:
 
     def unpack(self, arrays: Iterable[Any]) -> Tree:
         """The tree with `arrays` in the places of `self.arrays`."""
+        if len(self.places) == len(self._aside):  # of every call of a compiled function
+            return unflatten(self._spec, arrays)
         leaves = list(self._aside)
         for i, array in zip(self.places, arrays, strict=True):
             leaves[i] = array

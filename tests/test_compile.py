@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,23 @@ def test_a_result_on_torch_is_as_differentiable_as_the_function() -> None:
             differentiated(compiled), differentiated(step), rtol=1e-12, atol=0
         )
     assert not compiled({"w": v["w"].detach()}, x).requires_grad
+
+
+@pytest.mark.parametrize("traced_with_grad", [True, False])
+def test_gradients_on_torch_reach_what_a_function_closes_over(traced_with_grad: bool) -> None:
+    require("torch")
+    torch = importlib.import_module("torch")
+    w = torch.tensor([0.3, -0.8], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    compiled = metaframe.compile(lambda x: (w**2 * x).sum())
+
+    with torch.set_grad_enabled(traced_with_grad), warnings.catch_warnings(action="ignore"):
+        compiled(x)
+    with pytest.warns(UserWarning, match="a compiled one, uses tensors that require grad"):
+        (gradient,) = torch.autograd.grad(compiled(x), w)
+    torch.testing.assert_close(gradient, 2 * w.detach() * x, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), (w**2 * x).sum(), rtol=1e-12, atol=0)
 
 
 def test_structure_of_results_is_kept(arr: Arr) -> None:

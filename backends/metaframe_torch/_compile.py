@@ -9,6 +9,7 @@ transform goes over it, the function is run as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch._inductor.config
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile as inductor_compile
 from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -31,19 +33,31 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     def run(xs: Arrays) -> Arrays:
         if not programs:
             programs.append(_program(fn, xs))
-        return tuple(programs[0](*(x if x.is_contiguous() else x.contiguous() for x in xs)))
+        return tuple(programs[0](*[x if x.is_contiguous() else x.contiguous() for x in xs]))
 
-    differentiable = _tape.recordable(run, fn)
+    differentiable = _tape.taped(run, fn)
     return lambda xs: fn(xs) if _tape.transforming() else differentiable(xs)
 
 
-def _program(fn: ArraysFn, examples: Arrays) -> Any:
+def _program(fn: ArraysFn, examples: Arrays) -> Callable[..., Any]:
+    outputs: list[Array] = []
+
     def flat(*xs: Array) -> list[Array]:
-        return list(fn(xs))
+        outputs[:] = fn(xs)
+        return list(outputs)
 
     # Compiled code relies on the strides of its inputs, and callers do not think of them.
     plain = [x.detach().contiguous() for x in examples]
-    graph = make_fx(flat)(*plain)
+    with torch.enable_grad():
+        graph = make_fx(flat)(*plain)
+    compiled = _compiled(graph, plain)
+    if any(y.requires_grad for y in outputs):
+        # By what `fn` closes over, whose gradient compiled code would lose.
+        return lambda *xs: fn(xs) if torch.is_grad_enabled() else compiled(*xs)
+    return compiled
+
+
+def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
     graph.graph.eliminate_dead_code()
     for node in graph.graph.find_nodes(op="placeholder"):
         # make_fx gives each its own FakeTensorMode, and the C++ wrapper wants one for all.
@@ -56,10 +70,15 @@ def _program(fn: ArraysFn, examples: Arrays) -> Any:
         # Reductions over a few elements stay reductions: unrolled, the steps of an inner loop on
         # small tensors become one expression that grows exponentially with their number.
         "unroll_reductions_threshold": 1,
+        # The instructions that the processor has are not tried out first, which takes a second, and
+        # seven on a machine where nothing was compiled yet: a compiler that knows C++20, as torch's
+        # headers need, knows them all.
+        "cpp.vec_isa_ok": True,
     }
     # Inductor keeps a program for later processes only if shapes have an environment, as those of
     # `torch.compile` do. Here they are all fixed.
     mode = FakeTensorMode(shape_env=ShapeEnv())
     shapes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in plain]
     with torch.no_grad(), tracing(TracingContext(mode)), torch._inductor.config.patch(settings):
-        return inductor_compile(graph, shapes)
+        compiled: Callable[..., Any] = inductor_compile(graph, shapes)
+    return compiled

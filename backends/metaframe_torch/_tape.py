@@ -10,6 +10,7 @@ layers are silently wrong there. A caller may do so all the same, by a transform
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.errors import InputError
 
+_requires_grad = operator.attrgetter("requires_grad")
 _inside = ContextVar("inside", default=False)
 """Is a gradient by the tape being taken?"""
 
@@ -93,25 +95,36 @@ def outermost() -> Iterator[None]:
 
 def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     """The values of `quick` with the derivatives of `exact`, which computes the same."""
+    without_transforms = taped(quick, exact)
 
     def call(xs: Arrays) -> Arrays:
-        if transforming():
-            return exact(xs) if inside_a_gradient() else quick(xs)
+        if not transforming():
+            return without_transforms(xs)
+        return exact(xs) if inside_a_gradient() else quick(xs)
+
+    return call
+
+
+def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
+    """`recordable` where no transform is active."""
+
+    def call(xs: Arrays) -> Arrays:
         if _inside.get():
             return exact(xs)
         if not torch.is_grad_enabled():
             return quick(xs)
-        taped = any(x.requires_grad for x in xs)
-        found = quick(detached(xs) if taped else xs)
-        if any(y.requires_grad for y in found):
+        wanted = any(map(_requires_grad, xs))
+        found = quick(detached(xs) if wanted else xs)
+        if any(map(_requires_grad, found)):
             warnings.warn(
-                "a function of one task uses tensors that require grad and are not among its "
-                "arguments. So that their gradient is right, tasks run one by one. Detach them, "
-                "pass them as variables, or call this under torch.no_grad().",
+                "a function of one task, or a compiled one, uses tensors that require grad and are "
+                "not among its arguments. So that their gradient is right, tasks run one by one "
+                "and nothing is compiled. Detach them, pass them as variables, or call this under "
+                "torch.no_grad().",
                 stacklevel=2,
             )
             return exact(xs)
-        if not taped:
+        if not wanted:
             return found
         apply: Any = _Recorded.apply
         return tuple(apply(exact, found, *xs))
