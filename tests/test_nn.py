@@ -225,3 +225,59 @@ def test_models_have_second_derivatives(backend: Backend, name: str) -> None:
     assert value == pytest.approx(slope(cost_along, 1e-5), abs=1e-9)
     squared = sum(float(np.sum(p * d)) for p, d in zip(products, directions, strict=True))
     assert squared == pytest.approx(slope(lambda t: moved(t)[0], 1e-5), rel=1e-8)
+
+
+def _composed(x: Any, scale: Any, shift: Any, eps: float) -> Any:
+    axes = tuple(range(len(x.shape) - 1))
+    centred = x - ops.mean(x, axes, keepdims=True)
+    variance = ops.mean(ops.square(centred), axes, keepdims=True)
+    return centred / ops.sqrt(variance + eps) * scale + shift
+
+
+@pytest.mark.parametrize(
+    ("shape", "mapped"),
+    [
+        pytest.param((5, 3), False, id="vectors"),
+        pytest.param((2, 3, 2, 3), False, id="images", marks=pytest.mark.slow),
+        pytest.param((2, 3, 2, 3), True, id="images of tasks", marks=pytest.mark.slow),
+    ],
+)
+def test_batch_norm_has_derivatives_of_every_order(
+    backend: Backend, shape: tuple[int, ...], mapped: bool, execution: Any
+) -> None:
+    """Torch's own third derivative takes the statistics for constants, and is off by its size."""
+    values = _rng.normal(size=shape), _rng.normal(size=3), _rng.normal(size=3)
+    xs = tuple(backend.asarray(v) for v in values)
+    weight = backend.asarray(_rng.normal(size=shape))
+
+    def derivatives(norm: Callable[..., Any]) -> Any:
+        def cost(xs: Any) -> tuple[Any, tuple[Any, ...]]:
+            return ops.sum(ops.sin(weight * norm(*xs, eps=1e-2))), ()
+
+        def next_order(fn: Any) -> Any:
+            def sum_of_squares(xs: Any) -> tuple[Any, tuple[Any, ...]]:
+                value, aux, grads = backend.value_and_grad(fn)(xs)
+                total = sum(ops.sum(g * g) for g in grads)
+                return total, (value, *aux, *grads)
+
+            return sum_of_squares
+
+        def all_orders(*xs: Any) -> Any:
+            value, aux, grads = backend.value_and_grad(next_order(next_order(cost)))(xs)
+            return (value, *aux, *grads)
+
+        if not mapped:
+            return execution(all_orders)(*xs)
+        rows = tuple(ops.stack([x, 2 * x]) for x in xs)
+        return execution(lambda *rows: backend.vmap(lambda xs: all_orders(*xs))(rows))(*rows)
+
+    found, expected = derivatives(nn.batch_norm), derivatives(_composed)
+    assert len(found) == len(expected) == 1 + 2 + 3 * 3
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            backend.to_numpy(x), backend.to_numpy(y), rtol=0, atol=1e-12 * _size(backend, y)
+        )
+
+
+def _size(backend: Backend, x: Any) -> float:
+    return float(np.abs(backend.to_numpy(x)).max()) + 1.0

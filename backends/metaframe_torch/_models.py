@@ -27,6 +27,7 @@ from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
 from metaframe.models.flags import Flags
+from metaframe_torch._batch_norm import batch_norm
 from metaframe_torch._tape import refuse_inference_mode
 
 DROPOUTS = frozenset(
@@ -220,7 +221,7 @@ class _Calls(TorchFunctionMode):
             scale = torch.rsqrt(running_var + eps)
             normal = (x - running_mean.reshape(shape)) * scale.reshape(shape)
         else:
-            normal = F.batch_norm(x, None, None, training=True, momentum=0.0, eps=eps)
+            normal = batch_norm(x, None, None, eps)
             if self._norm == "record":
                 self._record(x, running_mean, running_var)
         if weight is not None:

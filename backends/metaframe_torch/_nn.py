@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaframe.optable import NNTable, Pads
+from metaframe_torch import _tape
+from metaframe_torch._batch_norm import batch_norm
 
 
 class TorchNN(NNTable):
@@ -38,12 +40,11 @@ class TorchNN(NNTable):
     def batch_norm(
         self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> Tensor | None:
-        # Its second derivatives are right within `vmap`, see `_tape` for those from outside.
         if eps == 0 or x.ndim not in (2, 4) or x.numel() <= x.shape[-1]:
             return None
-        if x.ndim == 2:
-            return F.batch_norm(x, None, None, scale, shift, training=True, eps=eps)
+        if _tape.gradients_active() > 2:
+            return None  # torch's third derivative is wrong
         # As a convolution lays out its images, and `conv2d` has permuted them.
-        images = x.permute(0, 3, 1, 2)
-        found = F.batch_norm(images, None, None, scale, shift, training=True, eps=eps)
-        return found.permute(0, 2, 3, 1)
+        images = x if x.ndim == 2 else x.permute(0, 3, 1, 2)
+        found = batch_norm(images, scale, shift, eps)
+        return found if x.ndim == 2 else found.permute(0, 2, 3, 1)

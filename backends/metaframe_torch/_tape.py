@@ -174,8 +174,13 @@ def detached(xs: Arrays) -> Arrays:
 
 def inside_a_gradient() -> bool:
     """Is a torch.func transform that differentiates active?"""
+    return gradients_active() > 0
+
+
+def gradients_active() -> int:
+    """How many torch.func transforms that differentiate are active."""
     gradients = (TransformType.Grad, TransformType.Jvp)
-    return any(level.key() in gradients for level in retrieve_all_functorch_interpreters())
+    return sum(level.key() in gradients for level in retrieve_all_functorch_interpreters())
 
 
 def records(x: Array) -> bool:
