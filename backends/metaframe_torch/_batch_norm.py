@@ -1,8 +1,8 @@
 """Batch normalisation with derivatives of its own on autograd's tape.
 
-torch puts the second derivative together from some thirty sums, each a pass over all images, and its
-third derivative is wrong: the statistics count as constants there. Here the second derivative is two
-calls of torch's fused first one and a few products, and every derivative is right.
+torch puts the second derivative together from some thirty sums, each a pass over all images, and
+its third derivative is wrong: the statistics count as constants there. Here the second derivative
+is two calls of torch's fused first one and a few products, and every derivative is right.
 
 With x^ = (x - mean) * r, r = 1 / sqrt(variance + eps), and M entries a channel:
 
