@@ -79,11 +79,11 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple[Any, ...]:
-        g, x, scale, mean, r, sum_g = ctx.saved_tensors
+        g, x, scale, mean, r = ctx.saved_tensors
         over, size = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
 
         def per_channel(v: Tensor) -> Tensor:
