@@ -14,7 +14,8 @@ from metaframe.backend import use_backend
 from metaframe.inner import Mode
 
 
-@pytest.mark.filterwarnings("ignore:a function of one task uses")  # lr comes by the closure
+# lr comes by the closure
+@pytest.mark.filterwarnings("ignore:a function of one task, or a compiled")
 @pytest.mark.parametrize("mode", ["reverse", "remat", "mixed"])
 def test_torch_differentiates_the_meta_gradient(mode: Mode) -> None:
     """For theta' = theta (1 - lr a), the gradient theta (1 - lr a)^2 is a function of lr and a."""

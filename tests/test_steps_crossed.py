@@ -160,7 +160,7 @@ def test_every_pair_of_choices_has_its_turn() -> None:
 
 
 # The variables reach each task by a closure, which torch differentiates one task at a time.
-@pytest.mark.filterwarnings("ignore:a function of one task uses")
+@pytest.mark.filterwarnings("ignore:a function of one task, or a compiled")
 @pytest.mark.parametrize("batched", LAYOUTS)
 @pytest.mark.parametrize("steps", STEPS[1:])
 def test_reptile(steps: int, batched: Any) -> None:
