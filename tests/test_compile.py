@@ -122,6 +122,30 @@ def test_gradients_on_torch_reach_what_a_function_closes_over(traced_with_grad: 
         torch.testing.assert_close(compiled(x), (w**2 * x).sum(), rtol=1e-12, atol=0)
 
 
+def test_tensorflow_records_a_compiled_call_and_reads_variables_anew() -> None:
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+    w = tf.Variable([0.5, 1.0], dtype=tf.float64)
+    v, x = (tf.constant(a, tf.float64) for a in ([0.3, -0.8], [2.0, 5.0]))
+    closed = metaframe.compile(lambda x: tf.reduce_sum(w**2 * x))
+    given = metaframe.compile(lambda v, x: tf.reduce_sum(v**3 * x))
+
+    closed(x), given(v, x)  # the quick way, which nothing records
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        cost = closed(x) + given(v, x)
+    for gradient, expected in zip(
+        tape.gradient(cost, [w, v]), [2 * w * x, 3 * v**2 * x], strict=True
+    ):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+    with tf.autodiff.ForwardAccumulator(v, tf.ones_like(v)) as forward:
+        cost = given(v, x)
+    np.testing.assert_allclose(forward.jvp(cost), tf.reduce_sum(3 * v**2 * x), rtol=1e-12)
+    np.testing.assert_allclose(tf.function(given)(v, x), cost, rtol=1e-12)
+    w.assign([3.0, 4.0])
+    np.testing.assert_allclose(closed(x), 98, rtol=1e-12)
+
+
 def test_structure_of_results_is_kept(arr: Arr) -> None:
     compiled = metaframe.compile(lambda v: (v, Container(a=v["w"]), [None, "text", 3]))
     first, container, rest = compiled({"w": arr([1.0])})

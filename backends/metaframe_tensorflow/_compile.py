@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from metaframe.backend import Arrays, ArraysFn
 
@@ -29,15 +30,31 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     divided = tf.distribute.has_strategy() or _any(found, _IMPOSSIBLE_WITH_XLA)
     on_cpu = not tf.config.list_physical_devices("GPU")
     if divided or (on_cpu and _any(found, _BETTER_WITHOUT_XLA)):
-        return lambda xs: tuple(graph(*xs))
+        return _caller(graph)
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
     try:
         fused(*examples)
     except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
         # The same program, unfused: an operation that XLA has no kernel for.
         logger.debug("not compiled with XLA: %s", error)
-        return lambda xs: tuple(graph(*xs))
-    return lambda xs: tuple(fused(*xs))
+        return _caller(graph)
+    return _caller(fused)
+
+
+def _caller(concrete: Any) -> ArraysFn:
+    """`concrete` by the call it ends in, where nothing records it.
+
+    What it does before, checking and sorting arguments that `metaframe.compile` has looked at
+    already, takes longer than the program of a small model.
+    """
+    captures = concrete.captured_inputs
+
+    def run(xs: Arrays) -> Arrays:
+        if captures or record.could_possibly_record() or not tf.executing_eagerly():
+            return tuple(concrete(*xs))
+        return tuple(concrete.inference_fn.call_flat(*xs))
+
+    return run
 
 
 def operations(graph: Any) -> set[str]:

@@ -9,7 +9,9 @@ transform goes over it, the function is run as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,9 +50,10 @@ def _program(fn: ArraysFn, examples: Arrays) -> Callable[..., Any]:
 
     # Compiled code relies on the strides of its inputs, and callers do not think of them.
     plain = [x.detach().contiguous() for x in examples]
-    with torch.enable_grad():
-        graph = make_fx(flat)(*plain)
-    compiled = _compiled(graph, plain)
+    with _collection_paused():
+        with torch.enable_grad():
+            graph = make_fx(flat)(*plain)
+        compiled = _compiled(graph, plain)
     if any(y.requires_grad for y in outputs):
         # By what `fn` closes over, whose gradient compiled code would lose.
         return lambda *xs: fn(xs) if torch.is_grad_enabled() else compiled(*xs)
@@ -82,3 +85,15 @@ def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
     with torch.no_grad(), tracing(TracingContext(mode)), torch._inductor.config.patch(settings):
         compiled: Callable[..., Any] = inductor_compile(graph, shapes)
     return compiled
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Compiling makes millions of objects, which the collector would go through again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
