@@ -35,10 +35,10 @@ AXES = (
 )
 
 
-def execution(backend: str, axis: Axis, eager: bool) -> Execution:
+def execution(backend: str, axis: Axis, eager: bool, chunk_size: int | None) -> Execution:
     # torch has no loop in compiled form: its compiler takes minutes over 25 unrolled steps.
     unrolled = backend == "torch" and axis.name == "inner steps"
-    return Execution(compiled=not (eager or unrolled))
+    return Execution(compiled=not (eager or unrolled), chunk_size=chunk_size)
 
 
 def measure(
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
+    parser.add_argument("--chunk-size", type=int, help="tasks at once; default: all")
     parser.add_argument("--budget", type=float, default=40, help="seconds of timing a size")
     options = parser.parse_args(argv)
     prepare(options.backend, options.device)
@@ -78,10 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     for axis in AXES:
         if axis.name in options.axis:
             sizes = axis.quick if options.quick else axis.sizes
-            chosen = execution(options.backend, axis, options.eager)
+            chosen = execution(options.backend, axis, options.eager, options.chunk_size)
             rows = measure(options.backend, axis, sizes, chosen, options.device, options.budget)
             device = options.device.replace(":", "")
             how = "" if chosen.compiled else "_eager"
+            if chosen.chunk_size:
+                how += f"_by_{chosen.chunk_size}"
             name = f"scaling_{options.backend}_{axis.name.replace(' ', '_')}_{device}{how}"
             report.publish(name, f"{title}: {axis.name}", rows)
             points = {row["value"]: row["ms"] for row in rows}

@@ -36,12 +36,15 @@ class Execution:
     task_map: str = "vmap"
     mode: str = "reverse"
     compiled: bool = True
+    chunk_size: int | None = None
 
     @property
     def name(self) -> str:
         """Such as "metaframe vmap remat, eager"."""
+        chunks = f" by {self.chunk_size}" if self.chunk_size else ""
         mode = "" if self.mode == "reverse" else f" {self.mode}"
-        return f"metaframe {self.task_map}{mode}, {'compiled' if self.compiled else 'eager'}"
+        how = "compiled" if self.compiled else "eager"
+        return f"metaframe {self.task_map}{chunks}{mode}, {how}"
 
 
 def support(task: Any) -> Any:
@@ -72,6 +75,7 @@ def metaframe_program(
             inner_batch_fn=support,
             outer_batch_fn=query,
             batched=execution.task_map,
+            chunk_size=execution.chunk_size,
             **options,
         )[:2]
 
