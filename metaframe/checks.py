@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ def learning_rate(lr: Any) -> Any:
 
     Returns the rates, those of NumPy as Python numbers.
     """
+    if type(lr) is float and 0 <= lr < math.inf:
+        return lr  # the common case, which eager steps ask for every time
     for i, rate in enumerate(tree.leaves(lr)):
         if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
             raise InputTypeError(
@@ -174,9 +176,10 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
 
 
 def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:
-    if isinstance(cost, FunctionType) and not hasattr(cost, "__wrapped__"):
+    function = cost.__func__ if isinstance(cost, MethodType) else cost
+    if isinstance(function, FunctionType) and not hasattr(function, "__wrapped__"):
         # The common case, without the cost of a signature.
-        code = cost.__code__
+        code = function.__code__
         first = code.co_argcount
         return "v" in code.co_varnames[first : first + code.co_kwonlyargcount]
     try:

@@ -220,9 +220,9 @@ class _Checked:
     """`task_cost` on flat arrays: checks the cost, remembers the structure of aux."""
 
     def __init__(self, task_cost: Callable[..., Any], has_aux: bool, backend: Backend) -> None:
-        self._call = checks.scalar_cost(self._split, "task_cost", backend)
         self._task_cost = task_cost
         self._has_aux = has_aux
+        self._backend = backend
         self._aux_leaves: Arrays = ()
         self._aux_spec = tree.structure(())
 
@@ -234,7 +234,7 @@ class _Checked:
         return cost
 
     def __call__(self, v: tree.Tree, task: tree.Tree) -> tuple[Array, Arrays]:
-        cost = self._call(v, task)
+        cost = checks.scalar(self._split(v, task), "task_cost", self._backend)
         return cost, self._aux_leaves
 
     def unflatten_aux(self, leaves: list[Array]) -> tree.Tree:
