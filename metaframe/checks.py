@@ -177,7 +177,8 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
 
 def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:
     function = cost.__func__ if isinstance(cost, MethodType) else cost
-    if isinstance(function, FunctionType) and not hasattr(function, "__wrapped__"):
+    elsewhere = hasattr(function, "__wrapped__") or hasattr(function, "__signature__")
+    if isinstance(function, FunctionType) and not elsewhere:
         # The common case, without the cost of a signature.
         code = function.__code__
         first = code.co_argcount

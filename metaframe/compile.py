@@ -69,7 +69,6 @@ class Compiled(Generic[P, R]):
         functools.update_wrapper(self, fn)
         self._fn = fn
         self._programs: dict[Hashable, _Program] = {}
-        self._latest: tuple[Hashable, _Program] | None = None
 
     @property
     def traces(self) -> int:
@@ -85,16 +84,6 @@ class Compiled(Generic[P, R]):
         """Run the program for arguments like these, compiling it first if there is none."""
         leaves, spec = tree.flatten((args, kwargs))
         key = (spec, current_selection(), *map(_kind, leaves))
-        # Most calls are like the one before: comparing with it is quicker than hashing.
-        latest = self._latest
-        if latest is None or key != latest[0]:
-            latest = self._latest = key, self._program(key, leaves, args, kwargs)
-        result: R = latest[1](leaves)
-        return result
-
-    def _program(
-        self, key: Hashable, leaves: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Program:
         try:
             program = self._programs.get(key)
         except TypeError:
@@ -104,7 +93,8 @@ class Compiled(Generic[P, R]):
             self._programs[key] = program
             name = getattr(self._fn, "__name__", repr(self._fn))
             logger.debug("program %d of %s: %s", self.traces, name, key)
-        return program
+        result: R = program(leaves)
+        return result
 
 
 class _Program:

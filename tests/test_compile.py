@@ -8,6 +8,8 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,29 @@ def test_gradients_on_torch_reach_what_a_function_closes_over(traced_with_grad: 
         torch.testing.assert_close(compiled(x), (w**2 * x).sum(), rtol=1e-12, atol=0)
 
 
+def test_torch_is_asked_anew_whether_it_records() -> None:
+    """A function may do something else under no_grad, and what it does there may be all it can."""
+    require("torch")
+    torch = importlib.import_module("torch")
+    w = torch.tensor([0.5, 1.0], requires_grad=True)
+    x = torch.ones(2)
+    compiled = metaframe.compile(lambda x: x * (2 if torch.is_grad_enabled() else 3))
+    with torch.no_grad():
+        assert compiled(x).tolist() == [3, 3]
+        by_numpy = metaframe.compile(lambda x: x * torch.from_numpy((2 * w).numpy()))
+        assert by_numpy(x).tolist() == [1, 2]
+    assert compiled(x).tolist() == [2, 2]
+
+
+def test_tensorflow_variables_may_take_the_place_of_tensors() -> None:
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+    double = metaframe.compile(lambda x: 2 * x)
+    for x in (tf.constant([1.0, 2.0]), tf.Variable([1.0, 2.0]), tf.constant([1.0, 2.0])):
+        np.testing.assert_array_equal(double(x), [2, 4])
+    assert double.traces == 1
+
+
 def test_tensorflow_records_a_compiled_call_and_reads_variables_anew() -> None:
     require("tensorflow")
     tf = importlib.import_module("tensorflow")
@@ -144,6 +169,33 @@ def test_tensorflow_records_a_compiled_call_and_reads_variables_anew() -> None:
     np.testing.assert_allclose(tf.function(given)(v, x), cost, rtol=1e-12)
     w.assign([3.0, 4.0])
     np.testing.assert_allclose(closed(x), 98, rtol=1e-12)
+
+
+def test_results_without_arrays(arr: Arr) -> None:
+    compiled = metaframe.compile(lambda x: {"a": 3})
+    assert [compiled(arr([1.0])) for _ in range(2)] == [{"a": 3}] * 2
+
+
+def test_threads_compile_at_once(arr: Arr) -> None:
+    def run(k: int) -> float:
+        return float(metaframe.compile(lambda x: ops.sum(x * k))(x[k]))
+
+    x = [arr([1.0] * (k + 1)) for k in range(4)]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(run, range(4))) == [0, 2, 6, 12]
+
+
+def test_constant_that_changed_makes_another_program(arr: Arr) -> None:
+    @dataclass(unsafe_hash=True)
+    class Settings:
+        rate: float
+
+    settings = Settings(2.0)
+    compiled = metaframe.compile(lambda x, settings: x * settings.rate)
+    compiled(arr([1.0]), settings)
+    settings.rate = 3.0
+    assert float(compiled(arr([1.0]), settings)[0]) == 3
+    assert compiled.traces == 2
 
 
 def test_structure_of_results_is_kept(arr: Arr) -> None:

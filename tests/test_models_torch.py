@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import metaframe
 import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
@@ -18,6 +19,7 @@ from metaframe.tasks import Task
 require("torch")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -48,6 +50,42 @@ def test_activation_checkpointing_is_refused(task_map: Any) -> None:
     with torch.no_grad():
         assert torch.equal(functional_forward(module, {}, X), module(X))
     module(X).sum().backward()  # elsewhere it works as before
+
+
+BATCH_NORM = nn.Sequential(nn.BatchNorm1d(3)).double()
+BAD_INPUTS = [
+    pytest.param((1, 3), {}, "more than 1 value per channel", id="batch of one"),
+    *(
+        pytest.param((4, 3), {"0.weight": (n,)}, "weight|broadcast|size", id=f"scale of {n}")
+        for n in (2, 4)
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "sizes", "message"), BAD_INPUTS)
+def test_batch_norm_is_as_strict_as_torchs(shape: Any, sizes: Any, message: str) -> None:
+    params = {name: torch.ones(size).double() for name, size in sizes.items()}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        functional_forward(BATCH_NORM, params, torch.randn(shape).double())
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (1, 3), (4, 3), (3, 2), (3, 1)])
+def test_portable_batch_norm_looks_at_sizes(sizes: Any) -> None:
+    x, scale, shift = torch.randn(4, 3), *map(torch.ones, sizes)
+    with pytest.raises(RuntimeError, match="should contain 3 elements"):
+        metaframe.nn.batch_norm(x, scale, shift)
+
+
+def test_batch_norm_takes_no_examples() -> None:
+    assert functional_forward(BATCH_NORM, {}, torch.ones(0, 3).double()).shape == (0, 3)
+
+
+def test_batch_norm_in_forward_mode() -> None:
+    x, t = torch.randn(2, 5, 3, dtype=torch.float64)
+    _, expected = torch.func.jvp(lambda x: functional_forward(BATCH_NORM, {}, x), (x,), (t,))
+    with forward_ad.dual_level():
+        y = functional_forward(BATCH_NORM, {}, forward_ad.make_dual(x, t))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
 
 
 def test_hooks_on_saved_tensors_around_an_adaptation() -> None:

@@ -5,6 +5,7 @@ The grid of layouts, numbers of steps and judged points is the conformance suite
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -96,8 +97,18 @@ def test_a_cost_that_takes_v_by_keyword(data: Call, to_np: Call, batched: Any) -
     def by_keyword(sub_batch: Any, *, v: Any) -> Any:
         return support_cost(sub_batch, v)
 
-    found = to_np(maml_step(batch, by_keyword, None, variables, 2, RATE, batched=batched))
-    assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
+    class Model:
+        def cost(self, sub_batch: Any, *, v: Any) -> Any:
+            return support_cost(sub_batch, v)
+
+        def forwarded(self, *args: Any, **kwargs: Any) -> Any:
+            return self.cost(*args, **kwargs)
+
+        forwarded.__signature__ = inspect.signature(cost)  # type: ignore[attr-defined]
+
+    for by_kind in (by_keyword, Model().cost, Model().forwarded):
+        found = to_np(maml_step(batch, by_kind, None, variables, 2, RATE, batched=batched))
+        assert_close(found[:2], [problem.cost, unpacked(problem.maml)])
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["last", "average"])

@@ -19,6 +19,7 @@ logger = logging.getLogger("metaframe.compile")
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
+_TENSORS = frozenset({tf.__internal__.EagerTensor})
 
 
 def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
@@ -50,9 +51,12 @@ def _caller(concrete: Any) -> ArraysFn:
     captures = concrete.captured_inputs
 
     def run(xs: Arrays) -> Arrays:
-        if captures or record.could_possibly_record() or not tf.executing_eagerly():
+        recorded = record.could_possibly_record() or not tf.executing_eagerly()
+        variables = not _TENSORS.issuperset(map(type, xs))
+        if captures or recorded or variables:
             return tuple(concrete(*xs))
-        return tuple(concrete.inference_fn.call_flat(*xs))
+        results = concrete.inference_fn.call_flat(*xs)
+        return tuple(results or ())  # None where there are none
 
     return run
 

@@ -31,13 +31,21 @@ from metaframe_torch import _tape
 
 def batch_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
     """`F.batch_norm` by the statistics of `x`, (N, C, ...)."""
-    same_type = all(y is None or y.dtype == x.dtype for y in (scale, shift))
-    ours = x.dtype in (torch.float32, torch.float64) and same_type and x.device.type in _DEVICES
-    if _tape.transforming() or not ours:
+    if _tape.transforming() or _tape.has_tangents() or not _ours(x, scale, shift):
         return F.batch_norm(x, None, None, scale, shift, training=True, momentum=0.0, eps=eps)
     apply: Any = _BatchNorm.apply
     result: Tensor = apply(x, scale, shift, eps)[0]
     return result
+
+
+def _ours(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
+    """Is it what `native_batch_norm` is sure of? It looks at no shapes; `F.batch_norm` does."""
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in _DEVICES:
+        return False
+    if x.ndim < 2 or x.numel() <= x.shape[1]:
+        return False
+    channels = x.shape[1:2]
+    return all(y is None or (y.dtype == x.dtype and y.shape == channels) for y in (scale, shift))
 
 
 _DEVICES = ("cpu", "cuda")

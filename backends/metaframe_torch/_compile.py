@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,17 +27,25 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from metaframe.backend import Array, Arrays, ArraysFn
 from metaframe_torch import _tape
 
+_one_at_a_time = threading.RLock()  # inductor's state is the process's
+
 
 def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one compiled graph for tensors like `examples`."""
-    # What a transform hands over are no tensors to compile for.
-    programs = [] if _tape.transforming() else [_program(fn, examples)]
+    programs: dict[bool, Callable[..., Any]] = {}
+
+    def program(xs: Arrays) -> Callable[..., Any]:
+        # Two at most, since `fn` may do something else where gradients are enabled.
+        recording = torch.is_grad_enabled()
+        if recording not in programs:
+            programs[recording] = _program(fn, xs)
+        return programs[recording]
 
     def run(xs: Arrays) -> Arrays:
-        if not programs:
-            programs.append(_program(fn, xs))
-        return tuple(programs[0](*[x if x.is_contiguous() else x.contiguous() for x in xs]))
+        return tuple(program(xs)(*[x if x.is_contiguous() else x.contiguous() for x in xs]))
 
+    if not _tape.transforming():  # what a transform hands over are no tensors to compile for
+        program(examples)
     differentiable = _tape.taped(run, fn)
     return lambda xs: fn(xs) if _tape.transforming() else differentiable(xs)
 
@@ -50,14 +59,12 @@ def _program(fn: ArraysFn, examples: Arrays) -> Callable[..., Any]:
 
     # Compiled code relies on the strides of its inputs, and callers do not think of them.
     plain = [x.detach().contiguous() for x in examples]
-    with _collection_paused():
-        with torch.enable_grad():
-            graph = make_fx(flat)(*plain)
-        compiled = _compiled(graph, plain)
-    if any(y.requires_grad for y in outputs):
-        # By what `fn` closes over, whose gradient compiled code would lose.
-        return lambda *xs: fn(xs) if torch.is_grad_enabled() else compiled(*xs)
-    return compiled
+    with _one_at_a_time, _collection_paused():
+        graph = make_fx(flat)(*plain)
+        if any(y.requires_grad for y in outputs):
+            # By what `fn` closes over, whose gradient compiled code would lose.
+            return lambda *xs: fn(xs)
+        return _compiled(graph, plain)
 
 
 def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:

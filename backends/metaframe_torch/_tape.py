@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
@@ -81,6 +82,11 @@ def _closes_over(value: Array, inputs: Arrays) -> bool:
             return True
         ahead += [following for following, _ in node.next_functions]
     return False
+
+
+def has_tangents() -> bool:
+    """May tensors be dual ones, of forward-mode differentiation?"""
+    return forward_ad._current_level >= 0
 
 
 @contextmanager
