@@ -77,6 +77,9 @@ def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
         # Kernels are called from C++: on small models Python takes longer than they do. With CUDA
         # that would need the toolkit's headers on the user's machine.
         "cpp_wrapper": all(x.device.type == "cpu" for x in plain),
+        # What calls them is compiled apart from them, with less optimisation and headers that are
+        # prepared for either: a second less for each program.
+        "cpp_wrapper_build_separate": True,
         # Reductions over a few elements stay reductions: unrolled, the steps of an inner loop on
         # small tensors become one expression that grows exponentially with their number.
         "unroll_reductions_threshold": 1,
