@@ -124,7 +124,7 @@ def test_gradients_on_torch_reach_what_a_function_closes_over(traced_with_grad: 
         torch.testing.assert_close(compiled(x), (w**2 * x).sum(), rtol=1e-12, atol=0)
 
 
-def test_torch_is_asked_anew_whether_it_records() -> None:
+def test_torch_is_asked_anew_whether_it_records(caplog: pytest.LogCaptureFixture) -> None:
     """A function may do something else under no_grad, and what it does there may be all it can."""
     require("torch")
     torch = importlib.import_module("torch")
@@ -135,7 +135,10 @@ def test_torch_is_asked_anew_whether_it_records() -> None:
         assert compiled(x).tolist() == [3, 3]
         by_numpy = metaframe.compile(lambda x: x * torch.from_numpy((2 * w).numpy()))
         assert by_numpy(x).tolist() == [1, 2]
-    assert compiled(x).tolist() == [2, 2]
+    with caplog.at_level(logging.DEBUG, logger="metaframe.compile"):
+        assert compiled(x).tolist() == compiled(x).tolist() == [2, 2]
+    said = [record.message for record in caplog.records if record.name == "metaframe.compile"]
+    assert said == ["a program once more, for gradients on"]
 
 
 def test_tensorflow_variables_may_take_the_place_of_tensors() -> None:

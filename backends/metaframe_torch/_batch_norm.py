@@ -4,7 +4,8 @@ torch puts the second derivative together from some thirty sums, each a pass ove
 its third derivative is wrong: the statistics count as constants there. Here the second derivative
 is two calls of torch's fused first one and a few products, and every derivative is right.
 
-With x^ = (x - mean) * r, r = 1 / sqrt(variance + eps), and M entries a channel:
+With x^ = (x - mean) * r, r = 1 / sqrt(variance + eps), and M entries a channel, Ioffe and Szegedy
+(arXiv:1502.03167, section 3) have
 
     y = scale * x^ + shift
     dx = scale * r * P(g),   dscale = sum(g x^),   dshift = sum(g),
@@ -30,7 +31,10 @@ from metaframe_torch import _tape
 
 
 def batch_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
-    """`F.batch_norm` by the statistics of `x`, (N, C, ...)."""
+    """`F.batch_norm` by the statistics of `x`, (N, C, ...), with its errors.
+
+    `scale` and `shift` are (C,).
+    """
     if _tape.transforming() or _tape.has_tangents() or not _ours(x, scale, shift):
         return F.batch_norm(x, None, None, scale, shift, training=True, momentum=0.0, eps=eps)
     apply: Any = _BatchNorm.apply
@@ -98,7 +102,7 @@ class _FirstDerivative(torch.autograd.Function):
             return v.view(1, -1, *(1,) * (x.ndim - 2))
 
         def projected(u: Tensor) -> tuple[Tensor, Tensor]:
-            """R * P(u) and sum(u x^)."""
+            """P(u) times r, and sum(u x^)."""
             if not torch.is_grad_enabled():
                 return _fused(u, x, None, mean, r, ctx.eps)[:2]
             normal = (x - per_channel(mean)) * per_channel(r)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from metaframe.backend import Array, Arrays, ArraysFn
 from metaframe_torch import _tape
 
+logger = logging.getLogger("metaframe.compile")
+
 _one_at_a_time = threading.RLock()  # inductor's state is the process's
 
 
@@ -38,6 +41,8 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
         # Two at most, since `fn` may do something else where gradients are enabled.
         recording = torch.is_grad_enabled()
         if recording not in programs:
+            if programs:
+                logger.debug("a program once more, for gradients %s", "on" if recording else "off")
             programs[recording] = _program(fn, xs)
         return programs[recording]
 
