@@ -8,7 +8,7 @@ and never changes the model, except in `assign`, where that is what is asked for
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -48,11 +48,20 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a model is called on, and how: `model(*args, **kwargs)` under `forward`."""
+    """One call of a model: its arguments, the policy `forward`, and what is called.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        forward: how the model is called.
+        call: `call(model, *args, **kwargs)`, such as another method of the model; None for
+            `model(*args, **kwargs)`.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     forward: Forward = Forward()
+    call: Callable[..., Any] | None = None
 
 
 class BatchNorm(NamedTuple):
