@@ -16,7 +16,7 @@ from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, InputError, nearest
 from metaframe.models import ModelAdapter
 from metaframe.workers import Place, Workers
-from metaframe_jax import _distributed
+from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
@@ -93,7 +93,7 @@ class JaxBackend(Backend):
         return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
     def is_traced(self, x: Array) -> bool:
-        return isinstance(x, jax.core.Tracer)
+        return _private.is_tracer(x)
 
     def devices(self) -> tuple[str, ...]:
         return tuple(str(device) for device in jax.devices())
@@ -113,13 +113,15 @@ class JaxBackend(Backend):
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
         def checked(xs: Arrays) -> tuple[Array, Arrays]:
             value, aux = fn(xs)
-            if on_disconnected is not None and not _depends(value, xs):
+            if on_disconnected is not None and not _private.depends(value, xs):
                 on_disconnected()
             return value, aux
 
         transformed = jax.value_and_grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
+            if on_disconnected is not None and not _private.connected(fn, xs):
+                on_disconnected()
             (value, aux), grads = transformed(xs)
             return value, aux, grads
 
@@ -183,6 +185,8 @@ class JaxBackend(Backend):
         return final
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_jax import _distributed
+
         return _distributed.compiled(fn, examples)
 
     def needed_a_value(self, error: Exception) -> bool:
@@ -210,12 +214,18 @@ class JaxBackend(Backend):
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
 
     def workers(self) -> Workers:
+        from metaframe_jax import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_jax import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_jax import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModelAdapter | None:
@@ -223,19 +233,9 @@ class JaxBackend(Backend):
 
 
 def _staged() -> bool:
-    """Is a program being recorded, as under jit? Every new array is then a tracer.
+    """Is a program being recorded?
 
     Run eagerly, a loop of `lax` would be compiled for every call, since its body is another
     function each time, and stay in JAX's caches for good, megabytes each.
     """
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def _depends(value: Array, xs: Arrays) -> bool:
-    """Inside a gradient transform: is `value` differentiably connected to `xs`?
-
-    A value without a tangent leaves the transform as a plain array or as a tracer of an outer
-    one, so it is enough to compare which trace the tracers belong to.
-    """
-    here = getattr(xs[0], "_trace", None) if xs else None
-    return here is not None and getattr(value, "_trace", None) is here
+    return _private.staged()

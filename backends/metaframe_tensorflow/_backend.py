@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import record
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError
-from metaframe.workers import Place, Workers
-from metaframe_tensorflow import _distributed
-from metaframe_tensorflow._compile import compile_graph
-from metaframe_tensorflow._hidden import hidden_effect
+from metaframe.workers import ALONE, Place, Workers
+from metaframe_tensorflow import _private
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -153,8 +150,10 @@ class TensorFlowBackend(Backend):
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         found = fn(tuple(map(self.stop_gradient, xs)))
-        if record.should_record_backprop(list(found)):
+        if _private.records(found):
             return "depends on a tensor that it closes over, whose gradient would be lost"
+        from metaframe_tensorflow._hidden import hidden_effect
+
         try:
             return hidden_effect(fn, xs)
         except Exception as error:
@@ -175,10 +174,9 @@ class TensorFlowBackend(Backend):
             if not tf.executing_eagerly():
                 return tuple(mapped(*xs))
             # vectorized_map makes a graph even for one eager call, and warns of it from the
-            # fifth call on. In a function of our own it does so without the warning.
+            # fifth call on. In a function of our own, traced by hand, it does so silently.
             graph = tf.function(mapped, autograph=False)
-            graph._omit_frequent_tracing_warning = True
-            return tuple(graph(*xs))
+            return tuple(graph.get_concrete_function(*xs)(*xs))
 
         return call
 
@@ -217,15 +215,25 @@ class TensorFlowBackend(Backend):
         return tuple(x.shape), x.dtype, x.device
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_tensorflow._compile import compile_graph
+
         return compile_graph(fn, examples)
 
     def workers(self) -> Workers:
+        if not tf.distribute.has_strategy():
+            return ALONE
+        from metaframe_tensorflow import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_tensorflow import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_tensorflow import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModuleAdapter | None:

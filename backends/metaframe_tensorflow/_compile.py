@@ -11,15 +11,14 @@ import logging
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 
 from metaframe.backend import Arrays, ArraysFn
+from metaframe_tensorflow import _private
 
 logger = logging.getLogger("metaframe.compile")
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
-_TENSORS = frozenset({tf.__internal__.EagerTensor})
 
 
 def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
@@ -43,20 +42,18 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
 
 
 def _caller(concrete: Any) -> ArraysFn:
-    """`concrete` by the call it ends in, where nothing records it.
-
-    What it does before, checking and sorting arguments that `metaframe.compile` has looked at
-    already, takes longer than the program of a small model.
-    """
-    captures = concrete.captured_inputs
+    """`concrete` by its quick call, where nothing records it."""
+    quick = _private.quick_call(concrete)
+    if quick is None or concrete.captured_inputs:
+        return lambda xs: tuple(concrete(*xs))
+    with tf.init_scope():
+        plain = frozenset({type(tf.constant(0))})
 
     def run(xs: Arrays) -> Arrays:
-        recorded = record.could_possibly_record() or not tf.executing_eagerly()
-        variables = not _TENSORS.issuperset(map(type, xs))
-        if captures or recorded or variables:
+        recorded = _private.may_record() or not tf.executing_eagerly()
+        if recorded or not plain.issuperset(map(type, xs)):
             return tuple(concrete(*xs))
-        results = concrete.inference_fn.call_flat(*xs)
-        return tuple(results or ())  # None where there are none
+        return quick(xs)
 
     return run
 

@@ -14,7 +14,9 @@ import tensorflow as tf
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
+from metaframe.models._keras_private import is_layer, layers_in
 from metaframe.models.flags import Flags
+from metaframe_tensorflow import _private
 
 Params = dict[str, Array]
 
@@ -35,11 +37,8 @@ class ModuleAdapter(ModelAdapter):
         return {n: v for n, v in self._variables().items() if not v.trainable}
 
     def _variables(self) -> Params:
-        flat = self.model._flatten(
-            predicate=lambda x: isinstance(x, tf.Variable), with_path=True, expand_composites=False
-        )
         named: Params = {}
-        for path, variable in flat:
+        for path, variable in _private.named_variables(self.model):
             if not any(variable is known for known in named.values()):
                 named["/".join(map(str, path))] = variable
         return named
@@ -51,8 +50,8 @@ class ModuleAdapter(ModelAdapter):
         for x in _held(self.model).values():
             if isinstance(x, tf.Module):
                 yield x
-            elif _is_keras(x):
-                yield from x._flatten_layers()
+            elif is_layer(x):
+                yield from layers_in(x)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
@@ -74,7 +73,7 @@ class ModuleAdapter(ModelAdapter):
                 f"{model} reads the variables {own} from somewhere else than its attributes, such "
                 "as a closure, where other values cannot be put. Read them from self."
             )
-        layers = [x for x in _held(self.model).values() if _is_keras(x)]
+        layers = [x for x in _held(self.model).values() if is_layer(x)]
         # Keras freezes a layer and leaves its variables trainable for a tape.
         frozen = {v.value.ref() for layer in layers for v in layer.non_trainable_variables}
         if others := [name for ref, name in names.items() if ref not in frozen]:
@@ -120,10 +119,6 @@ def _held(node: Any, found: dict[int, Any] | None = None) -> dict[int, Any]:
     for x in inside:
         _held(x, found)
     return found
-
-
-def _is_keras(x: object) -> bool:
-    return hasattr(x, "_flatten_layers")
 
 
 class _Substitution:

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
-from torch.utils import _pytree
+import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
-from metaframe.workers import Place, Workers
-from metaframe_torch import _distributed, _tape
-from metaframe_torch._compile import compile_traced
+from metaframe.workers import ALONE, Place, Workers
+from metaframe_torch import _private, _tape
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
@@ -90,10 +89,10 @@ class TorchBackend(Backend):
         return bool(x.is_floating_point())
 
     def is_traced(self, x: Array) -> bool:
-        if bool(torch._C._functorch.is_functorch_wrapped_tensor(x)):
-            return True
         # While make_fx records, tensors look plain, but their values must not be looked at.
-        return get_proxy_mode() is not None or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        if _private.is_wrapped(x) or _private.tracing():
+            return True
+        return type(x) not in (torch.Tensor, torch.nn.Parameter)
 
     def devices(self) -> tuple[str, ...]:
         found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -133,8 +132,8 @@ class TorchBackend(Backend):
             if not _tape.inside_a_gradient():
                 with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
                 value, pull_back, (_, aux) = with_pull_back
-                if not _tape.records(value):
-                    (grads,) = pull_back(torch.ones_like(value), False, False)
+                if not _private.records(value):
+                    (grads,) = _private.pull_back_once(pull_back, torch.ones_like(value))
                     return value, aux, grads
             grads, (value, aux) = recorded(xs)
             return value, aux, grads
@@ -148,9 +147,9 @@ class TorchBackend(Backend):
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
         try:
-            if get_proxy_mode() is not None:
+            if _private.tracing():
                 # While it is recorded, torch crashes where it would otherwise raise an error.
-                with disable_proxy_modes_tracing():
+                with _private.untraced():
                     torch.func.jvp(fn, (xs,), (tangents,))
             return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
         except RuntimeError as error:
@@ -180,8 +179,10 @@ class TorchBackend(Backend):
 
     def _random_bytes(self) -> dict[str, bytes]:
         # A new tensor belongs to the transforms that are active, and these do not show its values.
-        with torch._C._DisableFuncTorch(), disable_proxy_modes_tracing():
-            return {name: state.tobytes() for name, state in self.random_state().items()}
+        # In another thread none is.
+        with ThreadPoolExecutor(1) as elsewhere:
+            states = elsewhere.submit(self.random_state).result()
+        return {name: state.tobytes() for name, state in states.items()}
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
@@ -207,6 +208,8 @@ class TorchBackend(Backend):
         return call
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_torch._compile import compile_traced
+
         return compile_traced(fn, examples)
 
     def needed_a_value(self, error: Exception) -> bool:
@@ -232,7 +235,9 @@ class TorchBackend(Backend):
         flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
         unflatten: Callable[[Any, Iterable[Any]], Any],
     ) -> None:
-        _pytree.register_pytree_node(
+        if _private.REGISTER_NODE.found is None:
+            return  # torch.func refuses one by itself
+        _private.REGISTER_NODE.found(
             cls,
             lambda node: flatten(node)[:2],
             lambda children, metadata: unflatten(metadata, children),
@@ -240,12 +245,20 @@ class TorchBackend(Backend):
         )
 
     def workers(self) -> Workers:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        from metaframe_torch import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_torch import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_torch import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> TorchAdapter | None:
@@ -264,7 +277,7 @@ class TorchBackend(Backend):
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:
         # Inside a transform nothing is recorded for autograd; only the transform can say.
-        if torch._C._functorch.peek_interpreter_stack() is not None and callable(loss):
+        if _private.transforming() and callable(loss):
             return super().loss_gradient(loss, xs, first_order=first_order)
         return tape_gradient(loss, xs, first_order=first_order)
 

@@ -17,16 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch._inductor.config
-from torch._guards import TracingContext, tracing
-from torch._inductor import compile as inductor_compile
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from metaframe.backend import Array, Arrays, ArraysFn
-from metaframe_torch import _tape
+from metaframe_torch import _private, _tape
 
 logger = logging.getLogger("metaframe.compile")
 
@@ -64,8 +58,9 @@ def _program(fn: ArraysFn, examples: Arrays) -> Callable[..., Any]:
 
     # Compiled code relies on the strides of its inputs, and callers do not think of them.
     plain = [x.detach().contiguous() for x in examples]
+    _ = _private.PROXY_MODE.required  # our own functions ask whether they are recorded
     with _one_at_a_time, _collection_paused():
-        graph = make_fx(flat)(*plain)
+        graph = _private.MAKE_FX.required(flat)(*plain)
         if any(y.requires_grad for y in outputs):
             # By what `fn` closes over, whose gradient compiled code would lose.
             return lambda *xs: fn(xs)
@@ -93,13 +88,7 @@ def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
         # headers need, knows them all.
         "cpp.vec_isa_ok": True,
     }
-    # Inductor keeps a program for later processes only if shapes have an environment, as those of
-    # `torch.compile` do. Here they are all fixed.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    shapes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in plain]
-    with torch.no_grad(), tracing(TracingContext(mode)), torch._inductor.config.patch(settings):
-        compiled: Callable[..., Any] = inductor_compile(graph, shapes)
-    return compiled
+    return _private.inductor(graph, plain, settings)
 
 
 @contextlib.contextmanager

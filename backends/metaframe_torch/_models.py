@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
 from metaframe.models.flags import Flags
+from metaframe_torch import _private
 from metaframe_torch._batch_norm import batch_norm
 from metaframe_torch._tape import refuse_inference_mode
 
@@ -46,6 +46,7 @@ CHECKPOINTED = (
     "In the backward pass it would compute them from its own parameters and not from the adapted "
     "ones. Switch that off in the model; mode='remat' of meta_value_and_grad saves memory instead."
 )
+NO_WEIGHTS = UninitializedParameter, UninitializedBuffer
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -75,7 +76,7 @@ class TorchAdapter(ModelAdapter):
     output_first = True
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
-        if lazy := [name for name, x in _tensors(model) if is_lazy(x)]:
+        if lazy := [name for name, x in _tensors(model) if isinstance(x, NO_WEIGHTS)]:
             raise InputError(
                 f"the torch module {type(model).__qualname__} has no weights yet in {lazy}. Call "
                 "it once on data."
@@ -110,6 +111,7 @@ class TorchAdapter(ModelAdapter):
     def call(
         self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
+        _private.refuse_weight_norm(self.model)
         # Copies, because a module may write to its buffers; the ones given stay as they are.
         copies = {name: buffer.clone() for name, buffer in state.items()}
         own = {id(p): n for n, p in self.model.named_parameters() if params.get(n) is not p}
@@ -129,7 +131,7 @@ class TorchAdapter(ModelAdapter):
         layers = (
             (f"{path}." if path else "", module)
             for path, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
+            if isinstance(module, _private.batch_norm_classes()) and module.running_mean is not None
         )
         return tuple(
             BatchNorm(
@@ -186,7 +188,7 @@ class _Calls(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
-        if func is torch._weight_norm:
+        if func is _private.WEIGHT_NORM.found:
             return _weight_norm(*args, **kwargs)
         if func in EMBEDDINGS:
             args, kwargs = _renormalised(func, args, kwargs)
@@ -267,7 +269,8 @@ def _refuse_own(name: str, result: Any) -> None:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`v` in the length `g`; the second derivative of torch's fused kernel is wrong."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    over = None if dim == -1 else [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    return v * (g / torch.linalg.vector_norm(v, 2, over, keepdim=dim != -1))
 
 
 def _renormalised(
@@ -326,10 +329,9 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """Tensors that hooks set on a module, such as the old `weight_norm`, put back."""
-    hooked = [module for module in model.modules() if module._forward_pre_hooks]
     before = [
         (vars(module), name, value)
-        for module in hooked
+        for module in model.modules()
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     ]

@@ -18,13 +18,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.autograd.graph import get_gradient_edge
 
 from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.errors import InputError
+from metaframe_torch import _private
 
 _requires_grad = operator.attrgetter("requires_grad")
 _inside = ContextVar("inside", default=False)
@@ -70,23 +69,25 @@ def refuse_inference_mode() -> None:
 
 def _closes_over(value: Array, inputs: Arrays) -> bool:
     """Is `value` on the tape by more than `inputs`?"""
-    known = {id(x) for x in inputs}
-    seen, ahead = set(), [value.grad_fn]
+    seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of the nodes at the ends
-        if variable is not None and id(variable) not in known:
+        if not node.next_functions:  # another leaf
             return True
+        seen.add(node)
         ahead += [following for following, _ in node.next_functions]
     return False
 
 
 def has_tangents() -> bool:
     """May tensors be dual ones, of forward-mode differentiation?"""
-    return forward_ad._current_level >= 0
+    try:
+        forward_ad.make_dual(torch.empty(0), torch.empty(0))
+    except RuntimeError:  # outside of a dual level
+        return False
+    return True
 
 
 @contextmanager
@@ -180,22 +181,9 @@ def detached(xs: Arrays) -> Arrays:
 
 def inside_a_gradient() -> bool:
     """Is a torch.func transform that differentiates active?"""
-    return gradients_active() > 0
-
-
-def gradients_active() -> int:
-    """How many torch.func transforms that differentiate are active."""
-    gradients = (TransformType.Grad, TransformType.Jvp)
-    return sum(level.key() in gradients for level in retrieve_all_functorch_interpreters())
-
-
-def records(x: Array) -> bool:
-    """Does autograd's tape record `x`, below the transforms that are active?"""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return bool(x.requires_grad)
+    return _private.gradients_active() > 0
 
 
 def transforming() -> bool:
     """Is a transform of torch.func or a trace active?"""
-    return torch._C._functorch.peek_interpreter_stack() is not None or get_proxy_mode() is not None
+    return _private.transforming() or _private.tracing()

@@ -7,12 +7,12 @@ Keras model is an `nn.Module` too, but `torch.func.functional_call` does not rea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from metaframe.backend import backend_of
 from metaframe.errors import InputError
+from metaframe.models._keras_private import is_layer, layers_in
 from metaframe.models.adapter import Inputs, ModelAdapter, Params
 from metaframe.models.flags import Flags
 
@@ -50,7 +50,10 @@ class KerasAdapter(ModelAdapter):
 
     def signature(self) -> Hashable:
         """Plain attributes of all layers, such as the rate of a dropout."""
-        return self._flags.of(self.model._flatten_layers)
+        return self._flags.of(self._layers)
+
+    def _layers(self) -> Sequence[Any]:
+        return layers_in(self.model)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`model.stateless_call`, with `training=` as the policy says."""
@@ -64,7 +67,7 @@ class KerasAdapter(ModelAdapter):
             kwargs = {"training": norm == "batch", **kwargs}
         # By name: a structure that was flattened and built again does not keep the order.
         names = list(self.state())
-        with self._flags.called(self.model._flatten_layers):
+        with self._flags.called(self._layers):
             output, after = self.model.stateless_call(
                 [self.backend.asarray(params[name]) for name in self.params()],
                 [self.backend.asarray(state[name]) for name in names],
@@ -104,7 +107,4 @@ def _paths(variables: Sequence[Any]) -> tuple[str, ...]:
 
 def keras_adapter(model: object) -> ModelAdapter | None:
     """The adapter of a Keras layer; None for anything else."""
-    keras = sys.modules.get("keras")
-    # Half imported while Keras itself is being imported.
-    layer = getattr(getattr(keras, "layers", None), "Layer", None)
-    return KerasAdapter(model) if layer is not None and isinstance(model, layer) else None
+    return KerasAdapter(model) if is_layer(model) else None

@@ -1,0 +1,108 @@
+"""The private names of JAX that this backend uses, and what it does where one is missing.
+
+Importing this module looks none of them up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from metaframe.backend import Arrays, ScalarFn
+from metaframe.private import PrivateName
+
+SEEN = ("0.8.1", "0.10.2")
+
+TRACER = PrivateName("jax.core:Tracer", "the quick test for tracers", SEEN, "slower")
+TRACE = PrivateName(
+    "jax.core:Tracer._trace",
+    "telling without another trace whether a loss depends on what it is differentiated by",
+    SEEN,
+    "slower",
+)
+# Several devices.
+CURRENT_TRACE = PrivateName(
+    "jax._src.core:trace_ctx", "a compiled step on several devices", SEEN, "error"
+)
+JIT_TRACE = PrivateName(
+    "jax._src.interpreters.partial_eval:DynamicJaxprTrace",
+    "a compiled step on several devices",
+    SEEN,
+    "error",
+)
+# Several processes.
+PROCESSES = PrivateName(
+    "jax._src.distributed:global_state",
+    "a step of several processes",
+    SEEN,
+    "error",
+)
+
+
+def is_tracer(x: Array) -> bool:
+    """Is `x` a tracer, whose value is not known?"""
+    if TRACER.found is not None:
+        return isinstance(x, TRACER.found)
+    try:
+        x.devices()
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False
+
+
+def staged() -> bool:
+    """Is a program being recorded, as under jit? Every new array is then a tracer."""
+    return is_tracer(jnp.zeros(()))
+
+
+def transforming() -> bool:
+    """Is any transform active?"""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:  # it is for the outside of transforms only
+        return True
+    return False
+
+
+def recorded_by_jit() -> bool:
+    """Is the innermost transform jit?"""
+    return isinstance(CURRENT_TRACE.required.trace, JIT_TRACE.required)
+
+
+def client() -> Any:
+    """The connection to the other processes; None where there are none."""
+    if jax.process_count() == 1 and PROCESSES.found is None:
+        return None
+    return PROCESSES.required.client
+
+
+def depends(value: Array, xs: Arrays) -> bool:
+    """Inside a gradient transform: is `value` differentiably connected to `xs`?
+
+    A value without a tangent leaves the transform as a plain array or as a tracer of an outer
+    one, so it is enough to compare which trace the tracers belong to. Without the name true, and
+    `connected` tells.
+    """
+    if TRACE.found is None:
+        return True
+    here = getattr(xs[0], "_trace", None) if xs else None
+    return here is not None and getattr(value, "_trace", None) is here
+
+
+def connected(fn: ScalarFn, xs: Arrays) -> bool:
+    """What `depends` would tell: by another trace, of the derivative. True if `depends` tells."""
+    if TRACE.found is not None:
+        return True
+
+    def derivative(xs: Arrays, tangents: Arrays) -> Array:
+        return jax.jvp(lambda *ys: fn(ys)[0], xs, tangents)[1]
+
+    program = jax.make_jaxpr(derivative)(xs, xs).jaxpr
+    reached: set[Any] = set(program.invars[len(xs) :])
+    for equation in program.eqns:
+        if not reached.isdisjoint(v for v in equation.invars if not hasattr(v, "val")):
+            reached.update(equation.outvars)
+    return program.outvars[0] in reached
