@@ -106,6 +106,8 @@ class JaxWorkers(Workers):
     def leave_word(self, text: str) -> None:
         _left.set()
         client = _private.client()
+        if client is None:
+            return
         with suppress(jax.errors.JaxRuntimeError):  # the first one may be gone, or was faster
             client.key_value_set(LAST_WORD, text)
 
