@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
@@ -103,6 +104,10 @@ def connected(fn: ScalarFn, xs: Arrays) -> bool:
     program = jax.make_jaxpr(derivative)(xs, xs).jaxpr
     reached: set[Any] = set(program.invars[len(xs) :])
     for equation in program.eqns:
-        if not reached.isdisjoint(v for v in equation.invars if not hasattr(v, "val")):
+        if any(_is_among(x, reached) for x in equation.invars):
             reached.update(equation.outvars)
-    return program.outvars[0] in reached
+    return _is_among(program.outvars[0], reached)
+
+
+def _is_among(x: Any, variables: set[Any]) -> bool:
+    return not isinstance(x, jax.extend.core.Literal) and x in variables

@@ -102,7 +102,7 @@ REGISTER_NODE = PrivateName(
     "torch.utils:_pytree.register_pytree_node",
     "passing a Container or a Task to a transform of torch.func",
     SEEN,
-    "error",
+    "theirs",
 )
 
 # Several processes.
