@@ -8,16 +8,27 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from metaframe.private import PrivateName
 
 SEEN = ("2.13.0",)
+
+
+class OfModules(PrivateName):
+    """An attribute of every module."""
+
+    @functools.cached_property
+    def found(self) -> Any:
+        """What a new module has there."""
+        return getattr(nn.Module(), self.path.rpartition(".")[2], None)
+
 
 # Transforms and traces.
 PEEK = PrivateName(
@@ -82,6 +93,18 @@ TRACING = PrivateName("torch._guards:tracing", "the program cache", SEEN, "slowe
 TRACING_CONTEXT = PrivateName("torch._guards:TracingContext", "the program cache", SEEN, "slower")
 
 # Models.
+PARAMETERS = OfModules("torch.nn:Module._parameters", "running a model", SEEN, "error")
+BUFFERS = OfModules("torch.nn:Module._buffers", "running a model", SEEN, "error")
+MODULES = OfModules("torch.nn:Module._modules", "running a model", SEEN, "error")
+BACKWARD_HOOKS = OfModules(
+    "torch.nn:Module._backward_hooks",
+    "refusing backward hooks, which torch.func leaves out or refuses in its own words",
+    SEEN,
+    "public",
+)
+BACKWARD_PRE_HOOKS = OfModules(
+    "torch.nn:Module._backward_pre_hooks", BACKWARD_HOOKS.use, SEEN, "public"
+)
 WEIGHT_NORM = PrivateName(
     "torch:_weight_norm",
     "a model with torch's weight norm, whose own second derivative is wrong,",
@@ -97,6 +120,24 @@ BATCH_NORM_BASE = PrivateName(
 BATCH_NORM = PrivateName("torch:native_batch_norm", "the fused batch normalisation", SEEN, "slower")
 BATCH_NORM_BACKWARD = PrivateName(
     "torch:ops.aten.native_batch_norm_backward", "the fused batch normalisation", SEEN, "slower"
+)
+PACK_PADDED = PrivateName(
+    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "error"
+)
+PAD_PACKED = PrivateName(
+    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "error"
+)
+LEFT_ALIGNED = PrivateName(
+    "torch:_nested_tensor_from_mask_left_aligned",
+    "a transformer in eval mode with a padding mask under `vmap`",
+    SEEN,
+    "error",
+)
+CACHED_PARAMETRIZATIONS = PrivateName(
+    "torch.nn.utils.parametrize:_cache",
+    "running a model within `torch.nn.utils.parametrize.cached()`",
+    SEEN,
+    "error",
 )
 REGISTER_NODE = PrivateName(
     "torch.utils:_pytree.register_pytree_node",
@@ -186,10 +227,62 @@ def batch_norm_classes() -> Any:
     return BATCH_NORM_BASE.found or documented
 
 
-def refuse_weight_norm(model: nn.Module) -> None:
-    """An error where a model normalises weights and torch's function for it cannot be told."""
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Was a hook registered that runs in the backward pass of `module`?"""
+    hooks = (BACKWARD_HOOKS, BACKWARD_PRE_HOOKS)
+    return any(name.found is not None and _of(module, name) for name in hooks)
+
+
+def entries(
+    modules: list[nn.Module],
+) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """What is registered in each module: its parameters, its buffers, its modules."""
+    for name in (PARAMETERS, BUFFERS, MODULES):
+        _ = name.required
+    return [(module._parameters, module._buffers, module._modules) for module in modules]
+
+
+def _of(module: nn.Module, name: OfModules) -> Any:
+    return getattr(module, name.path.rpartition(".")[2])
+
+
+@contextmanager
+def parametrizations_computed() -> Iterator[None]:
+    """A block in which nothing that `parametrize.cached` kept is used, and nothing is kept."""
+    if CACHED_PARAMETRIZATIONS.found is None:
+        yield
+        return
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Did torch.compile make something of it?"""
+    found = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+    return bool(found)
+
+
+def _refuse_cached_parametrizations(model: nn.Module) -> None:
+    """An error within `parametrize.cached()`, where what it keeps is not to be found."""
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        for name in module.parametrizations:
+            if getattr(module, name) is getattr(module, name):
+                _ = CACHED_PARAMETRIZATIONS.required
+
+
+def refuse_missing(model: nn.Module) -> None:
+    """An error where a model needs a name that is missing and nothing else would say so.
+
+    One that normalises weights, whose function cannot be told; and one within
+    `parametrize.cached()`, where what that keeps is not to be found.
+    """
     if WEIGHT_NORM.found is None and any(map(_normalises_weights, model.modules())):
         _ = WEIGHT_NORM.required
+    if CACHED_PARAMETRIZATIONS.found is None:
+        _refuse_cached_parametrizations(model)
 
 
 def _normalises_weights(module: nn.Module) -> bool:
