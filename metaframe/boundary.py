@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from metaframe.models.adapter import ModelAdapter, NamedParameters
     from metaframe.optable import NNTable, OpsTable
 
+T = TypeVar("T")
 Array = Any
 Arrays = tuple[Array, ...]
 ArraysFn = Callable[[Arrays], Arrays]
@@ -304,6 +305,16 @@ class Backend(Required):
         """`model` behind the neutral interface; None if it is no model of this framework."""
         del model
         return None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        """`run()`, which calls a model of another library that computes with this framework.
+
+        With `twice` its result can be differentiated twice. What comes with the result are the
+        framework's own trainable variables that were read meanwhile; none for a framework whose
+        parameters are arrays like others.
+        """
+        del twice
+        return run(), ()
 
     def live(self, values: dict[str, Array]) -> NamedParameters | None:
         """`values` as parameters that the framework's own optimizers can update, if it has such."""

@@ -299,37 +299,6 @@ def last_words_of_tensorflow() -> Any:
     return workers.tell("hello")
 
 
-# Keras
-
-
-def keras_flags() -> list[bool]:
-    """Does a model's signature tell another rate, wherever the dropout is?"""
-    import keras
-
-    from metaframe.models import adapter_of
-
-    in_list, in_dict, in_graph = (keras.layers.Dropout(0.5) for _ in range(3))
-
-    class Block(keras.layers.Layer):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts, self.by_name = [keras.layers.Dense(2), in_list], {"a": in_dict}
-
-        def call(self, x: Any) -> Any:
-            return self.by_name["a"](self.parts[1](self.parts[0](x)))
-
-    inputs = keras.Input((2,))
-    graph = keras.Model(inputs, in_graph(Block()(inputs)))
-    adapter = adapter_of(keras.Sequential([graph, keras.layers.Dense(1)]))
-    found = []
-    for dropout in (in_list, in_dict, in_graph):
-        before = adapter.signature()
-        found.append(adapter.signature() == before)
-        dropout.rate = 0.25
-        found.append(adapter.signature() == before)
-    return found
-
-
 Use = Callable[[], Any]
 PLAIN: dict[str, Use] = {
     "metaframe_torch": plain_torch,
@@ -374,5 +343,4 @@ USES: dict[str, dict[str, Use]] = {
         "FLATTEN": tf_module,
         "CONTEXT": last_words_of_tensorflow,
     },
-    "keras": {"LAYERS": keras_flags},
 }

@@ -21,10 +21,7 @@ from metaframe.private import PrivateName
 from private_uses import PLAIN, USES
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {
-    **{f"metaframe_{n}": f"metaframe_{n}._private" for n in ("torch", "jax", "tensorflow")},
-    "keras": "metaframe.models._keras_private",
-}
+MODULES = {f"metaframe_{n}": f"metaframe_{n}._private" for n in ("torch", "jax", "tensorflow")}
 SLOW = {"INDUCTOR_CONFIG", "SHAPES", "TRACING", "TRACING_CONTEXT", "FAKE_TENSORS"}
 """Those that take torch's compiler seconds; INDUCTOR, of their kind, is not among them."""
 
@@ -57,10 +54,7 @@ def test_every_name_has_a_use() -> None:
 @pytest.fixture
 def framework(request: pytest.FixtureRequest) -> str:
     name = str(request.getfixturevalue("package"))
-    if name == "keras":
-        pytest.importorskip("keras")
-    else:
-        require(name.removeprefix("metaframe_"))
+    require(name.removeprefix("metaframe_"))
     return name
 
 
@@ -162,7 +156,7 @@ DOCUMENTED = {"_replace", "_fields", "_asdict", "_exit", "_initializing"}
 def modules() -> Iterator[Path]:
     for root in ("metaframe", "backends"):
         for path in sorted((ROOT / root).rglob("*.py")):
-            if path not in {source_of(m) for m in MODULES.values()}:
+            if not path.name.endswith("_private.py"):
                 yield path
 
 

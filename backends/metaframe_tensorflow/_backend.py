@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +19,8 @@ from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
+
+T = TypeVar("T")
 
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
@@ -238,6 +240,12 @@ class TensorFlowBackend(Backend):
 
     def adapter(self, model: object) -> ModuleAdapter | None:
         return ModuleAdapter(model, self) if isinstance(model, tf.Module) else None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        del twice
+        with tf.GradientTape() as tape:
+            result = run()
+        return result, tape.watched_variables()
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)

@@ -14,7 +14,7 @@ import tensorflow as tf
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
-from metaframe.models._keras_private import is_layer, layers_in
+from metaframe.models._keras_call import is_layer, layers_of
 from metaframe.models.flags import Flags
 from metaframe_tensorflow import _private
 
@@ -51,7 +51,7 @@ class ModuleAdapter(ModelAdapter):
             if isinstance(x, tf.Module):
                 yield x
             elif is_layer(x):
-                yield from layers_in(x)
+                yield from layers_of(x)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}

@@ -9,10 +9,10 @@ gradient to a graph and compiles that).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from torch.utils.dlpack import from_dlpack
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
 from metaframe.workers import ALONE, Place, Workers
-from metaframe_torch import _private, _tape
+from metaframe_torch import _foreign, _private, _tape
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+
+T = TypeVar("T")
 
 
 class TorchBackend(Backend):
@@ -263,6 +265,9 @@ class TorchBackend(Backend):
 
     def adapter(self, model: object) -> TorchAdapter | None:
         return TorchAdapter(model, self) if isinstance(model, torch.nn.Module) else None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        return _foreign.run_foreign(run, twice=twice)
 
     def live(self, values: dict[str, Array]) -> LearnedAdapter:
         return LearnedAdapter(values, self)
