@@ -39,7 +39,6 @@ from metaframe.errors import (
     UnknownKeyError,
     nearest,
 )
-
 from metaframe.wrappers import PLAIN, Node, node_finders
 
 ENTRY_POINT_GROUP = "metaframe.backends"
@@ -187,9 +186,9 @@ def owner(x: object) -> Backend | None:
 
 
 def _node_of(x: object) -> Node | None:
-    """How a framework in use takes `x` apart; None for a leaf, and for an array once and for all."""
+    """How a framework in use takes `x` apart; None for a leaf."""
     if is_neutral(x) or owner(x) is not None:
-        PLAIN.add(type(x))
+        PLAIN.add(type(x))  # not asked again
         return None
     return next(filter(None, (backend.node(x) for backend in backends_in_use())), None)
 

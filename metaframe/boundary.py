@@ -152,6 +152,13 @@ class Backend(Required):
     def stop_gradient(self, x: Array) -> Array:
         """`x` as a constant."""
 
+    def alias(self, x: Array) -> Array:
+        """`x` as a value that is differentiated into `x` and has flags of its own.
+
+        Freezing it must not freeze `x`. Default: `x`, for a framework whose arrays have no flags.
+        """
+        return x
+
     @abc.abstractmethod
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None

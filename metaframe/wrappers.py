@@ -58,7 +58,7 @@ def learn_nodes(leaves: Collection[object]) -> bool:
     """Make the classes of those `leaves` nodes that a framework takes apart. Were there any?"""
     if PLAIN.issuperset(map(type, leaves)):
         return False
-    return any([_learn(leaf) for leaf in leaves if type(leaf) not in PLAIN])
+    return any(_learn(leaf) for leaf in leaves if type(leaf) not in PLAIN)
 
 
 def _learn(leaf: object) -> bool:
