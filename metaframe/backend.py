@@ -39,6 +39,7 @@ from metaframe.errors import (
     UnknownKeyError,
     nearest,
 )
+from metaframe.wrappers import PLAIN, Node, node_finders
 
 ENTRY_POINT_GROUP = "metaframe.backends"
 FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -184,6 +185,17 @@ def owner(x: object) -> Backend | None:
     return None
 
 
+def _node_of(x: object) -> Node | None:
+    """How a framework in use takes `x` apart; None for a leaf."""
+    if is_neutral(x) or owner(x) is not None:
+        PLAIN.add(type(x))  # not asked again
+        return None
+    return next(filter(None, (backend.node(x) for backend in backends_in_use())), None)
+
+
+node_finders.append(_node_of)
+
+
 def is_neutral(x: object) -> bool:
     """NumPy arrays and Python or NumPy numbers belong to no framework."""
     return isinstance(x, (np.ndarray, np.generic, bool, int, float))
@@ -226,6 +238,18 @@ def refuse_mixed(*arrays: object) -> None:
 def _not_an_array(x: object) -> str:
     kind = type(x)
     found = f"{kind.__module__}.{kind.__qualname__} is neither an array of a loaded framework"
+    if any(backend.adapter(x) is not None for backend in backends_in_use()):
+        return (
+            f"{found} nor a number: it is a model. Pass its parameters, "
+            "metaframe.named_params(model), and call it with metaframe.functional_forward; or wrap "
+            "it, metaframe.MAML(model)."
+        )
+    if callable(x):
+        return (
+            f"{found} nor a number. Keep functions out of the variables: of an Equinox module, "
+            "params, static = equinox.partition(module, equinox.is_inexact_array), and in the cost "
+            "equinox.combine(params, static)."
+        )
     if kind.__module__ == "builtins":
         return f"{found} nor a number: {x!r:.60}. Pass an array."
     return (

@@ -18,6 +18,7 @@ import numpy as np
 from metaframe.errors import BackendError, InputTypeError
 from metaframe.required import Required
 from metaframe.workers import ALONE, Place, Workers
+from metaframe.wrappers import Node
 
 if TYPE_CHECKING:
     from metaframe.models.adapter import ModelAdapter, NamedParameters
@@ -152,6 +153,13 @@ class Backend(Required):
     def stop_gradient(self, x: Array) -> Array:
         """`x` as a constant."""
 
+    def alias(self, x: Array) -> Array:
+        """`x` as a value that is differentiated into `x` and has flags of its own.
+
+        Freezing it must not freeze `x`. Default: `x`, for a framework whose arrays have no flags.
+        """
+        return x
+
     @abc.abstractmethod
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
@@ -271,6 +279,11 @@ class Backend(Required):
     ) -> None:
         """Let the framework's own transforms take `cls` apart, if it has such a registry."""
         del cls, flatten, unflatten
+
+    def node(self, x: object) -> Node | None:
+        """How the framework's own transforms take `x` apart; None if `x` is a leaf to them."""
+        del x
+        return None
 
     def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The state of the framework's hidden random streams, for a checkpoint."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -92,10 +92,29 @@ def variables(
             f"{name} chooses none of the variables {list(tree.key_chains(v))}. Choose at least one."
         )
     for i, (leaf, flag) in enumerate(zip(leaves, chosen, strict=True)):
-        if flag and not backend.is_floating(leaf):
+        if flag and not is_learnable(leaf, backend):
             raise InputTypeError(
                 f"variable {tree.key_chains(v)[i]!r} is {backend.dtype_name(leaf)}; gradients need "
-                f"a float dtype. Convert it, or leave it out through {name}."
+                f"a float dtype of 16 bits or more. Convert it, or leave it out through {name}."
+            )
+
+
+def is_learnable(x: Array, backend: Backend) -> bool:
+    """Can `x` be updated by gradients? Not complex numbers, integers, or floats of 8 bits."""
+    narrow = ("float8_", "float6_", "float4_")  # no framework computes in them
+    return backend.is_floating(x) and not backend.dtype_name(x).startswith(narrow)
+
+
+def learnable(params: Mapping[str, Array], names: Iterable[str], backend: Backend) -> None:
+    """Every one of these parameters, which are to be learned, can be."""
+    for name in names:
+        if not is_learnable(params[name], backend):
+            raise InputTypeError(
+                f"parameter {name!r} is {backend.dtype_name(params[name])}; gradients need a float "
+                "dtype of 16 bits or more. Make it one, such as the real and the imaginary part of "
+                "a complex number, or freeze it: requires_grad_(False) on torch, trainable=False "
+                "on TensorFlow, on JAX another kind of variable than a parameter, or outside the "
+                "parameters."
             )
 
 

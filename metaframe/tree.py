@@ -3,7 +3,8 @@
 The rules, for every backend alike:
 
 - dict, `Container`, list, tuple, namedtuple, OrderedDict, deque and registered classes are
-  nodes; anything else is a leaf;
+  nodes, and so are classes that JAX takes apart, such as Equinox modules, `FrozenDict` and
+  `nnx.State`; anything else is a leaf;
 - dict and `Container` entries are visited in sorted key order;
 - `None` is an empty subtree, never a leaf;
 - another library's array wrapper is a leaf to read and to choose, and the array in it is what
@@ -26,7 +27,14 @@ import optree
 
 from metaframe.errors import InputError, UnknownKeyError, nearest
 from metaframe.wrappers import NAMESPACE as NAMESPACE
-from metaframe.wrappers import Inside, adapt_imported_libraries, adapters, is_wrapper
+from metaframe.wrappers import (
+    Inside,
+    adapt_imported_libraries,
+    adapters,
+    is_wrapper,
+    learn_nodes,
+    register_class,
+)
 from metaframe.wrappers import register_wrapper as register_wrapper
 from metaframe.wrappers import unwrapped as unwrapped
 from metaframe.wrappers import wrapped_as as wrapped_as
@@ -49,6 +57,8 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
     if adapters:
         adapt_imported_libraries()
     leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    while learn_nodes(leaves):
+        leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
 
 
@@ -77,9 +87,7 @@ def structure(tree: Tree) -> TreeSpec:
     >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
     True
     """
-    if adapters:
-        adapt_imported_libraries()
-    return optree.tree_structure(tree, namespace=NAMESPACE)
+    return flatten(tree)[1]
 
 
 def is_leaf(node: Tree) -> bool:
@@ -90,7 +98,9 @@ def is_leaf(node: Tree) -> bool:
     """
     if adapters:
         adapt_imported_libraries()
-    return is_wrapper(node) or optree.tree_is_leaf(node, namespace=NAMESPACE)
+    if is_wrapper(node):
+        return True
+    return optree.tree_is_leaf(node, namespace=NAMESPACE) and not learn_nodes((node,))
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -193,10 +203,14 @@ def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
     if all(child is None for child in kept):
         return None
     result = unflatten(spec, kept)
-    if isinstance(result, MutableMapping):
-        for key, child in zip(spec.entries(), kept, strict=True):
-            if child is None:
-                del result[key]
+    if not isinstance(result, Mapping):
+        return result
+    dropped = [key for key, child in zip(spec.entries(), kept, strict=True) if child is None]
+    if not isinstance(result, MutableMapping):
+        frozen: Any = type(result)
+        return frozen({key: value for key, value in result.items() if key not in dropped})
+    for key in dropped:
+        del result[key]
     return result
 
 
@@ -266,14 +280,7 @@ def register(
     >>> key_chains({"p": Pair(1, 2)})
     ('p/a', 'p/b')
     """
-    register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
-    register_node(
-        cls,
-        flatten_fn,
-        unflatten_fn,
-        path_entry_type=optree.MappingEntry,
-        namespace=NAMESPACE,
-    )
+    register_class(cls, flatten_fn, unflatten_fn, optree.MappingEntry)
 
 
 def node_types(*specs: TreeSpec) -> Iterator[type]:

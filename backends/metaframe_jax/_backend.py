@@ -16,10 +16,12 @@ from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, InputError, nearest
 from metaframe.models import ModelAdapter
 from metaframe.workers import Place, Workers
+from metaframe.wrappers import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
+from metaframe_jax._nodes import node_of
 from metaframe_jax._ops import JaxOps
 
 UNROLL_AT_MOST = 8
@@ -212,6 +214,9 @@ class JaxBackend(Backend):
             return list(zip(named, children, strict=True)), metadata
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
+
+    def node(self, x: object) -> Node | None:
+        return node_of(x)
 
     def workers(self) -> Workers:
         from metaframe_jax import _distributed

@@ -111,6 +111,12 @@ class TorchBackend(Backend):
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
 
+    def alias(self, x: Array) -> Array:
+        if not isinstance(x, torch.nn.Parameter) and not x.requires_grad:
+            return x  # no parameter to anyone
+        with torch.enable_grad():  # a view made without a graph would not lead back to `x`
+            return x.view_as(x)
+
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:

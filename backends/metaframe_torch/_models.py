@@ -248,6 +248,9 @@ class LearnedAdapter(NamedParameters):
     def params(self) -> dict[str, Tensor]:
         return {name: self.model[name.replace(".", "/")] for name in self._names}
 
+    def trainable(self) -> tuple[str, ...]:
+        return tuple(name for name, p in self.params().items() if p.requires_grad)
+
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.params().items():

@@ -68,7 +68,7 @@ class TaskRun:
         self.schedule = constants["schedule"]
         """What changes from one call to the next and is not differentiated."""
         self._state = constants["state"]
-        self._learned = meta["learned"]
+        self._learned = {**constants["learned"], **meta["learned"]}
         self.support = Support(
             task.support_x,
             task.support_y,

@@ -101,8 +101,11 @@ class NamedParameters(abc.ABC):
         """Make `params`, which are complete and of the right shapes, the model's parameters."""
 
     def trainable(self) -> tuple[str, ...]:
-        """Names of the parameters to differentiate. Default: every floating one."""
-        return tuple(n for n, x in self.params().items() if self.backend.is_floating(x))
+        """Names of the parameters to learn. Default: all but integers and booleans.
+
+        A complex one is among them, so that it is refused and not left out.
+        """
+        return tuple(name for name, x in self.params().items() if is_inexact(x, self.backend))
 
     def variables(self) -> dict[str, Any]:
         """What the framework's own optimizers update. Default: the parameters."""
@@ -124,6 +127,18 @@ class NamedParameters(abc.ABC):
                     f"{tuple(value.shape)}."
                 )
         self.write({**params, **values})
+
+
+def is_inexact(x: Array, backend: Backend) -> bool:
+    """Is `x` of real or complex numbers, and not of integers or booleans?
+
+    >>> import torch
+    >>> from metaframe.backend import load_backend
+    >>> [is_inexact(torch.ones(1, dtype=dtype), load_backend("torch"))
+    ...  for dtype in (torch.bfloat16, torch.complex64, torch.int64)]
+    [True, True, False]
+    """
+    return backend.is_floating(x) or backend.dtype_name(x).startswith("complex")
 
 
 class ModelAdapter(NamedParameters):
