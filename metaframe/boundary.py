@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -202,6 +202,23 @@ class Backend(Required):
 
         It is traced before this returns, so that an error in it is raised here.
         """
+
+    def ambient(self) -> Hashable:
+        """The state of the framework that `compile` builds into a program, as far as it may change.
+
+        Such as a default dtype, autocast, or whether operations are recorded. Every call of a
+        compiled function asks for it. The default says that there is none.
+        """
+        return None
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        """True where a compiled function of `xs` has to run as it is.
+
+        That is, where a transform or a trace from outside is active that a compiled program would
+        not be part of. False if programs can be transformed like other functions.
+        """
+        del xs
+        return False
 
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:

@@ -25,6 +25,11 @@ from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.errors import InputError
 from metaframe_torch import _private
 
+CLOSES_OVER = (
+    "a function of one task, or a compiled one, uses tensors that require grad and are not among "
+    "its arguments. So that their gradient is right, tasks run one by one and nothing is compiled. "
+    "Detach them, pass them as variables, or call this under torch.no_grad()."
+)
 _requires_grad = operator.attrgetter("requires_grad")
 _inside = ContextVar("inside", default=False)
 """Is a gradient by the tape being taken?"""
@@ -123,13 +128,7 @@ def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
         wanted = any(map(_requires_grad, xs))
         found = quick(detached(xs) if wanted else xs)
         if any(map(_requires_grad, found)):
-            warnings.warn(
-                "a function of one task, or a compiled one, uses tensors that require grad and are "
-                "not among its arguments. So that their gradient is right, tasks run one by one "
-                "and nothing is compiled. Detach them, pass them as variables, or call this under "
-                "torch.no_grad().",
-                stacklevel=2,
-            )
+            warnings.warn(CLOSES_OVER, stacklevel=2)
             return exact(xs)
         if not wanted:
             return found
