@@ -220,6 +220,20 @@ class Backend(Required):
         del xs
         return False
 
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of ours, for a framework that translates Python code: to be left alone.
+
+        Every call of a public function asks for it.
+        """
+        return fn
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of the user's, as it is where a framework translates Python code.
+
+        Our own code around it is not translated, which must not keep the user's from being so.
+        """
+        return fn
+
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:
         """Was `error` raised because traced code asked an array for its value?"""

@@ -35,6 +35,7 @@ from metaframe.backend import (
     owner,
 )
 from metaframe.constants import Same, Settled, arrays_in, constant
+from metaframe.entrance import entrance
 from metaframe.errors import CompileError, InputError, InputTypeError
 
 P = ParamSpec("P")
@@ -107,6 +108,7 @@ class Compiled(Settled, Generic[P, R]):
         """What each program was made for."""
         return tuple(self._signatures)
 
+    @entrance
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the program for arguments like these, compiling it first if there is none."""
         leaves, spec = tree.flatten((args, kwargs))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from metaframe_torch import _private
@@ -76,6 +80,39 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(_autocast(kind, None))
         yield
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The states of the random streams that a function may draw from: torch's, Python's, NumPy's.
+
+    Those of accelerators that are not in use yet are left alone.
+    """
+
+    torch_: tuple[bytes, ...]
+    python: object
+    numpy: bytes
+
+    @classmethod
+    def now(cls) -> Streams:
+        """Where they are now."""
+        states = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            states += torch.cuda.get_rng_state_all()
+        return cls(
+            tuple(state.numpy().tobytes() for state in states),
+            random.getstate(),
+            pickle.dumps(np.random.get_state()),  # noqa: NPY002  users' code draws from it
+        )
+
+    def restore(self) -> None:
+        """Go back to there."""
+        first, *others = (torch.frombuffer(bytearray(s), dtype=torch.uint8) for s in self.torch_)
+        torch.set_rng_state(first)
+        if others:
+            torch.cuda.set_rng_state_all(others)
+        random.setstate(self.python)  # type: ignore[arg-type]
+        np.random.set_state(pickle.loads(self.numpy))  # noqa: NPY002
 
 
 def outside(fn: Callable[..., T], *args: Any) -> T:

@@ -223,6 +223,9 @@ class TorchBackend(Backend):
             or not _PLAIN.issuperset(map(type, xs))
         )
 
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return _tape.uncompiled(fn)
+
     def needed_a_value(self, error: Exception) -> bool:
         if type(error).__name__ in _private.VALUE_NEEDED:
             return True
