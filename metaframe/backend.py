@@ -140,9 +140,14 @@ def backends_in_use() -> tuple[Backend, ...]:
     not suffer from it.
     """
     # None in sys.modules marks a module that must not be imported.
-    imported = (name for name in sorted(known_backends()) if sys.modules.get(name) is not None)
-    found = map(_unless_broken, imported)
-    return tuple(backend for backend in found if backend is not None)
+    imported = tuple(name for name in known_backends() if sys.modules.get(name) is not None)
+    if imported not in _in_use:
+        found = map(_unless_broken, sorted(imported))
+        _in_use[imported] = tuple(backend for backend in found if backend is not None)
+    return _in_use[imported]
+
+
+_in_use: dict[tuple[str, ...], tuple[Backend, ...]] = {}
 
 
 def _unless_broken(name: str) -> Backend | None:
@@ -173,7 +178,8 @@ def register_with_frameworks(cls: type, flatten: Any, unflatten: Any) -> None:
 
 def owner(x: object) -> Backend | None:
     """The backend whose array `x` is, or None. Imports no framework."""
-    if (hit := _by_type.get(type(x))) is not None:
+    hit = _by_type.get(type(x))  # no assignment expression, which AutoGraph cannot read
+    if hit is not None:
         return hit
     if type(x) in _NEVER_ARRAYS:
         return None
@@ -321,6 +327,13 @@ def following(types: Iterable[type]) -> Iterator[None]:
     selection = None
     if _followed and current_selection() is None:
         selection = next((_followed[cls]() for cls in types if cls in _followed), None)
+    with selected(selection):
+        yield
+
+
+@contextmanager
+def selected(selection: Selection | None) -> Iterator[None]:
+    """A block of code that runs with `selection`; with None, as it is."""
     if selection is None:
         yield
         return
@@ -409,11 +422,8 @@ def use_backend(
     'jax'
     """
     selection = _select(name, device, dtype)
-    token = _scoped_selection.set(selection)
-    try:
+    with selected(selection):
         yield selection.backend
-    finally:
-        _scoped_selection.reset(token)
 
 
 def current_backend(*arrays: object) -> Backend:

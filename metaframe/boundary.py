@@ -212,6 +212,37 @@ class Backend(Required):
         It is traced before this returns, so that an error in it is raised here.
         """
 
+    def ambient(self) -> Hashable:
+        """The state of the framework that `compile` builds into a program, as far as it may change.
+
+        Such as a default dtype, autocast, or whether operations are recorded. Every call of a
+        compiled function asks for it. The default says that there is none.
+        """
+        return None
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        """True where a compiled function of `xs` has to run as it is.
+
+        That is, where a transform or a trace from outside is active that a compiled program would
+        not be part of. False if programs can be transformed like other functions.
+        """
+        del xs
+        return False
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of ours, for a framework that translates Python code: to be left alone.
+
+        Every call of a public function asks for it.
+        """
+        return fn
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of the user's, as it is where a framework translates Python code.
+
+        Our own code around it is not translated, which must not keep the user's from being so.
+        """
+        return fn
+
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:
         """Was `error` raised because traced code asked an array for its value?"""

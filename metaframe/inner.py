@@ -31,6 +31,7 @@ import numpy as np
 
 from metaframe import checks, modes, ops, optim, tree
 from metaframe.backend import Array, Arrays, backend_of
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
 from metaframe.update import update_rule
 
@@ -40,6 +41,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Order = Literal[1, 2]
 
 
+@entrance
 def inner_loop(
     cost: Cost,
     v: tree.Tree,

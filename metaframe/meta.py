@@ -15,6 +15,7 @@ from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.sharding import sharded
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
 from metaframe.workers import Share
 
@@ -121,6 +122,7 @@ def meta_value_and_grad(
     checks.function(task_cost, "task_cost")
     how = Execution(task_map, chunk_size, distributed)
 
+    @entrance
     def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
         count = checks.tasks(tasks, num_tasks)
         v, tasks, backend = arrays_of(v, tasks)
@@ -194,6 +196,7 @@ def map_tasks(
     checks.choice(task_map, "task_map", get_args(Strategy))
     how = Execution(task_map, chunk_size)
 
+    @entrance
     def call(*tasks: tree.Tree) -> tree.Tree:
         checks.tasks(tasks, None)
         leaves, spec = tree.flatten(tasks)

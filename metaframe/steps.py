@@ -20,6 +20,7 @@ from typing import Any, Literal
 from metaframe import checks, tree
 from metaframe.backend import Array, Arrays, Backend
 from metaframe.distributed.agreement import agree
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
 from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
@@ -28,6 +29,7 @@ from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
 
 
+@entrance
 def maml_step(
     batch: tree.Tree,
     inner_cost_fn: Cost,
@@ -131,6 +133,7 @@ def maml_step(
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
 
+@entrance
 def fomaml_step(
     batch: tree.Tree,
     inner_cost_fn: Cost,
@@ -200,6 +203,7 @@ def fomaml_step(
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
 
+@entrance
 def reptile_step(
     batch: tree.Tree,
     cost_fn: Cost,

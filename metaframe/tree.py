@@ -295,6 +295,20 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
             yield from node_types(*spec.children())
 
 
+def keyed_by_names(spec: TreeSpec) -> bool:
+    """Are the keys of all mappings strings? Structures with the keys 1 and True are equal.
+
+    >>> keyed_by_names(structure({"a": [0, 0]})), keyed_by_names(structure({1: 0}))
+    (True, False)
+    """
+    return all(
+        isinstance(entry.entry, str)
+        for accessor in spec.accessors()
+        for entry in accessor
+        if isinstance(entry, optree.MappingEntry)
+    )
+
+
 def register_dataclass(cls: type[T]) -> type[T]:
     """Make a dataclass a node whose fields are its children. Usable as a decorator.
 
@@ -349,6 +363,12 @@ class Packed:
         self.places: tuple[int, ...] = tuple(places)
         """Where among the leaves the arrays are."""
         self._aside = aside
+
+    @property
+    def others(self) -> Leaves:
+        """The leaves that are no arrays."""
+        places = frozenset(self.places)
+        return tuple(x for i, x in enumerate(self._aside) if i not in places)
 
     def template(self) -> Packed:
         """The structure alone, to keep without the arrays."""

@@ -6,7 +6,6 @@ import this module after JAX, Flax and Equinox are known to be there.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

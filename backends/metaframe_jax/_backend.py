@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,11 +40,13 @@ CLOSURE = (
 )
 
 
+_KIND = operator.attrgetter("aval", "sharding")
+
+
 class JaxBackend(Backend):
     """The backend boundary on JAX."""
 
     name = "jax"
-    signature = operator.attrgetter("aval", "sharding")
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -185,6 +187,19 @@ class JaxBackend(Backend):
             return super().repeat(fn, carry, times)
         final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
         return final
+
+    def signature(self, x: Array) -> Hashable:
+        try:
+            return _KIND(x)
+        except AttributeError:  # a tracer is nowhere
+            return x.aval
+
+    def ambient(self) -> Hashable:
+        return _private.settings()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        # Programs are transformed like other functions, but not where jax.jit does nothing.
+        return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         from metaframe_jax import _distributed

@@ -5,6 +5,7 @@ Importing this module looks none of them up.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -21,6 +22,15 @@ TRACER = PrivateName("jax.core:Tracer", "the quick test for tracers", SEEN, "slo
 TRACE = PrivateName(
     "jax.core:Tracer._trace",
     "telling without another trace whether a loss depends on what it is differentiated by",
+    SEEN,
+    "slower",
+)
+SETTINGS = PrivateName(
+    "jax._src.config:trace_context", "the quick look at JAX's settings", SEEN, "slower"
+)
+CAPTURED = PrivateName(
+    "jax.stages:Traced._consts",
+    "keeping a program that was traced under an outer transform",
     SEEN,
     "slower",
 )
@@ -66,6 +76,32 @@ def transforming() -> bool:
     except ValueError:  # it is for the outside of transforms only
         return True
     return False
+
+
+_KNOWN_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_device",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_prng_impl",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+
+
+def settings() -> Hashable:
+    """The settings that a program is traced under, those of context managers included."""
+    if SETTINGS.found is not None:
+        return tuple(SETTINGS.found())
+    return tuple(getattr(jax.config, name, None) for name in _KNOWN_SETTINGS)
+
+
+def captures_tracers(traced: Any) -> bool:
+    """Does a `jax.stages.Traced` close over arrays of an outer transform?"""
+    if CAPTURED.found is None:
+        return transforming()  # the safe answer: it is not kept
+    return any(map(is_tracer, CAPTURED.found.__get__(traced)))
 
 
 def recorded_by_jit() -> bool:

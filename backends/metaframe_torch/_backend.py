@@ -9,8 +9,8 @@ gradient to a graph and compiles that).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, Sca
 from metaframe.errors import BackendError
 from metaframe.workers import ALONE, Place, Workers
 from metaframe_torch import _foreign, _private, _tape
+from metaframe_torch._ambient import Ambient, outside
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
@@ -37,6 +38,7 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    signature = operator.attrgetter("shape", "dtype", "device", "layout")
     # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
     forward_needs_tangents = True
 
@@ -186,10 +188,7 @@ class TorchBackend(Backend):
         return ""
 
     def _random_bytes(self) -> dict[str, bytes]:
-        # A new tensor belongs to the transforms that are active, and these do not show its values.
-        # In another thread none is.
-        with ThreadPoolExecutor(1) as elsewhere:
-            states = elsewhere.submit(self.random_state).result()
+        states = outside(self.random_state)
         return {name: state.tobytes() for name, state in states.items()}
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
@@ -220,10 +219,25 @@ class TorchBackend(Backend):
 
         return compile_traced(fn, examples)
 
+    def ambient(self) -> Hashable:
+        return Ambient.now()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        return (
+            _tape.transforming()
+            or _tape.has_tangents()
+            or _private.modes_active()
+            or torch.jit.is_tracing()
+            or not _PLAIN.issuperset(map(type, xs))
+        )
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return _tape.uncompiled(fn)
+
     def needed_a_value(self, error: Exception) -> bool:
-        # torch has no class for it, only these words of vmap, of torch.func and of the tracer.
-        words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
-        return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+        if type(error).__name__ in _private.VALUE_NEEDED:
+            return True
+        return isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_VALUE)
 
     def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
         streams = {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -293,6 +307,17 @@ class TorchBackend(Backend):
         return tape_gradient(loss, xs, first_order=first_order)
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_NO_VALUE = (
+    "data-dependent control flow",
+    "on a Tensor inside",
+    "not supported for tensor subclasses",
+    "data pointer of Tensor",
+    "data is not allocated yet",
+    "for 'meta' device type",
+)
+"""torch's words where a value is asked for that is not known, as far as it has no class for it:
+those of vmap, of torch.func and of tensors without memory."""
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
 """torch's words for it; there is no class of error."""
 

@@ -67,6 +67,21 @@ PROXY_MODE = PrivateName(
     SEEN,
     "error",
 )
+DISPATCH_MODES = PrivateName(
+    "torch._C:_len_torch_dispatch_stack",
+    "telling whether a mode sees every operation, and compiling where none does,",
+    SEEN,
+    "slower",
+)
+FUNCTION_MODES = PrivateName(
+    "torch.overrides:_get_current_function_mode_stack",
+    "telling whether a mode sees every operation, and compiling where none does,",
+    SEEN,
+    "slower",
+)
+DEFAULT_DEVICE = PrivateName(
+    "torch.utils._device:DeviceContext", "compiling under a default device", SEEN, "slower"
+)
 WITHOUT_PROXY_MODE = PrivateName(
     "torch.fx.experimental.proxy_tensor:disable_proxy_modes_tracing",
     "forward mode, or a message to other processes, while `metaframe.compile` traces",
@@ -84,11 +99,17 @@ INDUCTOR = PrivateName(
 INDUCTOR_CONFIG = PrivateName(
     "torch._inductor:config", "our settings of the compiler", SEEN, "slower"
 )
-# These three keep a program for later processes.
-FAKE_TENSORS = PrivateName("torch._subclasses:FakeTensorMode", "the program cache", SEEN, "slower")
-SHAPES = PrivateName(
-    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "the program cache", SEEN, "slower"
+FAKE_TENSORS = PrivateName(
+    "torch._subclasses:FakeTensorMode", "`metaframe.compile` on torch", SEEN, "error"
 )
+SHAPES = PrivateName(
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "`metaframe.compile` on torch", SEEN, "error"
+)
+FUNCTORCH_CONFIG = PrivateName(
+    "torch._functorch:config", "`metaframe.compile` on torch", SEEN, "error"
+)
+STORAGE = PrivateName("torch:UntypedStorage._cdata", "`metaframe.compile` on torch", SEEN, "error")
+# These two keep a program for later processes.
 TRACING = PrivateName("torch._guards:tracing", "the program cache", SEEN, "slower")
 TRACING_CONTEXT = PrivateName("torch._guards:TracingContext", "the program cache", SEEN, "slower")
 
@@ -221,6 +242,51 @@ def untraced() -> AbstractContextManager[Any]:
     return WITHOUT_PROXY_MODE.required() if tracing() else nullcontext()
 
 
+def modes_active() -> bool:
+    """Does anything see every operation, default devices left out? True if it cannot be told."""
+    if FUNCTION_MODES.found is None or DISPATCH_MODES.found is None:
+        return True
+    if DISPATCH_MODES.found():
+        return True
+    default = DEFAULT_DEVICE.found or ()
+    return not all(isinstance(mode, default) for mode in FUNCTION_MODES.found())
+
+
+def may_have_default_device() -> bool:
+    """Is a default device set, which torch finds among its function modes?"""
+    return FUNCTION_MODES.found is None or bool(FUNCTION_MODES.found())
+
+
+def fake_tensors() -> Any:
+    """A mode whose tensors have a shape, a dtype and a device, and no memory to read a value of.
+
+    An output may have a shape that depends on values, as that of `x[x > 0]`.
+    """
+    shapes = SHAPES.required(allow_scalar_outputs=False)
+    with FUNCTORCH_CONFIG.required.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FAKE_TENSORS.required(allow_non_fake_inputs=True, shape_env=shapes)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Is it a tensor of such a mode, or of a transform?"""
+    return type(x).__name__ == "FakeTensor" or is_wrapped(x)
+
+
+VALUE_NEEDED = frozenset(
+    {
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+        "GuardOnDataDependentSymNode",
+    }
+)
+"""The errors of tensors without memory where a value is asked for."""
+
+
+def memory(x: Tensor) -> object:
+    """What two tensors that share memory have in common, those without values too."""
+    return STORAGE.required.__get__(x.untyped_storage())
+
+
 def batch_norm_classes() -> Any:
     """The classes of layers that normalise by batches, for `isinstance`."""
     documented = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
@@ -291,28 +357,28 @@ def _normalises_weights(module: nn.Module) -> bool:
 
 
 def inductor(graph: Any, examples: list[Tensor], settings: dict[str, Any]) -> Callable[..., Any]:
-    """`graph`, which make_fx made, compiled for tensors like `examples`.
+    """`graph`, which make_fx made of `examples` without values, compiled.
 
     Settings that this torch lacks are left out. Without inductor's own function `torch.compile`
     does the same more slowly.
     """
     known = {name: value for name, value in settings.items() if _is_setting(name)}
     patched = INDUCTOR_CONFIG.required.patch(known) if known else nullcontext()
-    with torch.no_grad(), patched:
+    with torch.no_grad(), patched, _kept_for_later(examples):
         if INDUCTOR.found is None:
             compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False)
-            compiled(*examples)
-        elif all(x.found is not None for x in (FAKE_TENSORS, SHAPES, TRACING, TRACING_CONTEXT)):
-            # Inductor keeps a program for later processes only if shapes have an environment, as
-            # those of `torch.compile` do. Here they are all fixed.
-            mode = FAKE_TENSORS.found(shape_env=SHAPES.found())
-            shapes = [mode.from_tensor(x, static_shapes=True) for x in examples]
-            with TRACING.found(TRACING_CONTEXT.found(mode)):
-                compiled = INDUCTOR.found(graph, shapes)
         else:
             compiled = INDUCTOR.found(graph, examples)
     result: Callable[..., Any] = compiled
     return result
+
+
+def _kept_for_later(examples: list[Tensor]) -> AbstractContextManager[Any]:
+    """Inductor keeps a program for later processes only if it is told the mode of its shapes."""
+    if TRACING.found is None or TRACING_CONTEXT.found is None or not examples:
+        return nullcontext()
+    mode: Any = examples[0]
+    return TRACING.found(TRACING_CONTEXT.found(mode.fake_mode))
 
 
 def _is_setting(name: str) -> bool:
