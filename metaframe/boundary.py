@@ -108,7 +108,11 @@ class Backend(Required):
 
     @abc.abstractmethod
     def is_floating(self, x: Array) -> bool:
-        """Can `x` carry a gradient?"""
+        """Is `x` of a real floating dtype, as a variable has to be?"""
+
+    def is_differentiable(self, x: Array) -> bool:
+        """Can `x` carry a gradient? Floating arrays can, and complex data."""
+        return self.is_floating(x) or self.dtype_name(x).startswith("complex")
 
     @abc.abstractmethod
     def is_traced(self, x: Array) -> bool:
@@ -184,16 +188,43 @@ class Backend(Required):
     ) -> ArraysFn:
         """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
 
-        Everything differentiable has to be in `xs`. `backward` returns None for what is not
-        floating.
+        `backward` returns None for an input that is not differentiable. What `forward` closes over
+        may be differentiated too: a backend either adds its cotangent, or names it in
+        `hidden_inputs`, or raises an error.
         """
 
-    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        """What `fn(xs)` depends on besides `xs` and a custom rule would lose without a word.
+    def checkpoint(self, fn: ArraysFn) -> ArraysFn:
+        """`fn`, which stores only its inputs and runs again in the backward pass."""
+        return self.custom_vjp(fn, lambda xs, cotangents: self.transpose(fn, xs, cotangents))
 
-        Such as "draws random numbers"; empty if there is nothing, or if `custom_vjp` itself raises
-        an error. Runs `fn`, so that the caller can see what it does to the random streams of
-        Python and NumPy.
+    def transpose(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        """`vjp`, with None for every input that is not differentiable."""
+        places = tuple(i for i, x in enumerate(xs) if self.is_differentiable(x))
+
+        def of_differentiable(values: Arrays) -> Arrays:
+            replaced = dict(zip(places, values, strict=True))
+            return fn(tuple(replaced.get(i, x) for i, x in enumerate(xs)))
+
+        found = self.vjp(of_differentiable, tuple(xs[i] for i in places), cotangents)
+        by_place = dict(zip(places, found, strict=True))
+        return tuple(by_place.get(i) for i in range(len(xs)))
+
+    def lift(self, fn: ArraysFn, xs: Arrays) -> tuple[ArraysFn, Arrays]:
+        """`fn` as a function of `(*xs, *closed)`, and the arrays `closed` that it closes over.
+
+        Called with arrays like `xs`. The default leaves closures where they are.
+        """
+        return lambda arrays: fn(arrays[: len(xs)]), ()
+
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        """The dependencies of `fn` besides `xs` that running it again would get wrong.
+
+        Returns:
+            The end of a sentence, such as "draws random numbers"; empty if there are none. A
+            closure is named here if `custom_vjp` would silently drop its gradient.
+
+        Runs `fn`, so that the caller can see what it does to the random streams of Python and
+        NumPy.
         """
         fn(xs)
         return ""

@@ -237,10 +237,10 @@ class InnerLoop:
     def _step(self) -> Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
         if not self._recomputes:
             return self._plain_step
-        if self._settings.mode == "remat":
-            rule = modes.rematerialised(self._backend, self._gradient, self._apply)
-        else:
-            rule = modes.mixed(self._backend, self._gradient, self._apply, self._scaled_cost)
+        gradient = self._gradient
+        if self._settings.mode == "mixed":
+            gradient = modes.forward_over_reverse(self._backend, self._scaled_cost)
+        rule = modes.rematerialised(self._backend, gradient, self._apply)
         return lambda params, state, context: (*rule(params, state, context), None)
 
     def _check_repeatable(self, context: Arrays) -> None:

@@ -1,13 +1,12 @@
 """How one inner step is differentiated: recomputed in the backward pass, exactly.
 
-Both modes put one custom rule around the whole inner step. It stores the step's inputs (the
-variables, the optimizer's state, the task's data and the learning rate) and nothing else. They
-differ in the backward pass, where a step theta' = U(theta, g(theta, c), s, c) with the cost's
-gradient g gets a cotangent a of theta':
+Both modes store the inputs of an inner step (the variables, the optimizer's state, the task's data
+and the learning rate) and nothing else, and run the step again in the backward pass. They differ in
+how the gradient g inside a step theta' = U(theta, g(theta, c), s, c) is transposed:
 
-- "remat" runs the step again and transposes it in reverse mode;
-- "mixed" transposes only U, which gives a cotangent b of g, and takes the product of b with the
-  Jacobian of g forward over reverse: the cost's Hessian is symmetric, so
+- "remat" transposes it in reverse mode, like everything else;
+- "mixed" takes the product of a cotangent b of g with the Jacobian of g forward over reverse,
+  since the cost's Hessian is symmetric:
   b^T (dg/dtheta, dg/dc) = d/de grad_{theta, c} cost(theta + e b, c) at e = 0
   (Kemaev et al. 2025, arXiv 2505.00793, section 3).
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from metaframe import checks
 from metaframe.backend import Array, Arrays, Backend
 
 Gradient = Callable[[Arrays, Arrays], Arrays]
@@ -29,77 +29,70 @@ Step = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
 def rematerialised(backend: Backend, gradient: Gradient, apply: Apply) -> Step:
     """The step, run again in the backward pass."""
 
-    def transpose(groups: Sequence[Arrays], cotangents: Arrays) -> Sequence[Arrays]:
-        def step(*groups: Arrays) -> tuple[Arrays, Arrays]:
-            params, state, context = groups
-            return apply(params, gradient(params, context), state, context)
-
-        return vjp(backend, step, groups, cotangents)
-
-    return _with_rule(backend, gradient, apply, transpose)
-
-
-def mixed(
-    backend: Backend, gradient: Gradient, apply: Apply, cost: Callable[[Arrays, Arrays], Array]
-) -> Step:
-    """The step with its Hessian-vector product taken forward over reverse."""
-
-    def transpose(groups: Sequence[Arrays], cotangents: Arrays) -> Sequence[Arrays]:
-        params, state, context = groups
-        grads = gradient(params, context)
-        params_bar, grads_bar, state_bar, context_bar = vjp(
-            backend, apply, (params, grads, state, context), cotangents
-        )
-        floats = _floating(backend, context)
-        held = tuple(context[i] for i in floats)
-
-        def both(params: Arrays, held: Arrays) -> Arrays:
-            def objective(xs: Arrays) -> tuple[Array, Arrays]:
-                inputs = _merge(context, floats, xs[len(params) :])
-                return cost(xs[: len(params)], inputs), ()
-
-            return backend.value_and_grad(objective)((*params, *held))[2]
-
-        if backend.forward_needs_tangents:
-            zeros = map(backend.ops.zeros_like, held)
-            products = backend.jvp(
-                lambda xs: both(xs[: len(params)], xs[len(params) :]),
-                (*params, *held),
-                (*grads_bar, *zeros),
-            )
-        else:
-            products = backend.jvp(lambda xs: both(xs, held), params, grads_bar)
-        curvature, cross = products[: len(params)], iter(products[len(params) :])
-        return (
-            tuple(a + h for a, h in zip(params_bar, curvature, strict=True)),
-            state_bar,
-            tuple(bar + next(cross) if i in floats else None for i, bar in enumerate(context_bar)),
-        )
-
-    return _with_rule(backend, gradient, apply, transpose)
-
-
-def _with_rule(
-    backend: Backend,
-    gradient: Gradient,
-    apply: Apply,
-    transpose: Callable[[Sequence[Arrays], Arrays], Sequence[Arrays]],
-) -> Step:
     def step(params: Arrays, state: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
         sizes = (len(params), len(state), len(context))
 
-        def forward(xs: Arrays) -> Arrays:
+        def flat(xs: Arrays) -> Arrays:
             params, state, context, _ = split(xs, sizes)
             after, state = apply(params, gradient(params, context), state, context)
             return (*after, *state)
 
-        def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
-            return _join(transpose(split(xs, sizes)[:-1], cotangents))
-
-        out = backend.custom_vjp(forward, backward)((*params, *state, *context))
+        out = backend.checkpoint(flat)((*params, *state, *context))
         return out[: len(params)], out[len(params) :]
 
     return step
+
+
+def forward_over_reverse(backend: Backend, cost: Callable[[Arrays, Arrays], Array]) -> Gradient:
+    """The gradient of `cost`, with Hessian-vector products taken forward over reverse."""
+
+    def gradient(params: Arrays, context: Arrays) -> Arrays:
+        count = len(params)
+        lifted, closed = backend.lift(
+            lambda xs: (cost(xs[:count], xs[count:]),), (*params, *context)
+        )
+
+        def forward(xs: Arrays) -> Arrays:
+            return _gradient_at(backend, lifted, xs, range(count))(xs[:count])
+
+        def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
+            return _curvature_products(backend, lifted, xs, cotangents)
+
+        return backend.custom_vjp(forward, backward)((*params, *context, *closed))
+
+    return gradient
+
+
+def _gradient_at(
+    backend: Backend, cost: Callable[[Arrays], Arrays], xs: Arrays, places: Sequence[int]
+) -> Callable[[Arrays], Arrays]:
+    """The gradient of `cost` with respect to the inputs at `places`, as a function of them."""
+
+    def objective(values: Arrays) -> tuple[Array, Arrays]:
+        replaced = dict(zip(places, values, strict=True))
+        (value,) = cost(tuple(replaced.get(i, x) for i, x in enumerate(xs)))
+        return value, ()
+
+    run = backend.value_and_grad(objective, checks.cost_ignores_variables)
+    return lambda values: run(values)[2]
+
+
+def _curvature_products(
+    backend: Backend, cost: Callable[[Arrays], Arrays], xs: Arrays, directions: Arrays
+) -> Arrays:
+    """The Hessian of `cost` times `directions` in the first inputs, None where there is none."""
+    count = len(directions)
+    moved = tuple(range(count))
+    held = tuple(i for i in range(count, len(xs)) if backend.is_differentiable(xs[i]))
+    gradient = _gradient_at(backend, cost, xs, moved + held)
+    params, others = xs[:count], tuple(xs[i] for i in held)
+    if backend.forward_needs_tangents:
+        zeros = tuple(map(backend.ops.zeros_like, others))
+        products = backend.jvp(gradient, (*params, *others), (*directions, *zeros))
+    else:
+        products = backend.jvp(lambda params: gradient((*params, *others)), params, directions)
+    found = dict(zip(moved + held, products, strict=True))
+    return tuple(found.get(i) for i in range(len(xs)))
 
 
 def vjp(
@@ -108,25 +101,13 @@ def vjp(
     groups: Sequence[Arrays],
     cotangents: Arrays,
 ) -> Sequence[Arrays]:
-    """Cotangents of `groups`, None at the places of arrays that are not floating."""
-    flat = _join(groups)
+    """Cotangents of `groups`, None at the places of arrays that are not differentiable."""
     sizes = tuple(map(len, groups))
-    floats = _floating(backend, flat)
 
-    def of_floats(xs: Arrays) -> Arrays:
-        return _join(fn(*split(_merge(flat, floats, xs), sizes)[:-1]))
+    def flat(xs: Arrays) -> Arrays:
+        return _join(fn(*split(xs, sizes)[:-1]))
 
-    found = iter(backend.vjp(of_floats, tuple(flat[i] for i in floats), cotangents))
-    return split(tuple(next(found) if i in floats else None for i in range(len(flat))), sizes)[:-1]
-
-
-def _floating(backend: Backend, xs: Arrays) -> tuple[int, ...]:
-    return tuple(i for i, x in enumerate(xs) if backend.is_floating(x))
-
-
-def _merge(xs: Arrays, at: Sequence[int], values: Arrays) -> Arrays:
-    replaced = dict(zip(at, values, strict=True))
-    return tuple(replaced.get(i, x) for i, x in enumerate(xs))
+    return split(backend.transpose(flat, _join(groups), cotangents), sizes)[:-1]
 
 
 def _join(groups: Sequence[Arrays]) -> Arrays:

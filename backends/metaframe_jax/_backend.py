@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
-from metaframe.errors import BackendError, InputError, nearest
+from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
 from metaframe.workers import Place, Workers
 from metaframe.wrappers import Node
@@ -31,13 +32,6 @@ Unrolled code runs up to a quarter faster and compiles in time proportional to t
 are recomputed to save memory are always rolled: XLA sees through an unrolled recomputation, and
 keeps what was to be computed again.
 """
-
-
-CLOSURE = (
-    "a step that is run again in the backward pass closes over an array that is differentiated, "
-    "whose gradient would be lost. Make it an argument, in the variables or the batch, or use "
-    'mode="reverse".'
-)
 
 
 _KIND = operator.attrgetter("aval", "sharding")
@@ -142,18 +136,28 @@ class JaxBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
-        def recorded(xs: Arrays) -> tuple[Arrays, Arrays]:
-            try:
-                return forward(xs), xs
-            except jax.errors.UnexpectedTracerError as error:
-                raise InputError(CLOSURE) from error
-
         rule = jax.custom_vjp(forward)
-        rule.defvjp(recorded, lambda xs, cotangents: (backward(xs, cotangents),))
+        rule.defvjp(
+            lambda xs: (forward(xs), xs), lambda xs, cotangents: (backward(xs, cotangents),)
+        )
         return rule
 
+    def checkpoint(self, fn: ArraysFn) -> ArraysFn:
+        # Lifts what `fn` closes over, and has a forward mode.
+        return jax.checkpoint(fn)
+
+    def lift(self, fn: ArraysFn, xs: Arrays) -> tuple[ArraysFn, Arrays]:
+        # Not jax.closure_convert: it leaves integers where they are, and `scan` fails at those.
+        jaxpr = jax.make_jaxpr(lambda *xs: fn(xs))(*xs)
+
+        def lifted(arrays: Arrays) -> Arrays:
+            closed = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, arrays[len(xs) :])
+            return tuple(jax.extend.core.jaxpr_as_fun(closed)(*arrays[: len(xs)]))
+
+        return lifted, tuple(jaxpr.consts)
+
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        jax.eval_shape(fn, xs)  # a closure is an error in `custom_vjp`; nothing is computed
+        jax.eval_shape(fn, xs)  # nothing is computed
         return ""
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:

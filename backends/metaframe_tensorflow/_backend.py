@@ -19,6 +19,7 @@ from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
+from metaframe_tensorflow._rule import traced_closures, with_rule
 
 T = TypeVar("T")
 
@@ -129,6 +130,8 @@ class TensorFlowBackend(Backend):
         return tuple(map(_dense, grads, xs))
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        # identity: the gradient graph of a loop captures tensors of the loop without their tangents.
+        xs = tuple(tf.identity(x) for x in xs)
         with (
             exact_moments(),
             tf.autodiff.ForwardAccumulator(list(xs), list(tangents)) as accumulator,
@@ -141,19 +144,20 @@ class TensorFlowBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def rule(*xs: Array) -> tuple[list[Array], Callable[..., list[Array]]]:
-            def pull_back(*cotangents: Array) -> list[Array]:
-                return list(backward(xs, cotangents))
+        return with_rule(forward, backward, self._closed_over)
 
-            return list(forward(xs)), pull_back
-
-        return lambda xs: tuple(rule(*xs))
+    def _closed_over(self, fn: ArraysFn, xs: Arrays) -> Arrays:
+        if tf.executing_eagerly() and not _private.may_record():
+            return ()
+        try:
+            return traced_closures(fn, xs)
+        except Exception as error:
+            if not self.needed_a_value(error):
+                raise
+            return ()  # `hidden_inputs` has looked
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         found = fn(tuple(map(self.stop_gradient, xs)))
-        if _private.records(found):
-            return "depends on a tensor that it closes over, whose gradient would be lost"
         from metaframe_tensorflow._hidden import hidden_effect
 
         try:
@@ -161,7 +165,10 @@ class TensorFlowBackend(Backend):
         except Exception as error:
             if not self.needed_a_value(error):
                 raise
-            return ""  # run eagerly it can do what cannot be traced; then this is not known
+        # It can run eagerly and cannot be traced; that it draws random numbers is not known then.
+        if _private.records(found):
+            return "depends on a tensor that it closes over, whose gradient would be lost"
+        return ""
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:
