@@ -14,10 +14,10 @@ from metaframe.compile import compile
 from metaframe.errors import InputError, nearest
 from metaframe.inner import Mode
 from metaframe.learners.config import AdaptConfig, Norm
-from metaframe.learners.functional import Params
+from metaframe.learners.functional import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
-from metaframe.learners.objective import Meta, Setting, array_like, as_batch
+from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper

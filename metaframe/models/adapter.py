@@ -8,7 +8,7 @@ and never changes the model, except in `assign`, where that is what is asked for
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,9 @@ class Forward:
             then avoided.
         repeated: will the call be run again in a backward pass? A model that draws numbers from a
             hidden stream is then an error, since the second draw would be another.
+        training: training or evaluation mode, for everything but batch normalisation, such as
+            dropout; None leaves it to the model. For models that are `switchable`. Keras has one
+            switch for both, and this is it.
 
     >>> Forward(norm="batch").twice
     True
@@ -41,6 +44,7 @@ class Forward:
     norm: Norm | None = None
     twice: bool = True
     repeated: bool = False
+    training: bool | None = None
 
     def __post_init__(self) -> None:
         checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
@@ -139,6 +143,10 @@ class ModelAdapter(NamedParameters):
 
     output_first: bool = False
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
+    switchable: bool = False
+    """Whether `call` follows `Forward.training`."""
+    changing: Collection[str] = ()
+    """Methods that the framework gives a model to change it, such as to another dtype."""
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
@@ -173,6 +181,13 @@ class ModelAdapter(NamedParameters):
         Default: there are none.
         """
         return {}
+
+    def read(self, value: Any) -> Any:
+        """`value`, an attribute of the model, as its user has it outside of the call.
+
+        Asked while other values are in place of the model's own. Default: itself.
+        """
+        return value
 
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""

@@ -20,6 +20,8 @@ class Around(ModelAdapter):
         self.inner = inner
         self.backend = inner.backend
         self.output_first = inner.output_first
+        self.switchable = inner.switchable
+        self.changing = inner.changing
 
     @property
     def model(self) -> Any:
@@ -53,6 +55,10 @@ class Around(ModelAdapter):
     def aliases(self) -> Mapping[str, str]:
         """The model's."""
         return self.inner.aliases()
+
+    def read(self, value: Any) -> Any:
+        """The model's."""
+        return self.inner.read(value)
 
     def signature(self) -> Hashable:
         """The model's."""
