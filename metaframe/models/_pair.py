@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from metaframe import ops, tree
@@ -65,10 +66,13 @@ class PairAdapter(ModelAdapter):
                 for name in self._norms
             }
             structure = {**structure, **given}
+        run = partial(self._apply, structure)
+        if inputs.call is not None:
+            run = partial(inputs.call, run)
         if norm != "record":  # a framework's own batch normalisation does not record
-            return self._apply(structure, *inputs.args, **inputs.kwargs), state
+            return run(*inputs.args, **inputs.kwargs), state
         with recorded_statistics() as found:
-            output = self._apply(structure, *inputs.args, **inputs.kwargs)
+            output = run(*inputs.args, **inputs.kwargs)
         own = {
             f"{name}/{what}": value
             for name, pair in zip(self._norms, found, strict=bool(self._norms))
