@@ -83,7 +83,7 @@ class NnxAdapter(ModelAdapter):
                 layer.use_running_average = norm != "batch"
                 kind: Any = type(layer)
                 layer.__class__ = _following(kind, norm == "record")
-        output = copy(*inputs.args, **inputs.kwargs)
+        output = (inputs.call or type(copy).__call__)(copy, *inputs.args, **inputs.kwargs)
         after = _named(self._split(copy)[2])
         moved = self.recordable() if norm == "record" else state
         return output, {**state, **{name: after[name] for name in moved}}
@@ -177,7 +177,11 @@ class LinenAdapter(ModelAdapter):
         linen: Any = sys.modules["flax.linen"]
         with linen.intercept_methods(_batch_norm_policy(linen, inputs.forward)):
             output, after = self._module.apply(
-                variables, *inputs.args, mutable=list(self._rest), **inputs.kwargs
+                variables,
+                *inputs.args,
+                mutable=list(self._rest),
+                method=inputs.call,
+                **inputs.kwargs,
             )
         moved = _named(after)
         if inputs.forward.norm == "record":
@@ -238,7 +242,8 @@ class EquinoxAdapter(ModelAdapter):
         return _named(equinox.filter(self.model, equinox.is_inexact_array))
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        return self._function(self._with(params), *inputs.args, **inputs.kwargs), state
+        call = inputs.call or self._function
+        return call(self._with(params), *inputs.args, **inputs.kwargs), state
 
     def write(self, params: Params) -> None:
         self.model = self._with(params)

@@ -117,10 +117,11 @@ class TorchAdapter(ModelAdapter):
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
         kept, watched = _attributes_kept(self.model), self._flags.called(self.model.modules)
         with calls, kernels, _computed_once(), kept, watched:
-            values = {**params, **copies}
-            output = torch.func.functional_call(
-                self.model, values, inputs.args, dict(inputs.kwargs)
-            )
+            model, values = self.model, {**params, **copies}
+            if inputs.call is not None:
+                model = _Called(model, inputs.call)
+                values = {f"model.{name}": x for name, x in values.items()}
+            output = torch.func.functional_call(model, values, inputs.args, dict(inputs.kwargs))
         if inputs.forward.norm == "record":
             return output, {**state, **calls.recorded}
         return output, copies
@@ -145,6 +146,15 @@ class TorchAdapter(ModelAdapter):
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(params[name])
+
+
+class _Called(nn.Module):
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.model, *args, **kwargs)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

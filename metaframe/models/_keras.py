@@ -60,6 +60,8 @@ class KerasAdapter(ModelAdapter):
                 "norm='support' is not available for Keras models, which do not say what the "
                 "statistics of one batch were. Use norm='batch' or norm='frozen'."
             )
+        if inputs.call is not None:
+            return self._called(inputs.call, params, state, inputs)
         if norm is not None:
             kwargs = {"training": norm == "batch", **kwargs}
         # By name: a structure that was flattened and built again does not keep the order.
@@ -72,6 +74,18 @@ class KerasAdapter(ModelAdapter):
                 **kwargs,
             )
         return output, dict(zip(names, after, strict=True))
+
+    def _called(self, call: Any, params: Params, state: Params, inputs: Inputs) -> Any:
+        keras: Any = sys.modules["keras"]
+        trainable = zip(self.params(), self.model.trainable_variables, strict=True)
+        others = zip(self.state(), self.model.non_trainable_variables, strict=True)
+        values = {**state, **params}
+        named = [(name, v) for name, v in (*trainable, *others)]
+        asarray = self.backend.asarray
+        with keras.StatelessScope([(v, asarray(values[n])) for n, v in named]) as scope:
+            output = call(self.model, *inputs.args, **inputs.kwargs)
+        after = {n: scope.get_current_value(v) for n, v in named if n in state}
+        return output, after
 
     def _values(self, variables: Sequence[Any]) -> Params:
         every = self.model.variables
