@@ -56,6 +56,8 @@ def _named(tree: Any) -> Params:
 class NnxAdapter(ModelAdapter):
     """A `flax.nnx.Module`: `nnx.Param` are the parameters, all other variables the state."""
 
+    switchable = True
+
     def __init__(self, model: Any, backend: Backend) -> None:
         self.model = model
         self.backend = backend
@@ -78,6 +80,8 @@ class NnxAdapter(ModelAdapter):
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         copy, norm = self._with({**params, **state}), inputs.forward.norm
+        if inputs.forward.training is not None:
+            (copy.train if inputs.forward.training else copy.eval)()
         if norm is not None:
             for _, layer in _batch_norms(copy):
                 layer.use_running_average = norm != "batch"
@@ -91,6 +95,10 @@ class NnxAdapter(ModelAdapter):
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         paths = ("/".join(map(str, path)) for path, _ in _batch_norms(self.model))
         return tuple(_batch_norm(path, path, self.params()) for path in paths)
+
+    def read(self, value: Any) -> Any:
+        nnx: Any = sys.modules["flax.nnx"]
+        return value[...] if isinstance(value, nnx.Variable) else value
 
     def write(self, params: Params) -> None:
         nnx: Any = sys.modules["flax.nnx"]
@@ -231,6 +239,7 @@ class EquinoxAdapter(ModelAdapter):
     """
 
     output_first = True
+    switchable = True
 
     def __init__(self, function: Callable[..., Any], model: Any, backend: Backend) -> None:
         self.model = model
@@ -243,7 +252,11 @@ class EquinoxAdapter(ModelAdapter):
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         call = inputs.call or self._function
-        return call(self._with(params), *inputs.args, **inputs.kwargs), state
+        model, training = self._with(params), inputs.forward.training
+        if training is not None:
+            equinox: Any = sys.modules["equinox"]
+            model = equinox.nn.inference_mode(model, value=not training)
+        return call(model, *inputs.args, **inputs.kwargs), state
 
     def write(self, params: Params) -> None:
         self.model = self._with(params)

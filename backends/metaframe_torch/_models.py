@@ -46,6 +46,13 @@ CHECKPOINTED = (
     "In the backward pass it would compute them from its own parameters and not from the adapted "
     "ones. Switch that off in the model; mode='remat' of meta_value_and_grad saves memory instead."
 )
+READING = (
+    "__call__ buffers children extra_repr forward get_buffer get_extra_state get_parameter "
+    "get_submodule modules named_buffers named_children named_modules named_parameters parameters "
+    "state_dict training"
+)
+"""Public attributes of every module that change nothing."""
+CHANGING = frozenset(name for name in vars(nn.Module) if name[0] != "_") - set(READING.split())
 RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -73,6 +80,8 @@ class TorchAdapter(ModelAdapter):
     """A `torch.nn.Module`; names are those of `named_parameters`."""
 
     output_first = True
+    switchable = True
+    changing = CHANGING
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         if lazy := [name for name, x in _tensors(model) if is_lazy(x)]:
@@ -116,7 +125,8 @@ class TorchAdapter(ModelAdapter):
         calls, twice = _Calls(inputs.forward, copies, own), inputs.forward.twice
         kernels = _differentiable_twice(self.model) if twice else _as_it_is()
         kept, watched = _attributes_kept(self.model), self._flags.called(self.model.modules)
-        with calls, kernels, _computed_once(), kept, watched:
+        mode = _mode(self.model, inputs.forward.training)
+        with calls, kernels, _computed_once(), kept, watched, mode:
             model, values = self.model, {**params, **copies}
             if inputs.call is not None:
                 model = _Called(model, inputs.call)
@@ -348,6 +358,19 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in before:
             attributes[name] = value
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Training or evaluation mode inside, and every module's own again afterwards."""
+    before = [] if training is None else [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = bool(training)
+        yield
+    finally:
+        for module, own in before:
+            module.training = own
 
 
 @contextlib.contextmanager

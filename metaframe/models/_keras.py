@@ -24,6 +24,8 @@ class KerasAdapter(ModelAdapter):
     normalisation policy unless the caller passes it.
     """
 
+    switchable = True
+
     def __init__(self, model: Any) -> None:
         if not model.built:
             raise InputError(
@@ -62,8 +64,9 @@ class KerasAdapter(ModelAdapter):
             )
         if inputs.call is not None:
             return self._called(inputs.call, params, state, inputs)
-        if norm is not None:
-            kwargs = {"training": norm == "batch", **kwargs}
+        training = inputs.forward.training
+        if norm is not None or training is not None:
+            kwargs = {"training": norm == "batch" if training is None else training, **kwargs}
         # By name: a structure that was flattened and built again does not keep the order.
         names = list(self.state())
         with self._flags.called(self.model._flatten_layers):
@@ -74,6 +77,11 @@ class KerasAdapter(ModelAdapter):
                 **kwargs,
             )
         return output, dict(zip(names, after, strict=True))
+
+    def read(self, value: Any) -> Any:
+        """The value of a variable, which is the model's own again after the call."""
+        keras: Any = sys.modules["keras"]
+        return value.value if isinstance(value, keras.Variable) else value
 
     def _called(self, call: Any, params: Params, state: Params, inputs: Inputs) -> Any:
         keras: Any = sys.modules["keras"]
