@@ -54,6 +54,9 @@ class ModuleAdapter(ModelAdapter):
             elif _is_keras(x):
                 yield from x._flatten_layers()
 
+    def withholds(self, owner: Any, name: str) -> bool:
+        return name.endswith("variables") and hasattr(tf.Module, name)
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
         tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}

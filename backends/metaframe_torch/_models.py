@@ -81,7 +81,6 @@ class TorchAdapter(ModelAdapter):
 
     output_first = True
     switchable = True
-    changing = CHANGING
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         if lazy := [name for name, x in _tensors(model) if is_lazy(x)]:
@@ -135,6 +134,9 @@ class TorchAdapter(ModelAdapter):
         if inputs.forward.norm == "record":
             return output, {**state, **calls.recorded}
         return output, copies
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        return name in CHANGING and getattr(type(owner), name, None) is vars(nn.Module)[name]
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         layers = (

@@ -64,7 +64,6 @@ class Learner:
         self._learned = learned
         self._method = method
         self._statistics = adapter.state()
-        self._rule = config.rule
         self._supporting = False
         self._training: bool | None = None
         self._taken = 0
@@ -145,9 +144,8 @@ class Learner:
         """
         if not self._adapter.switchable:
             raise InputError(
-                f"{type(self._adapter.model).__qualname__} has no training mode that a learner "
-                "could switch. Pass what it takes for it in the call, such as "
-                "learner(x, deterministic=True)."
+                "the model has no training mode that a learner could switch. Pass what it takes "
+                "for it in the call, such as learner(x, deterministic=True)."
             )
         checks.choice(mode, "mode", (True, False))
         self._training = mode
@@ -251,7 +249,7 @@ class Learner:
 
     def _begin(self, params: Params) -> None:
         self.params = self._start = params
-        self._rule_state = self._rule.init({name: params[name] for name in self.config.names})
+        self._rule_state = self.config.rule.init({name: params[name] for name in self.config.names})
 
     def _step(self, support_loss: Any) -> Self:
         config, penalised = self.config, self._method.penalty is not None
@@ -273,7 +271,7 @@ class Learner:
             config.allow_unused,
         )
         self.params, self._rule_state = descend(
-            self.params, grads, self._rule, self._rule_state, config.rate(self._learned)
+            self.params, grads, config.rule, self._rule_state, config.rate(self._learned)
         )
         self._taken += 1
         if config.norm == "support":
@@ -318,18 +316,27 @@ class _Model:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._adapter = learner._adapter
-        self.changing = frozenset(self._adapter.changing)
+        self.names = list(learner.params)
+        self.withholds = self._adapter.withholds
 
     def look(self, find: Find) -> Any:
         """`find(model)`, a value as the user has it outside of the call."""
-        read = self._adapter.read
-        return self._learner._evaluate(lambda model: read(find(model)), (), {})[0]
+        return self._learner._evaluate(lambda model: self._read(find(model)), (), {})[0]
 
     def call(self, find: Find, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """`find(model)(*args, **kwargs)`, as a call of the learner."""
-        return self._learner._run(
-            lambda model, *xs, **named: find(model)(*xs, **named), args, kwargs
-        )
+
+        def called(model: Any, *xs: Any, **named: Any) -> Any:
+            return self._read(find(model)(*xs, **named))
+
+        return self._learner._run(called, args, kwargs)
+
+    def _read(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._read, value))
+        if type(value) is dict:
+            return {key: self._read(item) for key, item in value.items()}
+        return self._adapter.read(value)
 
 
 def _is_numpy(x: object) -> bool:

@@ -17,13 +17,17 @@ from metaframe.errors import nearest
 Find = Callable[[Any], Any]
 """From the model to something of it."""
 _END = object()
+_WITHHELD = object()
 
 
 class Host(Protocol):
     """What evaluates functions of a model, with the values in place."""
 
-    changing: frozenset[str]
-    """Methods that would change the model."""
+    names: list[str]
+    """Names of the values."""
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Whether an attribute would change the model, or list its own parameters."""
 
     def look(self, find: Find) -> Any:
         """`find(model)`."""
@@ -89,22 +93,34 @@ def attribute(host: Host, find: Find, name: str, label: str) -> Any:
     """The attribute called `name` of what `find` finds.
 
     Raises:
-        AttributeError: there is none, with the nearest name; or it would change the model.
+        AttributeError: there is none, with the nearest name; or the model withholds it.
     """
-    if name in host.changing:
-        raise AttributeError(
-            f"{name!r} changes a model, and a learner has the values of one. Call it on the model, "
-            "before the learner is made."
-        )
+
+    def found(model: Any) -> Any:
+        owner = find(model)
+        return _WITHHELD if host.withholds(owner, name) else getattr(owner, name)
+
     try:
-        return _reach(host, lambda model: getattr(find(model), name), f"{label}.{name}".strip("."))
+        value = host.look(found)
     except AttributeError as error:
         known = host.look(lambda model: dir(find(model)))
         if error.name != name or name in known:
             raise  # from inside of a property or a method
-    public = [known_name for known_name in known if not known_name.startswith("_")]
-    what = repr(label) if label else "the model of this learner"
-    raise AttributeError(f"{what} has no attribute {name!r}. {nearest(name, public)}", name=name)
+        public = [known_name for known_name in known if not known_name.startswith("_")]
+        public += [] if label else host.names
+        what = repr(label) if label else "the model of this learner"
+        message = f"{what} has no attribute {name!r}. {nearest(name, public)}"
+        raise AttributeError(message, name=name) from None
+    if value is _WITHHELD:
+        raise AttributeError(
+            f"{name!r} would change the model, or look at its own parameters; a learner has others "
+            f"in their places. Use model.{name}, or what the learner has: named_parameters(), "
+            "state_dict(), train() and eval().",
+            name=name,
+        )
+    return _handed_out(
+        host, value, lambda model: getattr(find(model), name), f"{label}.{name}".strip(".")
+    )
 
 
 def _reach(host: Host, find: Find, label: str) -> Any:

@@ -16,6 +16,26 @@ from metaframe.errors import InputError
 from metaframe.models.adapter import Inputs, ModelAdapter, Params
 from metaframe.models.flags import Flags
 
+CHANGING = frozenset(
+    [
+        "build",
+        "compile",
+        "evaluate",
+        "export",
+        "fit",
+        "load_weights",
+        "predict",
+        "predict_on_batch",
+        "quantize",
+        "save",
+        "save_weights",
+        "set_weights",
+        "test_on_batch",
+        "train_on_batch",
+    ]
+)
+"""Methods that Keras gives every model, and that run, change or save the one it is."""
+
 
 class KerasAdapter(ModelAdapter):
     """A built Keras layer or model; names are the variables' paths.
@@ -82,6 +102,11 @@ class KerasAdapter(ModelAdapter):
         """The value of a variable, which is the model's own again after the call."""
         keras: Any = sys.modules["keras"]
         return value.value if isinstance(value, keras.Variable) else value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """What trains, saves or changes a model."""
+        keras: Any = sys.modules["keras"]
+        return name in CHANGING and isinstance(owner, keras.layers.Layer)
 
     def _called(self, call: Any, params: Params, state: Params, inputs: Inputs) -> Any:
         keras: Any = sys.modules["keras"]

@@ -66,9 +66,11 @@ class PairAdapter(ModelAdapter):
                 for name in self._norms
             }
             structure = {**structure, **given}
-        run = partial(self._apply, structure)
-        if inputs.call is not None:
-            run = partial(inputs.call, run)
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            return self._apply(structure, *args, **kwargs)
+
+        run = model if inputs.call is None else partial(inputs.call, model)
         if norm != "record":  # a framework's own batch normalisation does not record
             return run(*inputs.args, **inputs.kwargs), state
         with recorded_statistics() as found:

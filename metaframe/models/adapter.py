@@ -8,7 +8,7 @@ and never changes the model, except in `assign`, where that is what is asked for
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -145,8 +145,6 @@ class ModelAdapter(NamedParameters):
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
     switchable: bool = False
     """Whether `call` follows `Forward.training`."""
-    changing: Collection[str] = ()
-    """Methods that the framework gives a model to change it, such as to another dtype."""
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
@@ -188,6 +186,15 @@ class ModelAdapter(NamedParameters):
         Asked while other values are in place of the model's own. Default: itself.
         """
         return value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Whether an attribute of `owner`, the model or a part of it, is of no use to a learner.
+
+        Such are what the framework gives every model to change it, or to list its own parameters.
+        Default: none.
+        """
+        del owner, name
+        return False
 
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""

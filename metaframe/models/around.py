@@ -21,7 +21,6 @@ class Around(ModelAdapter):
         self.backend = inner.backend
         self.output_first = inner.output_first
         self.switchable = inner.switchable
-        self.changing = inner.changing
 
     @property
     def model(self) -> Any:
@@ -59,6 +58,10 @@ class Around(ModelAdapter):
     def read(self, value: Any) -> Any:
         """The model's."""
         return self.inner.read(value)
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """The model's."""
+        return self.inner.withholds(owner, name)
 
     def signature(self) -> Hashable:
         """The model's."""
