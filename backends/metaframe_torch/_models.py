@@ -28,6 +28,7 @@ from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter, NamedParameters
 from metaframe.models.flags import Flags
 from metaframe_torch._batch_norm import batch_norm
+from metaframe_torch._parameter_mapping import ParameterMapping
 from metaframe_torch._tape import refuse_inference_mode
 
 DROPOUTS = frozenset(
@@ -401,15 +402,14 @@ def _as_it_is() -> contextlib.AbstractContextManager[None]:
 
 
 class LearnedAdapter(NamedParameters):
-    """Learned values as an `nn.ParameterDict`, whose names cannot hold a dot."""
+    """Learned values as a module that maps their names to parameters."""
 
     def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
-        self.model = nn.ParameterDict({n.replace(".", "/"): x for n, x in values.items()})
+        self.model = ParameterMapping(values)
         self.backend = backend
-        self._names = tuple(values)
 
     def params(self) -> dict[str, Tensor]:
-        return {name: self.model[name.replace(".", "/")] for name in self._names}
+        return dict(self.model.items())
 
     def write(self, params: dict[str, Tensor]) -> None:
         with torch.no_grad():
