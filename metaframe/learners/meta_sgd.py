@@ -60,3 +60,8 @@ class MetaSGD(MAML):
             {n: self.config.rate_of(n) * ops.ones_like(params[n]) for n in self.config.names}
         )
         """The live rates, by the names of the parameters that they are for."""
+
+    @property
+    def rates(self) -> Mapping[str, Array]:
+        """The same as `lrs`."""
+        return self.lrs
