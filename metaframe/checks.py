@@ -181,16 +181,17 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
 
 
 def scalar(value: Any, name: str, backend: Backend) -> Array:
-    """`value`, what `name` returned, is a scalar array of `backend`."""
+    """`value`, what `name` returned, as a scalar array of `backend`; one of shape (1,) counts."""
     value = tree.unwrapped(value)
     if not backend.owns(value):
         other = owner(value)
         kind = f"an array of {other.name!r}" if other else type(value).__name__
         raise InputTypeError(f"{name} returned {kind}, need a scalar array of {backend.name!r}.")
-    if len(value.shape) != 0:
-        raise InputError(
-            f"{name} returned shape {tuple(value.shape)}, need a scalar; did you forget a mean?"
-        )
+    shape = tuple(value.shape)
+    if shape == (1,):
+        return backend.ops.reshape(value, ())
+    if shape:
+        raise InputError(f"{name} returned shape {shape}, need a scalar; did you forget a mean?")
     return value
 
 

@@ -126,6 +126,10 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
     found, found_spec = flatten(tree)
     if found_spec == spec:
         return found
+    if not _dicts.isdisjoint(node_types(found_spec, spec)):
+        found, found_spec = flatten(_with_dicts(tree))
+        if found_spec == structure(_with_dicts(unflatten(spec, range(spec.num_leaves)))):
+            return found
     want, have = set(_chains_of(spec)), set(_chains_of(found_spec))
     missing, extra = sorted(want - have), sorted(have - want)
     parts = [f"missing {missing}"] if missing else []
@@ -281,6 +285,29 @@ def register(
     ('p/a', 'p/b')
     """
     register_class(cls, flatten_fn, unflatten_fn, optree.MappingEntry)
+
+
+_dicts: set[type] = set()
+
+
+def register_dict(
+    cls: type[T],
+    flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
+    unflatten_fn: Callable[[Any, Iterable[Any]], T],
+) -> None:
+    """`register` a subclass of dict that matches a dict with its keys, in the order of these."""
+    _dicts.add(cls)
+    register(cls, flatten_fn, unflatten_fn)
+
+
+def _with_dicts(node: Tree) -> Tree:
+    """The same with plain dicts in the places of nodes of `register_dict`."""
+    if type(node) in _dicts:
+        return {key: _with_dicts(value) for key, value in node.items()}
+    if node is None or is_leaf(node):
+        return node
+    below, spec = _one_level(node)
+    return unflatten(spec, [_with_dicts(child) for child in below])
 
 
 def node_types(*specs: TreeSpec) -> Iterator[type]:

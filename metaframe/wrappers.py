@@ -22,20 +22,25 @@ import optree
 NAMESPACE = "metaframe"
 T = TypeVar("T")
 
-adapters = {"ivy": "metaframe.interop.ivy"}
-"""Libraries not yet seen, and the module that makes their classes nodes once a user has imported
-them."""
+adapters: dict[str, str | Callable[[], None]] = {"ivy": "metaframe.interop.ivy"}
+"""Libraries, each with the module that makes its classes nodes once a user has imported it, and
+from then on with what that module's `adapt` returned, if it has to look again."""
 
 
 def adapt_imported_libraries() -> None:
-    """Let the adapters of libraries that are imported by now do their work, once."""
-    for name in tuple(adapters):
+    """Let the adapters of libraries that are imported by now do their work."""
+    for name, adapter in tuple(adapters.items()):
+        if not isinstance(adapter, str):
+            adapter()
+            continue
         library = sys.modules.get(name)
         # While it is being imported its classes are not there yet.
-        if library is not None and not getattr(library.__spec__, "_initializing", False):
-            adapter = adapters.pop(name, None)
-            if adapter is not None:  # no other thread was faster
-                importlib.import_module(adapter).adapt(library)
+        if library is None or getattr(library.__spec__, "_initializing", False):
+            continue
+        if adapters.pop(name, None) is not None:  # no other thread was faster
+            again = importlib.import_module(adapter).adapt(library)
+            if again is not None:
+                adapters[name] = again
 
 
 class Node(NamedTuple):

@@ -78,7 +78,7 @@ def test_it_is_a_module(tmp_path: Any) -> None:
     assert isinstance(maml, MAML)
     assert isinstance(maml, nn.Module)
     assert maml.module is module
-    live = [*module.parameters(), *maml.rates.parameters()]
+    live = [*module.parameters(), *maml.lrs.parameters()]
     assert {id(p) for p in maml.parameters()} == {id(p) for p in live}
     assert all(isinstance(p, nn.Parameter) for p in maml.meta_parameters().values())
     other = MetaSGD(zoo.built(TORCH, zoo.weights(5)), 0.2)

@@ -67,6 +67,7 @@ class EquinoxAdapter(ModelAdapter):
     """
 
     output_first = True
+    switchable = True
 
     def __init__(self, function: Call | None, model: Any, backend: Backend) -> None:
         self.model = model
@@ -81,14 +82,22 @@ class EquinoxAdapter(ModelAdapter):
         return _arrays(self.model, inexact=False)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        module = _holding(self.model, {**params, **state})
+        module = _in_mode(_holding(self.model, {**params, **state}), inputs.forward.training)
         call = functools.partial(inputs.call or self._function or _called, module)
-        if self._of_one_example:
+        if self._of_one_example and inputs.args:  # without any, an attribute is read
             return over_examples(call, inputs), state
         return call(*inputs.args, **inputs.kwargs), state
 
     def write(self, params: Params) -> None:
         self.model = _holding(self.model, params)
+
+
+def _in_mode(module: Any, training: bool | None) -> Any:
+    """The module in training or inference mode, or as it is."""
+    if training is None:
+        return module
+    equinox: Any = sys.modules["equinox"]
+    return equinox.nn.inference_mode(module, value=not training)
 
 
 class StatefulAdapter(ModelAdapter):
@@ -99,6 +108,7 @@ class StatefulAdapter(ModelAdapter):
     """
 
     output_first = True
+    switchable = True
 
     def __init__(self, module: Any, state: Any, backend: Backend) -> None:
         self.model = (module, state)
@@ -120,7 +130,9 @@ class StatefulAdapter(ModelAdapter):
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`module(*args, state)`, or `inputs.call(module, *args)`, which gets no state."""
-        module = _holding(self.model[0], {**params, **state})
+        module = _in_mode(_holding(self.model[0], {**params, **state}), inputs.forward.training)
+        if inputs.call is not None and not inputs.args:  # an attribute is read
+            return inputs.call(module, **inputs.kwargs), state
         if inputs.call is not None:
             return over_examples(functools.partial(inputs.call, module), inputs, self._axis), state
         norm = inputs.forward.norm

@@ -53,6 +53,8 @@ class NnxAdapter(ModelAdapter):
     It runs as `function(module, *args)`.
     """
 
+    switchable = True
+
     def __init__(self, function: Callable[..., Any], model: Any, backend: Backend) -> None:
         self.model = model
         self.backend = backend
@@ -80,6 +82,8 @@ class NnxAdapter(ModelAdapter):
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         copy, norm = _Split(self.model).merged({**params, **state}), inputs.forward.norm
+        if inputs.forward.training is not None:
+            (copy.train if inputs.forward.training else copy.eval)()
         if norm is not None:
             for _, layer in _batch_norms(copy):
                 layer.use_running_average = norm != "batch"
@@ -101,6 +105,9 @@ class NnxAdapter(ModelAdapter):
             return BatchNorm(names[*path, "mean"], names[*path, "var"], *learned)
 
         return tuple(of(path, layer) for path, layer in _batch_norms(self.model))
+
+    def read(self, value: Any) -> Any:
+        return value[...] if _is_variable(value) else value
 
     def write(self, params: Params) -> None:
         nnx = _nnx()

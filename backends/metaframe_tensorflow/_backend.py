@@ -130,7 +130,7 @@ class TensorFlowBackend(Backend):
         return tuple(map(_dense, grads, xs))
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
-        # identity: the gradient graph of a loop captures tensors of the loop without their tangents.
+        # The gradient graph of a loop captures tensors of the loop without their tangents.
         xs = tuple(tf.identity(x) for x in xs)
         with (
             exact_moments(),

@@ -53,6 +53,9 @@ class ModuleAdapter(ModelAdapter):
             elif is_layer(x):
                 yield from layers_of(x)
 
+    def withholds(self, owner: Any, name: str) -> bool:
+        return name.endswith("variables") and hasattr(tf.Module, name)
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
         tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}
@@ -87,7 +90,7 @@ class ModuleAdapter(ModelAdapter):
 
     def _output(self, copy: Any, inputs: Inputs) -> Any:
         try:
-            return copy(*inputs.args, **inputs.kwargs)
+            return (inputs.call or type(copy).__call__)(copy, *inputs.args, **inputs.kwargs)
         except AttributeError as error:
             if not (isinstance(error.obj, tf.Tensor) and hasattr(tf.Variable, error.name or "")):
                 raise

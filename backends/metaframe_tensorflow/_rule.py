@@ -73,7 +73,9 @@ def _closure_gradients(
 
 
 def _here(x: Any) -> Any:
-    """`x` as the graph that is being built sees it: what a loop's gradient graph captures, such
-    as a value of one iteration, no tape connects with the tensor outside.
+    """`x` as the graph that is being built sees it.
+
+    What a loop's gradient graph captures, such as a value of one iteration, no tape connects with
+    the tensor outside.
     """
     return x if tf.executing_eagerly() else tf.compat.v1.get_default_graph().capture(x)

@@ -24,6 +24,7 @@ from metaframe.models import BatchNorm, Inputs, ModelAdapter, NamedParameters
 from metaframe.models.flags import Flags
 from metaframe_torch import _private, _tape
 from metaframe_torch._calls import ModelCalls, Unmapped
+from metaframe_torch._parameter_mapping import ParameterMapping
 from metaframe_torch._recurrent import mapped_as
 from metaframe_torch._refusals import explained
 from metaframe_torch._substitution import Substitution
@@ -33,6 +34,13 @@ CHECKPOINTED = (
     "In the backward pass it would compute them from its own parameters and not from the adapted "
     "ones. Switch that off in the model; mode='remat' of meta_value_and_grad saves memory instead."
 )
+READING = (
+    "__call__ buffers children extra_repr forward get_buffer get_extra_state get_parameter "
+    "get_submodule modules named_buffers named_children named_modules named_parameters parameters "
+    "state_dict training"
+)
+"""Public attributes of every module that change nothing."""
+CHANGING = frozenset(name for name in vars(nn.Module) if name[0] != "_") - set(READING.split())
 NO_WEIGHTS = UninitializedParameter, UninitializedBuffer
 
 
@@ -60,6 +68,7 @@ class TorchAdapter(ModelAdapter):
     """A `torch.nn.Module`; names are those of `named_parameters`."""
 
     output_first = True
+    switchable = True
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         _refuse_unfit(model)
@@ -120,7 +129,8 @@ class TorchAdapter(ModelAdapter):
         calls = ModelCalls(values, forward, exact)
         run = self.model if inputs.call is None else functools.partial(inputs.call, self.model)
         watched = self._flags.called(self.model.modules)
-        with values, calls, _surroundings(values.modules, exact), watched:
+        mode = _mode(values.modules, forward.training)
+        with values, calls, _surroundings(values.modules, exact), watched, mode:
             output = run(*inputs.args, **inputs.kwargs)
         kept = state if forward.norm == "record" else values.state
         return output, {**kept, **calls.recorded}
@@ -136,6 +146,9 @@ class TorchAdapter(ModelAdapter):
             for name in self._written:
                 copies[name] = mapped_as(copies[name], tensors)
         return copies
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        return name in CHANGING and getattr(type(owner), name, None) is vars(nn.Module)[name]
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         layers = (
@@ -217,6 +230,19 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]:
+    """Training or evaluation mode inside, and every module's own again afterwards."""
+    before = [] if training is None else [(module, module.training) for module in modules]
+    try:
+        for module, _ in before:
+            module.training = bool(training)
+        yield
+    finally:
+        for module, own in before:
+            module.training = own
+
+
+@contextlib.contextmanager
 def _computed_once() -> Iterator[None]:
     """No part of a model is run again in a backward pass.
 
@@ -238,15 +264,14 @@ def _computed_once() -> Iterator[None]:
 
 
 class LearnedAdapter(NamedParameters):
-    """Learned values as an `nn.ParameterDict`, whose names cannot hold a dot."""
+    """Learned values as a module that maps their names to parameters."""
 
     def __init__(self, values: dict[str, Tensor], backend: Backend) -> None:
-        self.model = nn.ParameterDict({n.replace(".", "/"): x for n, x in values.items()})
+        self.model = ParameterMapping(values)
         self.backend = backend
-        self._names = tuple(values)
 
     def params(self) -> dict[str, Tensor]:
-        return {name: self.model[name.replace(".", "/")] for name in self._names}
+        return dict(self.model.items())
 
     def trainable(self) -> tuple[str, ...]:
         return tuple(name for name, p in self.params().items() if p.requires_grad)

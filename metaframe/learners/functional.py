@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from metaframe import checks, ops, optim, tree
 from metaframe.backend import Array, Backend, backend_of
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
@@ -265,6 +267,15 @@ def rate_for(
                 f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
             )
     return checks.learning_rate({name: lr[name] for name in names})
+
+
+def array_like(x: Any, like: Params, backend: Backend) -> Array:
+    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
+    example = next(p for p in like.values() if backend.is_floating(p))
+    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
+    return backend.asarray(
+        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
+    )
 
 
 def _known(values: Mapping[str, Array], known: Mapping[str, Array], what: str) -> dict[str, Array]:

@@ -92,3 +92,28 @@ class MAML(MetaLearner):
             every=adapt_names is None,
         )
         super().__init__(adapter, config, Method())
+
+    @property
+    def inner_lr(self) -> LearningRate | None:
+        """The inner step size, or those by name."""
+        return self.config.inner_lr
+
+    @property
+    def inner_steps(self) -> int:
+        """The default number of inner steps."""
+        return self.config.inner_steps
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the inner gradients are constants."""
+        return self.config.first_order
+
+    @property
+    def adapt_names(self) -> tuple[str, ...]:
+        """Names of the parameters that adapt."""
+        return self.config.names
+
+    @property
+    def allow_unused(self) -> bool:
+        """Whether a support loss may leave adapted parameters out."""
+        return self.config.allow_unused

@@ -15,10 +15,11 @@ from metaframe.errors import InputError, nearest
 from metaframe.inner import Mode
 from metaframe.learners import parameters
 from metaframe.learners.config import AdaptConfig, Norm
-from metaframe.learners.functional import Params
+from metaframe.learners.functional import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
-from metaframe.learners.objective import Meta, Setting, array_like, as_batch
+from metaframe.learners.names import named, renamed
+from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import Adaptation, MetaGradient, divided
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.learners.wrapper import Wrapper
@@ -88,8 +89,7 @@ class MetaLearner(Wrapper):
         return self._adapter.call(self._adapter.params(), self._adapter.state(), inputs)[0]
 
     def _unadapted_norm(self) -> Norm:
-        # There is no support set here.
-        return "batch" if self.config.norm == "support" else self.config.norm
+        return "batch" if self.config.norm == "support" else self.config.norm  # no support set
 
     def _follow(self, phase_of: Callable[[int], Phase]) -> None:
         """Let the epoch decide what the algorithm does, from here on."""
@@ -125,7 +125,8 @@ class MetaLearner(Wrapper):
         Raises:
             InputError: an unknown name.
         """
-        values, given = self.meta_parameters(), dict(params or {})
+        values = self.meta_parameters()
+        given = renamed(params or {}, self, values)
         for name in given:
             if name not in values:
                 raise InputError(f"no meta-parameter called {name!r}. {nearest(name, values)}")
@@ -167,7 +168,7 @@ class MetaLearner(Wrapper):
         Raises:
             InputError: an unknown name or another shape.
         """
-        meta = self._divided(values)
+        meta = self._divided(renamed(values, self, self.meta_parameters()))
         self._adapter.assign(meta["params"])
         self.module = self._adapter.model
         if self._learned is not None:
@@ -201,7 +202,8 @@ class MetaLearner(Wrapper):
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
-            `meta_parameters`; and `aux["costs"]`, the loss of each task.
+            `meta_parameters`; and `aux["costs"]`, the loss of each task. On torch `grads` has
+            them by the names of `named_parameters()` too: "module.weight" is "weight".
 
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
@@ -215,7 +217,7 @@ class MetaLearner(Wrapper):
             distributed=distributed,
         )
         result: MetaResult = self._run(gradient, tasks, compiled)
-        return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
+        return result._replace(grads=named(result.grads, self, self.meta_parameters()))
 
     def meta_gradient(
         self,
@@ -317,8 +319,7 @@ class MetaLearner(Wrapper):
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
         """Adaptation to one task, step by step and as pure functions, for evaluations."""
-        setting = self._setting(loss_fn)
-        return Adaptation(setting, self._learned is not None, self._flags)
+        return Adaptation(self._setting(loss_fn), self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:
         """The values of `meta_parameters`, as constants of no record of operations."""

@@ -26,6 +26,26 @@ from metaframe.models._keras_call import (
 from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 from metaframe.models.flags import Flags
 
+CHANGING = frozenset(
+    [
+        "build",
+        "compile",
+        "evaluate",
+        "export",
+        "fit",
+        "load_weights",
+        "predict",
+        "predict_on_batch",
+        "quantize",
+        "save",
+        "save_weights",
+        "set_weights",
+        "test_on_batch",
+        "train_on_batch",
+    ]
+)
+"""Methods that Keras gives every model, and that run, change or save the one it is."""
+
 
 class KerasAdapter(ModelAdapter):
     """A Keras layer or model whose weights are made; names are the variables' paths.
@@ -36,6 +56,8 @@ class KerasAdapter(ModelAdapter):
     Keras. Losses that layers add, such as those of regularizers, belong to the loss function:
     `call=lambda model, x: (model(x), model.losses)` returns them with the output.
     """
+
+    switchable = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -121,11 +143,20 @@ class KerasAdapter(ModelAdapter):
         seen = {n: x / (1 - momenta[n]) for n, x in found.items() if x is not None}
         return called.output, {**state, **seen}
 
+    def read(self, value: Any) -> Any:
+        """The value of a variable, which is the model's own again after the call."""
+        return value.value if isinstance(value, keras().Variable) else value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Methods that train, save or change a model."""
+        return name in CHANGING and isinstance(owner, keras().layers.Layer)
+
     def _called(
         self, inputs: Inputs, variables: Params, values: Params, recorded: Iterable[str]
     ) -> Call:
-        norm, layers = inputs.forward.norm, self._layers()
-        training = None if norm is None else norm != "frozen"
+        norm, training, layers = inputs.forward.norm, inputs.forward.training, self._layers()
+        if training is None and norm is not None:
+            training = norm != "frozen"
         run = self._run(inputs, training)
 
         def call() -> Call:

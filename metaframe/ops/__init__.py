@@ -5,7 +5,7 @@ Python numbers are converted first. What all frameworks write alike is not repea
 arithmetic and comparison operators, `x[...]`, `x.shape`, `x.dtype`.
 
 Derivatives at kinks, ties and bounds are the same on every backend, first and second: see the
-table in docs/reference/derivatives.md. Operators are the framework's own there: write `ops.abs(x)` and
+table in docs/reference/derivatives.md. Operators are the framework's own: write `ops.abs(x)` and
 `ops.power(x, n)`, not `abs(x)` and `x**n`, where an argument may be zero.
 The examples assume `from metaframe import ops` and a selected backend, whichever it is.
 """
