@@ -26,8 +26,9 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from metaframe import checks, ops, tree
-from metaframe.backend import backend_of
+from metaframe import ops, tree
+from metaframe.backend.selection import backend_of
+from metaframe.core import checks
 from metaframe.errors import InputError, InputTypeError
 
 Params = Any

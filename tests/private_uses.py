@@ -18,8 +18,8 @@ import numpy as np
 import metaframe
 from metaframe import MAML, nn, ops
 from metaframe.backend import load_backend, use_backend
+from metaframe.backend.workers import Place
 from metaframe.tasks import Task
-from metaframe.workers import Place
 
 X, Y = np.linspace(-1.0, 1.0, 6).reshape(3, 2), np.linspace(0.0, 2.0, 3).reshape(3, 1)
 

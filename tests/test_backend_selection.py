@@ -18,14 +18,14 @@ from frameworks import BACKENDS, REQUIRED, require
 from metaframe.backend import (
     Backend,
     available_backends,
-    backend_of,
-    convert_neutral,
     current_backend,
     load_backend,
     set_backend,
     unset_backend,
     use_backend,
 )
+from metaframe.backend.selection import backend_of, convert_neutral
+from metaframe.backend.tables import NNTable
 from metaframe.errors import (
     BackendError,
     BackendNotInstalledError,
@@ -33,7 +33,6 @@ from metaframe.errors import (
     MetaframeError,
     UnknownKeyError,
 )
-from metaframe.optable import NNTable
 
 PAIRS = list(permutations(BACKENDS, 2))
 

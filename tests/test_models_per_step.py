@@ -21,7 +21,7 @@ from metaframe import (
     tree,
 )
 from metaframe.backend import Backend, load_backend
-from metaframe.container import Container
+from metaframe.core.container import Container
 from metaframe.errors import CheckpointError, InputError, NonFiniteError
 from metaframe.tasks import Task
 from metaframe.training import MetaTrainer, StepSettings, evaluate

@@ -16,13 +16,7 @@ from metaframe import nn, ops, tree
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import BackendError, InputError, InputTypeError
 from metaframe.nn.init import stream
-from metaframe.testing.conformance.cases import (
-    Case,
-    check_derivatives,
-    check_value,
-    slope,
-    weights,
-)
+from metaframe.testing.conformance.cases import Case, check_derivatives, check_value, slope, weights
 from metaframe.testing.conformance.clause import close, on_the_bench
 from metaframe.testing.conformance.nn_clauses import CONVOLUTIONS, conv2d, max_pool, normalised
 

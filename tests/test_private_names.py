@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from frameworks import require
+from metaframe.backend.private import PrivateName
 from metaframe.errors import BackendError
-from metaframe.private import PrivateName
 from private_uses import PLAIN, USES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def equal(found: Any, expected: Any) -> None:
 
 WITHOUT_ANY = """
 import sys
-from metaframe.private import PrivateName
+from metaframe.backend.private import PrivateName
 
 looked_up = []
 PrivateName.found = property(lambda self: looked_up.append(self.path))

@@ -29,8 +29,8 @@ from metaframe import (
     tree,
     use_backend,
 )
+from metaframe.core.inner_loop import Mode
 from metaframe.errors import InputError
-from metaframe.inner import Mode
 from metaframe.testing.conformance.closed_form import assert_close
 
 Call = Callable[..., Any]

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from metaframe import tree
-from metaframe.container import Container
+from metaframe.core.container import Container
 from metaframe.errors import InputError, UnknownKeyError
 
 

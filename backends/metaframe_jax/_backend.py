@@ -13,11 +13,12 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
-from metaframe.workers import Place, Workers
-from metaframe.wrappers import Node
+from metaframe.tree.foreign import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
+from metaframe.backend.workers import ALONE, Part, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe.workers import ALONE, Part, Place, Workers
 from metaframe_jax import _private
 
 SHUTDOWN = 10

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaframe.backend import Backend
+from metaframe.backend.contract import Backend
 from metaframe.errors import InputError, InputTypeError
 from metaframe.models import Inputs, ModelAdapter
 from metaframe_jax._names import filled, named

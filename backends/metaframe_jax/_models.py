@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from metaframe.backend import Backend
+from metaframe.backend.contract import Backend
 from metaframe.errors import InputError, InputTypeError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
 from metaframe_jax._equinox import find_equinox_adapter
 from metaframe_jax._names import filled, named, path_name, unique
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from metaframe.wrappers import Node
+from metaframe.tree.foreign import Node
 from metaframe_jax._names import path_name
 
 

@@ -13,8 +13,8 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
-from metaframe.backend import Arrays, ScalarFn
-from metaframe.private import PrivateName
+from metaframe.backend.private import PrivateName
+from metaframe.backend.types import Arrays, ScalarFn
 
 SEEN = ("0.8.1", "0.10.2")
 

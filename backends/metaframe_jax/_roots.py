@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
 
 SINGULAR = frozenset({"sqrt", "rsqrt", "cbrt", "pow", "integer_pow", "div", "log", "log1p"})
 """Elementwise operations whose derivative is not finite at the border of their domain."""

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
-from metaframe.workers import ALONE, Place, Workers
 from metaframe_tensorflow import _private
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments

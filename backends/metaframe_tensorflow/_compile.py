@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Arrays, ArraysFn
+from metaframe.backend.types import Arrays, ArraysFn
 from metaframe_tensorflow import _private
 
 logger = logging.getLogger("metaframe.compile")

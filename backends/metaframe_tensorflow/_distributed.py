@@ -11,9 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Array, Arrays
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import Part, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe.workers import Part, Place, Workers
 from metaframe_tensorflow import _private
 
 

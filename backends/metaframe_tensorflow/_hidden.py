@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from metaframe.backend import Arrays, ArraysFn
+from metaframe.backend.types import Arrays, ArraysFn
 from metaframe_tensorflow._compile import operations
 
 _RANDOM = frozenset(

@@ -11,11 +11,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models._keras_call import is_layer, layers_of
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
 from metaframe_tensorflow import _private
 
 Params = dict[str, Array]

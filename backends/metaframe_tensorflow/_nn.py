@@ -8,7 +8,7 @@ import math
 
 import tensorflow as tf
 
-from metaframe.optable import NNTable, Pads
+from metaframe.backend.tables import NNTable, Pads
 
 
 class TensorFlowNN(NNTable):

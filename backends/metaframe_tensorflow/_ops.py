@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
 
 
 def _pick(x: tf.Tensor, y: tf.Tensor, x_wins: tf.Tensor, y_wins: tf.Tensor) -> tf.Tensor:

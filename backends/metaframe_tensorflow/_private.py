@@ -11,8 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Array, Arrays
-from metaframe.private import PrivateName
+from metaframe.backend.private import PrivateName
+from metaframe.backend.types import Array, Arrays
 
 SEEN = ("2.20.0", "2.21.0")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Arrays, ArraysFn
+from metaframe.backend.types import Arrays, ArraysFn
 from metaframe_tensorflow._moments import exact_moments
 
 

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
-from metaframe.workers import ALONE, Place, Workers
 from metaframe_torch import _foreign, _private, _tape
 from metaframe_torch._ambient import Ambient, outside
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient

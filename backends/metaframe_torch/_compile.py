@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
 from metaframe.errors import CompileError, MetaframeError
 from metaframe_torch import _private, _tape
 from metaframe_torch._ambient import Ambient, without_autocast

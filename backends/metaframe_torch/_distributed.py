@@ -11,9 +11,9 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 
-from metaframe.backend import Array, Arrays
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import Part, Place, Workers
 from metaframe.errors import InputError
-from metaframe.workers import Part, Place, Workers
 from metaframe_torch import _private
 
 LAST_WORD = "metaframe/last_word"

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metaframe import tree
-from metaframe.backend import Array, Arrays, Backend, ObjectiveFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ObjectiveFn
 from metaframe.errors import InputError
 from metaframe.models import BatchNorm, Inputs, ModelAdapter, NamedParameters
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
 from metaframe_torch import _private, _tape
 from metaframe_torch._calls import ModelCalls, Unmapped
 from metaframe_torch._parameter_mapping import ParameterMapping

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaframe.optable import NNTable, Pads
+from metaframe.backend.tables import NNTable, Pads
 from metaframe_torch import _private
 from metaframe_torch._batch_norm import batch_norm
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from metaframe.private import PrivateName
+from metaframe.backend.private import PrivateName
 
 SEEN = ("2.13.0",)
 

@@ -22,7 +22,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
-from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn, current_selection, selected
+from metaframe.backend.selection import current_selection, selected
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.errors import InputError
 from metaframe_torch import _private
 from metaframe_torch._ambient import Ambient, Streams

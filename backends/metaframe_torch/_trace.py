@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaframe.backend import Array, ArraysFn
+from metaframe.backend.types import Array, ArraysFn
 from metaframe.errors import CompileError
 from metaframe_torch import _private
 from metaframe_torch._ambient import outside

@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from metaframe import tree
-from metaframe.backend import Selection, follow, known_backends, load_backend
+from metaframe.backend.registry import known_backends, load_backend
+from metaframe.backend.selection import Selection, follow
 from metaframe.errors import BackendError
 
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, ops, optim, tree
-from metaframe.backend import Array, Backend, backend_of
+from metaframe import arguments, ops, optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import is_inexact
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
-from metaframe.models.adapter import is_inexact
-from metaframe.update import UpdateRule, update_rule
 
 Params = dict[str, Array]
 LearningRate = float | Array | Mapping[str, Array]
@@ -159,8 +162,8 @@ def adapt(
     >>> adapt(model, start, build_loss, lr=0.25, inner_steps=2)["weight"].item()
     0.25
     """
-    checks.integer(inner_steps, "inner_steps", at_least=1)
-    checks.function(build_loss, "build_loss")
+    arguments.integer(inner_steps, "inner_steps", at_least=1)
+    arguments.function(build_loss, "build_loss")
     trainable = [name for name in adapter_of(model).trainable() if name in params]
     names = adapted_names(trainable, adapt_names)
     for _ in range(inner_steps):

@@ -9,13 +9,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import Array
+from metaframe import arguments, tree
+from metaframe.backend.types import Array
+from metaframe.core import checks
 from metaframe.errors import InputError
-from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
 from metaframe.learners.parts import Find, Part, attribute
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models import Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
@@ -147,7 +148,7 @@ class Learner:
                 "the model has no training mode that a learner could switch. Pass what it takes "
                 "for it in the call, such as learner(x, deterministic=True)."
             )
-        checks.choice(mode, "mode", (True, False))
+        arguments.choice(mode, "mode", (True, False))
         self._training = mode
         return self
 
@@ -233,7 +234,7 @@ class Learner:
         Raises:
             InputError: fewer steps than one; otherwise as `adapt`.
         """
-        checks.function(loss_fn, "loss_fn")
+        arguments.function(loss_fn, "loss_fn")
         steps = self.config.steps(steps, at_least=1)
         x, y = self._converted((x, y))
         support = self._support(loss_fn, x, y)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, optim
-from metaframe.learners.config import AdaptConfig, Norm
+from metaframe import arguments, optim
 from metaframe.learners.functional import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method
+from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.models import adapter_of
 
 
@@ -76,7 +76,7 @@ class MAML(MetaLearner):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.integer(inner_steps, "inner_steps", at_least=1)
+        arguments.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
         if inner_lr is not None:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, ops, tree
-from metaframe.backend import Array, Arrays
-from metaframe.inner import StepView
-from metaframe.learners.config import Norm
+from metaframe import arguments, ops, tree
+from metaframe.backend.types import Array, Arrays
+from metaframe.core.inner_loop import StepView
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
 from metaframe.learners.objective import TaskRun, adapted_query_loss
+from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.models.per_step import StepAffine, row
 from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
@@ -85,8 +85,8 @@ class MAMLPlusPlus(MAML):
         multi_step_epochs: int = 0,
         second_order_from: int = 0,
     ) -> None:
-        checks.integer(multi_step_epochs, "multi_step_epochs", at_least=0)
-        checks.integer(second_order_from, "second_order_from", at_least=0)
+        arguments.integer(multi_step_epochs, "multi_step_epochs", at_least=0)
+        arguments.integer(second_order_from, "second_order_from", at_least=0)
         adapter = adapter_of(module)
         if learn_norms:
             adapter = StepAffine(adapter, inner_steps)

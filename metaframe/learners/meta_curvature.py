@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, ops
-from metaframe.backend import Array, backend_of
-from metaframe.learners.config import Norm
+from metaframe import ops
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core import checks
 from metaframe.learners.maml import MAML
+from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.optim import Grads, Optimizer, Params, Rate, State
 

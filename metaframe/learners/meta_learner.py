@@ -8,26 +8,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks
-from metaframe.backend import Array, Backend
-from metaframe.compile import compile
+from metaframe import arguments
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
+from metaframe.backend.workers import Share
+from metaframe.core import checks
+from metaframe.core.compile import compile
+from metaframe.core.inner_loop import Mode
+from metaframe.core.meta_gradient import Execution, MetaResult, TaskMap, strategy
 from metaframe.errors import InputError, nearest
-from metaframe.inner import Mode
 from metaframe.learners import parameters
-from metaframe.learners.config import AdaptConfig, Norm
 from metaframe.learners.functional import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.names import named, renamed
+from metaframe.learners.native_class import Wrapper
 from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import Adaptation, MetaGradient, divided
+from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.learners.statistics import StatisticsOfTasks
-from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import Execution, MetaResult, TaskMap, strategy
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
-from metaframe.workers import Share
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -106,7 +108,7 @@ class MetaLearner(Wrapper):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        checks.integer(epoch, "epoch", at_least=0)
+        arguments.integer(epoch, "epoch", at_least=0)
         if epoch != self._epoch:
             self._enter(epoch)
 
@@ -383,7 +385,7 @@ class MetaLearner(Wrapper):
         mode: Mode = "reverse",
         metric: LossFn | None = None,
     ) -> Setting:
-        checks.function(loss_fn, "loss_fn")
+        arguments.function(loss_fn, "loss_fn")
         config = self._adapting
         steps = config.steps(steps, at_least=0)
         return Setting(self._adapter, config, self._method, loss_fn, steps, mode, metric)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe import ops
-from metaframe.backend import Array
-from metaframe.learners.config import Norm
+from metaframe.backend.types import Array
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
+from metaframe.learners.settings import Norm
 
 
 class MetaSGD(MAML):

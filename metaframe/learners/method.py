@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
 from metaframe.learners.functional import Params
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe import tree
-from metaframe.backend import Array, register_with_frameworks
+from metaframe.backend.registry import register_with_frameworks
+from metaframe.backend.types import Array
 
 
 class Named(dict[str, Array]):

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from metaframe import checks, optim, tree
-from metaframe.backend import Array, Backend, is_neutral
+from metaframe import optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import is_neutral
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.core.inner_loop import InnerLoop, InnerResult, InnerSettings, Mode, Observer
 from metaframe.errors import InputTypeError
-from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
-from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models import Forward, Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 

@@ -6,13 +6,13 @@ Whatever is left out can be listed with the reason, and what cannot be learned i
 
 from __future__ import annotations
 
-from metaframe import checks
+from metaframe.backend.model import is_inexact
+from metaframe.core import checks
 from metaframe.errors import InputError
-from metaframe.learners.config import AdaptConfig
 from metaframe.learners.functional import Params
 from metaframe.learners.pure import LEARNED
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models import ModelAdapter, NamedParameters
-from metaframe.models.adapter import is_inexact
 
 Learned = NamedParameters | None
 """What an update rule learns, if anything."""

@@ -12,13 +12,13 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metaframe.backend import Array
-from metaframe.constants import Settled
+from metaframe.backend.types import Array
+from metaframe.core.constants import Settled
+from metaframe.core.inner_loop import first_index
+from metaframe.core.meta_gradient import Execution, MetaResult, meta_value_and_grad
 from metaframe.errors import MetaframeError
-from metaframe.inner import first_index
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, Setting, TaskRun
-from metaframe.meta import Execution, MetaResult, meta_value_and_grad
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, ops, optim
-from metaframe.backend import Array, Arrays
+from metaframe import ops, optim
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
+from metaframe.core.inner_loop import StepView
 from metaframe.errors import InputError
-from metaframe.inner import StepView
-from metaframe.learners.config import Norm
 from metaframe.learners.functional import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
 from metaframe.learners.objective import TaskRun
+from metaframe.learners.settings import Norm
 
 
 class Reptile(MAML):

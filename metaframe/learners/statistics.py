@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metaframe import ops, tree
-from metaframe.backend import Array, Arrays
-from metaframe.inner import StepView
+from metaframe.backend.types import Array, Arrays
+from metaframe.core.inner_loop import StepView
+from metaframe.core.meta_gradient import Strategy, map_tasks
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, Setting, TaskRun
 from metaframe.learners.pure import divided
-from metaframe.meta import Strategy, map_tasks
 from metaframe.models.per_step import StepStatistics, placed
 
 if TYPE_CHECKING:

@@ -12,7 +12,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from metaframe import ops
-from metaframe.backend import Backend, backend_of, known_backends, load_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.registry import known_backends, load_backend
+from metaframe.backend.selection import backend_of
 from metaframe.errors import InputError
 from metaframe.models._keras_call import (
     Call,
@@ -23,8 +26,7 @@ from metaframe.models._keras_call import (
     not_built,
     unbuilt,
 )
-from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
 
 CHANGING = frozenset(
     [

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaframe import ops, tree
-from metaframe.backend import backend_of, convert_neutral
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.selection import backend_of, convert_neutral
 from metaframe.errors import InputTypeError
-from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 from metaframe.nn.layers import recorded_statistics
 from metaframe.nn.models import Model
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Backend
-from metaframe.models.adapter import NamedParameters, Params
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import NamedParameters, Params
 
 
 class ValuesAdapter(NamedParameters):

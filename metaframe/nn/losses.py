@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array, Arrays, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError
 from metaframe.ops._dispatch import native, need_floating
 from metaframe.ops._elementwise import log1p_exp_of_minus_abs

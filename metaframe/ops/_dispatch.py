@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, convert_neutral
+from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputTypeError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 import math
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
 from metaframe.errors import InputError, InputTypeError
 from metaframe.ops._dispatch import native, native_or_number, need_floating
 

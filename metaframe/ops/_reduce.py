@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.tables import Axis
+from metaframe.backend.types import Array
 from metaframe.ops._dispatch import native, need_floating
 from metaframe.ops._elementwise import safe_sqrt
-from metaframe.optable import Axis
 
 
 def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:

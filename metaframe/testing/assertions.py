@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import available_backends, backend_of, load_backend, owner, use_backend
-from metaframe.compile import Compiled, Signature
+from metaframe import arguments, tree
+from metaframe.backend.registry import available_backends, load_backend, owner
+from metaframe.backend.selection import backend_of, use_backend
+from metaframe.core.compile import Compiled, Signature
+from metaframe.core.inner_loop import Cost
 from metaframe.errors import InputError, InputTypeError
-from metaframe.inner import Cost
 from metaframe.tasks import Task, TaskSampler
 from metaframe.testing.differences import components
 from metaframe.testing.subject import ONE_STEP, Adaptation, Step, Subject, Values
@@ -97,7 +98,7 @@ def assert_backends_agree(
     >>> from metaframe import ops
     >>> assert_backends_agree(lambda x: ops.sum(x**2), np.arange(3.0))
     """
-    checks.choice(dtype, "dtype", tuple(PRECISION))
+    arguments.choice(dtype, "dtype", tuple(PRECISION))
     names = list(backends or (b.name for b in available_backends() if b.version is not None))
     if len(names) < 2:
         raise InputError(f"to agree takes two backends, received {names}. Install another one.")
@@ -227,7 +228,7 @@ def assert_no_leak(
     >>> from metaframe.tasks import SinusoidTaskSampler
     >>> assert_no_leak(SinusoidTaskSampler(seed=0), SinusoidTaskSampler(seed=0, split="test"))
     """
-    checks.integer(tasks, "tasks", at_least=1)
+    arguments.integer(tasks, "tasks", at_least=1)
     seen: list[set[bytes]] = []
     for number, source in enumerate((sampler, *others)):
         drawn = _drawn(source, tasks)

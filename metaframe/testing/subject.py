@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks, optim, tree
-from metaframe.backend import Array, Backend, backend_of, is_neutral
+from metaframe import arguments, optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, is_neutral
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.core.inner_loop import Cost, Mode, Order, inner_loop
+from metaframe.core.meta_gradient import TaskMap, map_tasks, meta_value_and_grad
+from metaframe.core.task_program import BatchFn
 from metaframe.errors import InputError, InputTypeError
-from metaframe.inner import Cost, Mode, Order, inner_loop
-from metaframe.meta import TaskMap, map_tasks, meta_value_and_grad
-from metaframe.objectives import BatchFn
 
 Values = np.ndarray[Any, Any]
 Step = Callable[[tree.Tree, tree.Tree], Any]
@@ -107,9 +110,9 @@ class Subject:
         adaptation: Adaptation = ONE_STEP,
         step: Step | None = None,
     ) -> None:
-        checks.function(cost, "cost")
+        arguments.function(cost, "cost")
         if step is not None:
-            checks.function(step, "step")
+            arguments.function(step, "step")
         if not isinstance(adaptation, Adaptation):
             raise InputTypeError(
                 f"adaptation must be an Adaptation, received {type(adaptation).__name__}. Write "
@@ -174,7 +177,7 @@ class Subject:
         self, task_map: TaskMap = "loop", *, order: Order = 2, compiled: bool = False
     ) -> Gradient:
         """Metaframe's own meta-gradient, run in one of its ways."""
-        from metaframe.compile import compile as compile_whole
+        from metaframe.core.compile import compile as compile_whole
 
         task_cost = self.adaptation.task_cost(self.cost, self.backend, order)
         step: Step = meta_value_and_grad(task_cost, task_map=task_map)

@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks, ops, tree
-from metaframe.backend import Array, backend_of
-from metaframe.compile import compile
+from metaframe import arguments, ops, tree
+from metaframe.backend.model import Params
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core.compile import compile
+from metaframe.core.meta_gradient import Strategy, map_tasks, strategy
 from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import Adaptation, Adapted
-from metaframe.meta import Strategy, map_tasks, strategy
-from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
-from metaframe.training import arguments
+from metaframe.training import checks
 from metaframe.training.step import StepSettings
 
 TASKS_AT_ONCE = 50
@@ -175,7 +176,7 @@ class Evaluator:
         settings: StepSettings | None = None,
     ) -> None:
         settings = settings or StepSettings()
-        arguments.learner(maml, loss_fn, metric)
+        checks.learner(maml, loss_fn, metric)
         self._maml = maml
         self._loss_fn = loss_fn
         self._metric = metric
@@ -318,7 +319,7 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         total = checks.tasks(tasks, None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
-        checks.integer(num_tasks, "num_tasks", at_least=1)
+        arguments.integer(num_tasks, "num_tasks", at_least=1)
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
     if not isinstance(tasks, Sequence):
         raise InputTypeError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import nn, ops
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
 from metaframe.testing.conformance.cases import quickest
 from metaframe.testing.conformance.clause import Bench, Chapter, Values, equal, same
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from metaframe.backend import Backend, load_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import load_backend
 from metaframe.errors import InputError, nearest
 from metaframe.testing.conformance.array_clauses import ARRAYS, DTYPES
 from metaframe.testing.conformance.clause import Clause

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx.core import array
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
 
 
 def dtype_named(name: str) -> mx.Dtype:

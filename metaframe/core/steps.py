@@ -17,15 +17,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from metaframe import checks, tree
-from metaframe.backend import Array, Arrays, Backend
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
+from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
+from metaframe.core.entrance import entrance
+from metaframe.core.inner_loop import Cost, InnerSettings, Mode
+from metaframe.core.meta_gradient import (
+    Execution,
+    MetaResult,
+    accumulate,
+    meta_value_and_grad,
+    weighed,
+)
+from metaframe.core.task_program import AdaptedCost, BatchFn, ReptileTask
 from metaframe.distributed.agreement import agree
-from metaframe.entrance import entrance
 from metaframe.errors import InputError
-from metaframe.inner import Cost, InnerSettings, Mode
-from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
-from metaframe.meta import Execution, MetaResult, accumulate, meta_value_and_grad, weighed
-from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
 from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
 
 
@@ -258,9 +266,9 @@ def reptile_step(
     >>> round(float(cost), 5), [round(float(g), 4) for g in grads.latent]
     (0.98805, [-13.0177, -13.0177])
     """
-    checks.choice(direction, "direction", ("gradients", "displacement"))
-    checks.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
-    checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
+    arguments.choice(direction, "direction", ("gradients", "displacement"))
+    arguments.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
+    arguments.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Array = Any
-Arrays = tuple[Array, ...]
+from metaframe.backend.types import Array, Arrays
+
 AllSum = Callable[[Array], Array]
 """An array -> its sum over all workers, the same bits on each. One collective a call."""
 Part = Callable[[Arrays, Any, AllSum], Arrays]

@@ -29,11 +29,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from metaframe import checks, modes, ops, optim, tree
-from metaframe.backend import Array, Arrays, backend_of
-from metaframe.entrance import entrance
+from metaframe import arguments, ops, optim, tree
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks, recompute
+from metaframe.core.entrance import entrance
+from metaframe.core.update_rule import update_rule
 from metaframe.errors import InputError
-from metaframe.update import update_rule
 
 Cost = Callable[..., Array]
 Mode = Literal["reverse", "remat", "mixed"]
@@ -88,7 +90,7 @@ def inner_loop(
     """
     settings = InnerSettings(lr, update, order, mode)
     chosen = tree.chosen(v, inner_v, keep_inner_v)
-    checks.integer(steps, "steps", at_least=0)
+    arguments.integer(steps, "steps", at_least=0)
     return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
 
 
@@ -114,8 +116,8 @@ class InnerSettings:
     batch_of_step: BatchOfStep | None = None
 
     def __post_init__(self) -> None:
-        checks.choice(self.order, "order", (1, 2))
-        checks.choice(self.mode, "mode", MODES)
+        arguments.choice(self.order, "order", (1, 2))
+        arguments.choice(self.mode, "mode", MODES)
         object.__setattr__(self, "lr", checks.learning_rate(self.lr))
 
 
@@ -188,7 +190,7 @@ class InnerLoop:
         sizes = (len(start), len(self._state.arrays), len(index))
 
         def body(carry: Arrays) -> Arrays:
-            params, state, index, total = modes.split(carry, sizes)
+            params, state, index, total = recompute.split(carry, sizes)
             after, state, view = step(params, state, self._context_of(*index))
             if observe is not None:
                 seen = observe(self._variables(self._attach(params)), view, *index)
@@ -203,7 +205,7 @@ class InnerLoop:
             # from zeros of a guessed shape and dtype.
             carry, steps = body(carry), steps - 1
         carry = self._backend.repeat(body, carry, steps, rolled=self._recomputes)
-        params, _, _, total = modes.split(carry, sizes)
+        params, _, _, total = recompute.split(carry, sizes)
         return InnerResult(self._variables(self._attach(params)), total)
 
     def advance(self, state: Any, index: Array | None = None) -> tuple[tree.Tree, Any]:
@@ -239,8 +241,8 @@ class InnerLoop:
             return self._plain_step
         gradient = self._gradient
         if self._settings.mode == "mixed":
-            gradient = modes.forward_over_reverse(self._backend, self._scaled_cost)
-        rule = modes.rematerialised(self._backend, gradient, self._apply)
+            gradient = recompute.forward_over_reverse(self._backend, self._scaled_cost)
+        rule = recompute.rematerialised(self._backend, gradient, self._apply)
         return lambda params, state, context: (*rule(params, state, context), None)
 
     def _check_repeatable(self, context: Arrays) -> None:
@@ -252,7 +254,9 @@ class InnerLoop:
         start, state = self._start, self._state.arrays
 
         def first_step(xs: Arrays) -> Arrays:
-            params, state_, context_, _ = modes.split(xs, (len(start), len(state), len(context)))
+            params, state_, context_, _ = recompute.split(
+                xs, (len(start), len(state), len(context))
+            )
             after, state_, _ = self._plain_step(params, state_, context_)
             return (*after, *state_)
 

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from metaframe import checks, tree
-from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, convert_neutral, following
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import Share
+from metaframe.core import checks
+from metaframe.core.entrance import entrance
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.sharding import sharded
-from metaframe.entrance import entrance
 from metaframe.errors import InputError
-from metaframe.workers import Share
 
 Strategy = Literal["vmap", "scan", "loop"]
 TaskMap = Literal["auto", Strategy]
@@ -39,12 +42,12 @@ class Execution:
     distributed: bool | Share = False
 
     def __post_init__(self) -> None:
-        checks.choice(self.task_map, "task_map", TASK_MAPS)
-        checks.chunk_size(self.chunk_size)
+        arguments.choice(self.task_map, "task_map", TASK_MAPS)
+        arguments.chunk_size(self.chunk_size)
         if self.share is None:
-            checks.choice(self.distributed, "distributed", (False, True))
+            arguments.choice(self.distributed, "distributed", (False, True))
         else:
-            checks.integer(self.share.num_tasks, "Share(num_tasks)", at_least=1)
+            arguments.integer(self.share.num_tasks, "Share(num_tasks)", at_least=1)
 
     @property
     def share(self) -> Share | None:
@@ -119,7 +122,7 @@ def meta_value_and_grad(
     >>> cost, grads
     (tensor(5.), {'w': tensor(-4.)})
     """
-    checks.function(task_cost, "task_cost")
+    arguments.function(task_cost, "task_cost")
     how = Execution(task_map, chunk_size, distributed)
 
     @entrance
@@ -192,8 +195,8 @@ def map_tasks(
     >>> means({"x": torch.tensor([[1.0, 3.0], [5.0, 7.0]])})
     {'mean': tensor([2., 6.])}
     """
-    checks.function(fn, "fn")
-    checks.choice(task_map, "task_map", get_args(Strategy))
+    arguments.function(fn, "fn")
+    arguments.choice(task_map, "task_map", get_args(Strategy))
     how = Execution(task_map, chunk_size)
 
     @entrance

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import owner
+from metaframe.backend.registry import owner
 from metaframe.errors import InputTypeError
 
 PARTS_AT_MOST = 10_000

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from metaframe import checks, optim
-from metaframe.backend import Array
+from metaframe import arguments, optim
+from metaframe.backend.types import Array
+from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, rate_for
 from metaframe.models import Forward
-from metaframe.update import UpdateRule, update_rule
 
 Norm = Literal["batch", "frozen", "support", "per-step"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -48,8 +48,8 @@ class AdaptConfig:
     every: bool = False
 
     def __post_init__(self) -> None:
-        checks.integer(self.inner_steps, "inner_steps", at_least=0)
-        checks.choice(self.norm, "norm", NORMS)
+        arguments.integer(self.inner_steps, "inner_steps", at_least=0)
+        arguments.choice(self.norm, "norm", NORMS)
         if self.inner_lr is not None:
             rate_for(self.inner_lr, self.names)
         update_rule(self.update, stop_gradients=False)
@@ -63,7 +63,7 @@ class AdaptConfig:
         """How many steps to take: the configured number, or the one given."""
         if given is None:
             return self.inner_steps
-        checks.integer(given, "steps", at_least=at_least)
+        arguments.integer(given, "steps", at_least=at_least)
         if given and not self.names:
             raise InputError(f"this algorithm takes no inner steps, received steps={given}.")
         return given

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from metaframe import checks
-from metaframe.backend import Array, Arrays, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
 
 Gradient = Callable[[Arrays, Arrays], Arrays]
 """`(params, context) -> gradient of the cost with respect to params`."""

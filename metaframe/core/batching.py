@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from metaframe import checks, tree
-from metaframe.backend import Array, Backend
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.core.meta_gradient import Execution, Strategy, arrays_of
 from metaframe.errors import InputError
-from metaframe.meta import Execution, Strategy, arrays_of
 
 Batched = bool | Literal["vmap", "scan"]
 _WhichTasks = Literal["first", "all"]
@@ -96,7 +98,7 @@ def execution(
     Raises:
         InputError: an unknown setting, or two that do not go together.
     """
-    checks.choice(batched, "batched", (True, False, "vmap", "scan"))
+    arguments.choice(batched, "batched", (True, False, "vmap", "scan"))
     if distributed and batched is True:
         raise InputError(
             "distributed=True divides the tasks, and with batched=True the cost function sees all "

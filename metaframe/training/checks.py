@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import InputTypeError
 from metaframe.learners.meta_learner import MetaLearner
 
@@ -16,9 +16,9 @@ def learner(maml: Any, loss_fn: Any, metric: Any) -> None:
             f"maml must be a learner, received {type(maml).__qualname__}. Wrap a model in one: "
             "MAML(model, inner_lr=0.01)."
         )
-    checks.function(loss_fn, "loss_fn")
+    arguments.function(loss_fn, "loss_fn")
     if metric is not None:
-        checks.function(metric, "metric")
+        arguments.function(metric, "metric")
 
 
 def sampler(task_sampler: Any) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from metaframe import ops, tree
-from metaframe.backend import backend_of, refuse_mixed, register_with_frameworks
+from metaframe.backend.registry import register_with_frameworks
+from metaframe.backend.selection import backend_of, refuse_mixed
 from metaframe.errors import InputError, UnknownAttributeError, UnknownKeyError, nearest
 
 _INDENT = "    "

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any
 
-from metaframe.required import Required
+from metaframe.backend.required import Required
+from metaframe.backend.types import Array
 
-Array = Any
 Axis = int | tuple[int, ...] | None
 Pads = tuple[tuple[int, int], tuple[int, int]]
 """Zeros added (above, below), (left, right)."""

@@ -14,37 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import tree
-from metaframe.backend import Array, Backend, is_neutral, owner
-from metaframe.errors import InputError, InputTypeError, NonFiniteError, nearest
-
-
-def integer(value: Any, name: str, *, at_least: int) -> int:
-    """`value` as an int that is at least so much; booleans are not counts."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputTypeError(
-            f"{name} must be an integer, received {value!r} ({type(value).__name__})."
-        )
-    if value < at_least:
-        raise InputError(f"{name} must be at least {at_least}, received {value}.")
-    return int(value)
-
-
-def choice(value: Any, name: str, allowed: Sequence[Any]) -> None:
-    """`value` is one of `allowed` (compared with its type: True is not 1)."""
-    if any(value == a and type(value) is type(a) for a in allowed):
-        return
-    hint = ""
-    if isinstance(value, str):
-        hint = " " + nearest(value, [a for a in allowed if isinstance(a, str)])
-    shown = ", ".join(repr(a) for a in allowed)
-    raise InputError(f"{name} must be one of {shown}, received {value!r}.{hint}")
-
-
-def function(value: Any, name: str) -> None:
-    """`value` can be called."""
-    if not callable(value):
-        raise InputTypeError(f"{name} must be a function, received {type(value).__name__}.")
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import is_neutral
+from metaframe.backend.types import Array
+from metaframe.errors import InputError, InputTypeError, NonFiniteError
 
 
 def learning_rate(lr: Any) -> Any:
@@ -142,7 +117,7 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
         raise InputError("batch holds no tasks: its leading axis has length 0.")
     if num_tasks is None:
         return size
-    integer(num_tasks, "num_tasks", at_least=1)
+    arguments.integer(num_tasks, "num_tasks", at_least=1)
     if num_tasks > size:
         raise InputError(f"num_tasks={num_tasks} but batch has {size} tasks.")
     return int(num_tasks)
@@ -160,18 +135,12 @@ def tiled(v: tree.Tree, num_tasks: int) -> None:
             )
 
 
-def chunk_size(value: Any) -> None:
-    """None, or at least one task at a time."""
-    if value is not None:
-        integer(value, "chunk_size", at_least=1)
-
-
 def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
     """`cost` as `(batch, v) -> scalar`, with its result checked on every call.
 
     A function whose `v` is keyword-only is called that way.
     """
-    function(cost, name)
+    arguments.function(cost, name)
     by_keyword = _takes_v_by_keyword(cost)
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:

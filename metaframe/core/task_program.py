@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from metaframe import checks, tree
-from metaframe.backend import Array, Arrays, Backend
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
+from metaframe.core.batching import RETURN_INNER, Layout, ReturnInner
+from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, StepView
 from metaframe.errors import InputError
-from metaframe.inner import Cost, InnerLoop, InnerSettings, StepView
-from metaframe.layout import RETURN_INNER, Layout, ReturnInner
 
 BatchFn = Callable[[tree.Tree], tree.Tree]
 
@@ -29,14 +31,14 @@ class AdaptedCost:
     return_inner_v: ReturnInner
 
     def __post_init__(self) -> None:
-        checks.function(self.inner_cost, "inner_cost_fn")
+        arguments.function(self.inner_cost, "inner_cost_fn")
         if self.outer_cost is not None:
-            checks.function(self.outer_cost, "outer_cost_fn")
+            arguments.function(self.outer_cost, "outer_cost_fn")
         for name in ("inner_batch_fn", "outer_batch_fn"):
             if getattr(self, name) is not None:
-                checks.function(getattr(self, name), name)
-        checks.integer(self.steps, "inner_grad_steps", at_least=0)
-        checks.choice(self.return_inner_v, "return_inner_v", RETURN_INNER)
+                arguments.function(getattr(self, name), name)
+        arguments.integer(self.steps, "inner_grad_steps", at_least=0)
+        arguments.choice(self.return_inner_v, "return_inner_v", RETURN_INNER)
 
     def bound(
         self, backend: Backend, chosen: tuple[bool, ...]

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from metaframe.backend import backends_in_use
+from metaframe.backend.registry import backends_in_use
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -24,18 +24,13 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import (
-    Arrays,
-    Backend,
-    backend_of,
-    convert_neutral,
-    current_selection,
-    is_neutral,
-    owner,
-)
-from metaframe.constants import Same, Settled, arrays_in, constant
-from metaframe.entrance import entrance
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import backend_of, convert_neutral, current_selection, is_neutral
+from metaframe.backend.types import Arrays
+from metaframe.core.constants import Same, Settled, arrays_in, constant
+from metaframe.core.entrance import entrance
 from metaframe.errors import CompileError, InputError, InputTypeError
 
 P = ParamSpec("P")
@@ -70,7 +65,7 @@ def compile(fn: Callable[P, R]) -> Compiled[P, R]:
     >>> double({"w": torch.tensor([1.0, 2.0])}), double.traces
     ({'w': tensor([2., 4.])}, 1)
     """
-    checks.function(fn, "fn")
+    arguments.function(fn, "fn")
     return Compiled(fn)
 
 

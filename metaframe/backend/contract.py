@@ -11,28 +11,19 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from metaframe.backend.model import ModelAdapter, NamedParameters
+from metaframe.backend.required import Required
+from metaframe.backend.tables import NNTable, OpsTable
+from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputTypeError
-from metaframe.required import Required
-from metaframe.workers import ALONE, Place, Workers
-from metaframe.wrappers import Node
-
-if TYPE_CHECKING:
-    from metaframe.models.adapter import ModelAdapter, NamedParameters
-    from metaframe.optable import NNTable, OpsTable
+from metaframe.tree.foreign import Node
 
 T = TypeVar("T")
-Array = Any
-Arrays = tuple[Array, ...]
-ArraysFn = Callable[[Arrays], Arrays]
-"""A pure function from a flat tuple of arrays to a flat tuple of arrays."""
-ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
-"""A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
-ObjectiveFn = Callable[[Arrays], Array]
-"""A pure function from a flat tuple of arrays to a scalar."""
 
 
 class NativeOptimizer(Protocol):
@@ -57,7 +48,7 @@ class Backend(Required):
     A method without a body is required. The others have a correct default, which a backend
     overrides only to be faster or to use less memory.
 
-    >>> from metaframe.backend import load_backend
+    >>> from metaframe.backend.registry import load_backend
     >>> backend = load_backend("torch")
     >>> square = backend.value_and_grad(lambda xs: (xs[0] ** 2, ()))
     >>> value, aux, grads = square((backend.asarray(3.0),))

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Array, Backend, load_backend, owner
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import load_backend, owner
+from metaframe.backend.types import Array
 from metaframe.errors import InputError, InputTypeError, MetaframeError
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, np.generic)

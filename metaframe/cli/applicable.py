@@ -12,8 +12,8 @@ from typing import Any
 
 from metaframe.cli.algorithms import ALGORITHMS, algorithm
 from metaframe.cli.config import RunConfig
+from metaframe.cli.datasets import DATASETS, dataset
 from metaframe.cli.errors import UsageError
-from metaframe.cli.tables import DATASETS, dataset
 
 _ALGORITHMS = {name: entry.settings for name, entry in ALGORITHMS.items()}
 _DATASETS = {name: entry.settings for name, entry in DATASETS.items()}

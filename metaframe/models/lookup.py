@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from metaframe.backend import backends_in_use
+from metaframe.backend.model import Forward, Inputs, ModelAdapter, Norm, Params
+from metaframe.backend.registry import backends_in_use
 from metaframe.errors import InputTypeError
 from metaframe.models._keras import keras_adapter
 from metaframe.models._pair import pair_adapter
-from metaframe.models.adapter import Forward, Inputs, ModelAdapter, Norm, Params
 
 
 def adapter_of(model: Any) -> ModelAdapter:

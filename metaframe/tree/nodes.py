@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import optree
 
 from metaframe.errors import InputError, UnknownKeyError, nearest
-from metaframe.wrappers import NAMESPACE as NAMESPACE
-from metaframe.wrappers import (
+from metaframe.tree.foreign import NAMESPACE as NAMESPACE
+from metaframe.tree.foreign import (
     Inside,
     adapt_imported_libraries,
     adapters,
@@ -35,9 +35,9 @@ from metaframe.wrappers import (
     learn_nodes,
     register_class,
 )
-from metaframe.wrappers import register_wrapper as register_wrapper
-from metaframe.wrappers import unwrapped as unwrapped
-from metaframe.wrappers import wrapped_as as wrapped_as
+from metaframe.tree.foreign import register_wrapper as register_wrapper
+from metaframe.tree.foreign import unwrapped as unwrapped
+from metaframe.tree.foreign import wrapped_as as wrapped_as
 
 Tree = Any
 Leaves = tuple[Any, ...]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from metaframe import checks
-from metaframe.backend import Array, Backend
+from metaframe import arguments
+from metaframe.backend.types import Array
 from metaframe.errors import InputError, nearest
 
 Params = dict[str, Array]
@@ -47,7 +47,7 @@ class Forward:
     training: bool | None = None
 
     def __post_init__(self) -> None:
-        checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
+        arguments.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,8 @@ class NamedParameters(abc.ABC):
 
     model: Any
     """What holds them, with the current values: the user's model."""
-    backend: Backend
+    backend: Any
+    """The `Backend` of its arrays."""
 
     @abc.abstractmethod
     def params(self) -> Params:
@@ -133,11 +134,11 @@ class NamedParameters(abc.ABC):
         self.write({**params, **values})
 
 
-def is_inexact(x: Array, backend: Backend) -> bool:
+def is_inexact(x: Array, backend: Any) -> bool:
     """Is `x` of real or complex numbers, and not of integers or booleans?
 
     >>> import torch
-    >>> from metaframe.backend import load_backend
+    >>> from metaframe.backend.registry import load_backend
     >>> [is_inexact(torch.ones(1, dtype=dtype), load_backend("torch"))
     ...  for dtype in (torch.bfloat16, torch.complex64, torch.int64)]
     [True, True, False]

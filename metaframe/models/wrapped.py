@@ -6,8 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from metaframe import ops
-from metaframe.backend import Array
-from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.types import Array
 
 HEAD = ("prototypes/w", "prototypes/b")
 """Names of the weights `(features, ways)` and biases `(ways,)` that `WithHead` understands."""
