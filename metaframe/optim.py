@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 
 from metaframe import ops, tree
 from metaframe.backend.selection import backend_of
-from metaframe.core import checks
+from metaframe.core import rates
 from metaframe.errors import InputError, InputTypeError
 
 Params = Any
 Grads = Any
 State = Any
 Rate = Any
-"""A number, a scalar array, or one rate a parameter in the parameters' structure."""
+"""A number or an array, or a structure of them: one for each parameter or part of the parameters."""
 
 
 class Optimizer(NamedTuple):
@@ -455,7 +455,7 @@ def _rate(own: Rate, given: Rate) -> Rate:
         )
     if own is None and given is None:
         raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
-    return checks.plain_numbers(given if own is None else own)
+    return given if own is None else own
 
 
 def _needed(params: Params) -> Params:
@@ -465,19 +465,9 @@ def _needed(params: Params) -> Params:
 
 
 def _scaled(direction: Params, rate: Rate) -> Params:
-    if is_rate_tree(rate):
-        return tree.map(lambda d, r: -r * d, direction, rate)
-    single = tree.unwrapped(rate)
-    return tree.map(lambda d: -single * d, direction)
-
-
-def is_rate_tree(rate: Rate) -> bool:
-    """Is it one rate a parameter, in a structure, and not a single number or array?
-
-    >>> is_rate_tree(0.1), is_rate_tree({"w": 0.1, "b": 0.2})
-    (False, True)
-    """
-    return not tree.is_leaf(rate)
+    leaves, spec = tree.flatten(direction)
+    each = zip(leaves, rates.for_each(rate, leaves, spec), strict=True)
+    return tree.unflatten(spec, [-r * d for d, r in each])
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:

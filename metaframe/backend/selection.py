@@ -59,6 +59,11 @@ def is_neutral(x: object) -> bool:
     return isinstance(x, (np.ndarray, np.generic, bool, int, float))
 
 
+def is_array(x: object) -> bool:
+    """Whether `x` is a framework's array or becomes one; other leaves are constants."""
+    return isinstance(x, np.ndarray) or owner(x) is not None
+
+
 def backend_of(*arrays: object) -> Backend:
     """The backend that `arrays` belong to, or the selected one if they are neutral.
 

@@ -12,7 +12,7 @@ from metaframe.backend.selection import use_backend
 from metaframe.cli.config import RunConfig
 from metaframe.cli.experiment import step_settings
 from metaframe.cli.workloads import SEED, Workload
-from metaframe.core.meta_gradient import strategy
+from metaframe.core.task_map import strategy
 from metaframe.learners import MAML
 from metaframe.tasks import Task
 from metaframe.training import MetaTrainer

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
 from metaframe.core.inner_loop import Mode
-from metaframe.core.meta_gradient import TaskMap
+from metaframe.core.task_map import TaskMap
 from metaframe.errors import nearest
 from metaframe.learners.settings import Norm
 

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array
+from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
-from metaframe.core.meta_gradient import Execution, Strategy, arrays_of
+from metaframe.core.meta_gradient import first_tasks, taken_apart
+from metaframe.core.task_map import Execution, Strategy
 from metaframe.errors import InputError
 
 Batched = bool | Literal["vmap", "scan"]
@@ -22,14 +23,13 @@ RETURN_INNER: tuple[ReturnInner, ...] = (False, True, *get_args(_WhichTasks))
 
 @dataclass(frozen=True)
 class Layout:
-    """The tasks and variables of one call, checked, as arrays, laid out for `accumulate`."""
+    """The tasks and variables of one call, checked, as flat arrays, laid out for a task map."""
 
     backend: Backend
-    batch: tree.Tree
-    variables: tree.Tree
+    batch: tree.Flat
+    variables: tree.Flat
     num_tasks: int
     tiled: bool
-    task_map: Strategy
     stop_gradients: bool
 
     @staticmethod
@@ -41,25 +41,22 @@ class Layout:
         stop_gradients: bool,
     ) -> Layout:
         """Check one call's data and lay it out."""
-        variables, batch, backend = arrays_of(variables, batch)
-        count = checks.tasks(batch, num_tasks)
+        v, data, count, backend = taken_apart(variables, batch, num_tasks)
         tiled = batched is True
         if tiled:
-            checks.tiled(variables, count)
-
-        def lay_out(x: Array) -> Array:
-            x = x if x.shape[0] == count else x[:count]
-            # All tasks as a single one, or each with a leading axis of size 1.
-            return x[None] if tiled else backend.ops.expand_dims(x, 1) if batched is False else x
-
+            checks.tiled(v, count)
+        tasks = first_tasks(data.arrays, count)
+        if tiled:  # all tasks as a single one
+            tasks = tuple(x[None] for x in tasks)
+        elif batched is False:  # each with a leading axis of size 1
+            tasks = tuple(backend.ops.expand_dims(x, 1) for x in tasks)
         prepare = backend.stop_gradient if stop_gradients else backend.asarray
         return Layout(
             backend,
-            tree.map(lay_out, batch),
-            tree.map(prepare, variables),
+            tree.Flat(tasks, data.spec),
+            tree.Flat(tuple(map(prepare, v.arrays)), v.spec),
             count,
             tiled,
-            _task_map(batched),
             stop_gradients,
         )
 
@@ -68,26 +65,29 @@ class Layout:
         """What turns the gradient of a mean over tiled tasks into every task's own."""
         return self.num_tasks if self.tiled else 1
 
-    def without_task_axis(self, x: Array, how: Literal["sum", "mean"]) -> Array:
-        """A gradient in the shape of one task's variables."""
+    def without_task_axis(self, grads: Arrays, how: Literal["sum", "mean"]) -> Arrays:
+        """Gradients in the shapes of one task's variables."""
         if not self.tiled:
-            return x
+            return grads
         reduce = self.backend.ops.sum if how == "sum" else self.backend.ops.mean
-        return reduce(x, axis=0)
+        return tuple(reduce(x, axis=0) for x in grads)
 
-    def cost(self, cost: Any) -> Any:
+    def cost(self, cost: Array) -> Any:
         """The cost as the caller gets it."""
-        return tree.map(self.backend.stop_gradient, cost) if self.stop_gradients else cost
+        cost = self.backend.stop_gradient(cost) if self.stop_gradients else cost
+        return tree.wrapped_as(self.variables.spec, cost)
 
-    def inner(self, adapted: tree.Tree, which: ReturnInner) -> tree.Tree:
+    def inner(self, adapted: Arrays, which: ReturnInner) -> tree.Tree:
         """Adapted variables as the caller asked for them, from those of all tasks."""
         if not which:
             return ()
         if self.tiled:
-            adapted = tree.map(lambda x: x[0], adapted)
+            adapted = tuple(x[0] for x in adapted)
         if which == "first":
-            adapted = tree.map(lambda x: x[:1], adapted)
-        return tree.map(self.backend.stop_gradient, adapted) if self.stop_gradients else adapted
+            adapted = tuple(x[:1] for x in adapted)
+        if self.stop_gradients:
+            adapted = tuple(map(self.backend.stop_gradient, adapted))
+        return self.variables.build(adapted)
 
 
 def execution(
@@ -109,46 +109,56 @@ def execution(
             "distributed=True with stop_gradients=False: the sum over workers is not "
             "differentiable. Leave out one of them."
         )
-    return Execution(_task_map(batched), chunk_size, distributed)
-
-
-def _task_map(batched: Batched) -> Strategy:
-    return "loop" if isinstance(batched, bool) else batched
+    task_map: Strategy = "loop" if isinstance(batched, bool) else batched
+    return Execution(task_map, chunk_size, distributed)
 
 
 @dataclass(frozen=True)
 class Choices:
     """Which variables adapt and which are differentiated, possibly another choice each task."""
 
-    inner_v: Any
-    keep_inner_v: bool
-    outer_v: Any
-    keep_outer_v: bool
+    inner_v: Any = None
+    keep_inner_v: bool = True
+    outer_v: Any = None
+    keep_outer_v: bool = True
 
-    @property
-    def per_task(self) -> bool:
-        """Does any choice differ between tasks?"""
-        return _is_per_task(self.inner_v) or _is_per_task(self.outer_v)
-
-    def inner(self, variables: tree.Tree, task: int | None = None) -> tuple[bool, ...]:
-        """One flag a variable: does it adapt (in this task)?"""
-        return tree.chosen(variables, _at(self.inner_v, task), self.keep_inner_v)
-
-    def outer(self, variables: tree.Tree, task: int | None = None) -> tuple[bool, ...]:
-        """One flag a variable: is it differentiated (in this task)?"""
-        return tree.chosen(variables, _at(self.outer_v, task), self.keep_outer_v)
-
-    def check_count(self, layout: Layout) -> None:
+    def check(self, layout: Layout, how: Execution) -> None:
         """Choices per task come one a task, and with the tasks one by one."""
         for name, choice in (("inner_v", self.inner_v), ("outer_v", self.outer_v)):
             if not _is_per_task(choice):
                 continue
-            if layout.tiled or layout.task_map != "loop":
+            if layout.tiled or how.task_map != "loop":
                 raise InputError(f"{name} gives one choice a task, which needs batched=False.")
+            if how.distributed:
+                raise InputError(
+                    f"{name} gives one choice a task, which distributed=True does not take."
+                )
             if len(choice) != layout.num_tasks:
                 raise InputError(
                     f"{name} gives {len(choice)} choices for {layout.num_tasks} tasks."
                 )
+
+    def parts(self, layout: Layout) -> list[tuple[tree.Part, tree.Part]]:
+        """The variables that adapt and those that are differentiated: for each task, or for all."""
+        count = layout.num_tasks if self._per_task else 1
+        return [
+            (
+                _part(layout, _at(self.inner_v, i), self.keep_inner_v, "inner_v"),
+                _part(layout, _at(self.outer_v, i), self.keep_outer_v, "outer_v"),
+            )
+            for i in range(count)
+        ]
+
+    @property
+    def _per_task(self) -> bool:
+        return _is_per_task(self.inner_v) or _is_per_task(self.outer_v)
+
+
+def _part(layout: Layout, choice: Any, keep: bool, name: str) -> tree.Part:
+    spec = layout.variables.spec
+    part = tree.Part(spec, tree.flags(spec, choice, keep))
+    checks.variables(layout.variables.arrays, part, layout.backend, name)
+    return part
 
 
 def _is_per_task(choice: Any) -> bool:
@@ -159,5 +169,5 @@ def _is_per_task(choice: Any) -> bool:
     )
 
 
-def _at(choice: Any, task: int | None) -> Any:
+def _at(choice: Any, task: int) -> Any:
     return choice[task] if _is_per_task(choice) else choice

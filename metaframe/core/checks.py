@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,65 +17,31 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
-from metaframe.backend.selection import is_neutral
-from metaframe.backend.types import Array
+from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
 
 
-def learning_rate(lr: Any) -> Any:
-    """Numbers are finite and not negative; arrays are not looked at, they may be traced.
+def variables(leaves: Arrays, part: tree.Part, backend: Backend, name: str) -> None:
+    """At least one variable is chosen and every chosen one is floating.
 
-    Returns the rates, those of NumPy as Python numbers.
+    `name` is the argument that chose them.
     """
-    if type(lr) is float and 0 <= lr < math.inf:
-        return lr  # the common case, which eager steps ask for every time
-    for i, rate in enumerate(tree.leaves(lr)):
-        if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
-            raise InputTypeError(
-                f"{_rate_name(lr, i)} must be a number or an array, received {rate!r}."
-            )
-        if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
-            raise InputError(
-                f"{_rate_name(lr, i)} must be finite and not negative, received {rate!r}."
-            )
-    return plain_numbers(lr)
-
-
-def plain_numbers(lr: Any) -> Any:
-    """NumPy's scalars as Python numbers: their dtype is not to decide that of variables."""
-
-    def plain(rate: Any) -> Any:
-        return rate.item() if isinstance(rate, np.generic | np.ndarray) and not rate.shape else rate
-
-    return tree.map(plain, lr)
-
-
-def _rate_name(lr: Any, leaf: int) -> str:
-    chain = tree.key_chains(lr)[leaf]
-    return f"learning rate {chain!r}" if chain else "the learning rate"
-
-
-def variables(
-    v: tree.Tree, chosen: Sequence[bool], backend: Backend, name: str = "inner_v"
-) -> None:
-    """At least one variable is chosen and every chosen one is floating."""
-    leaves = tree.leaves(v)
     if not leaves:
         raise InputError("variables holds no arrays.")
-    if not any(chosen):
-        raise InputError(
-            f"{name} chooses none of the variables {list(tree.key_chains(v))}. Choose at least one."
-        )
-    for i, (leaf, flag) in enumerate(zip(leaves, chosen, strict=True)):
+    if not any(part.flags):
+        known = list(tree.chains(part.spec))
+        raise InputError(f"{name} chooses none of the variables {known}. Choose at least one.")
+    for i, (leaf, flag) in enumerate(zip(leaves, part.flags, strict=True)):
         if flag and not is_learnable(leaf, backend):
             raise InputTypeError(
-                f"variable {tree.key_chains(v)[i]!r} is {backend.dtype_name(leaf)}; gradients need "
-                f"a float dtype of 16 bits or more. Convert it, or leave it out through {name}."
+                f"variable {tree.chains(part.spec)[i]!r} is {backend.dtype_name(leaf)}; gradients "
+                "need a float dtype of 16 bits or more. Convert it, or leave it out through "
+                f"{name}."
             )
 
 
 def is_learnable(x: Array, backend: Backend) -> bool:
-    """Can `x` be updated by gradients? Not complex numbers, integers, or floats of 8 bits."""
+    """Whether gradients can update `x`: no complex numbers, integers, or floats of 8 bits."""
     narrow = ("float8_", "float6_", "float4_")  # no framework computes in them
     return backend.is_floating(x) and not backend.dtype_name(x).startswith(narrow)
 
@@ -93,22 +59,22 @@ def learnable(params: Mapping[str, Array], names: Iterable[str], backend: Backen
             )
 
 
-def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
+def tasks(batch: tree.Flat, num_tasks: int | None) -> int:
     """The number of tasks to use, after checking that all leaves of `batch` have that many."""
-    leaves = tree.leaves(batch)
+    leaves = batch.arrays
     if not leaves:
         raise InputError("batch holds no arrays, so no tasks.")
     for i, leaf in enumerate(leaves):
         if len(getattr(leaf, "shape", ())) == 0:  # a Python number has no shape
             raise InputError(
-                f"batch[{tree.key_chains(batch)[i]!r}] is a scalar; every leaf needs a leading "
+                f"batch[{tree.chains(batch.spec)[i]!r}] is a scalar; every leaf needs a leading "
                 "task axis. A list is a structure: for an array of its numbers write "
                 "numpy.array(...)."
             )
     size = int(leaves[0].shape[0])
     for i, leaf in enumerate(leaves):
         if leaf.shape[0] != size:
-            chains = tree.key_chains(batch)
+            chains = tree.chains(batch.spec)
             raise InputError(
                 f"task axis differs: batch[{chains[0]!r}] has {size}, "
                 f"batch[{chains[i]!r}] has {leaf.shape[0]}."
@@ -123,25 +89,21 @@ def tasks(batch: tree.Tree, num_tasks: int | None) -> int:
     return int(num_tasks)
 
 
-def tiled(v: tree.Tree, num_tasks: int) -> None:
+def tiled(v: tree.Flat, num_tasks: int) -> None:
     """With batched=True the variables carry the task axis."""
-    for i, leaf in enumerate(tree.leaves(v)):
+    for i, leaf in enumerate(v.arrays):
         shape = tuple(leaf.shape)
         if not shape or shape[0] != num_tasks:
             raise InputError(
                 f"batched=True needs a leading task axis of {num_tasks} on every variable, "
-                f"received {tree.key_chains(v)[i]!r} with shape {shape}. Tile the variables, or "
+                f"received {tree.chains(v.spec)[i]!r} with shape {shape}. Tile the variables, or "
                 'share one copy with batched="vmap", "scan" or False.'
             )
 
 
 def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
-    """`cost` as `(batch, v) -> scalar`, with its result checked on every call.
-
-    A function whose `v` is keyword-only is called that way.
-    """
-    arguments.function(cost, name)
-    by_keyword = _takes_v_by_keyword(cost)
+    """`cost` as `(batch, v) -> scalar`, with its result checked on every call."""
+    by_keyword = takes_v_by_keyword(cost, name)
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:
         return scalar(cost(batch, v=v) if by_keyword else cost(batch, v), name, backend)
@@ -164,7 +126,9 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
     return value
 
 
-def _takes_v_by_keyword(cost: Callable[..., Any]) -> bool:
+def takes_v_by_keyword(cost: Callable[..., Any], name: str) -> bool:
+    """Whether `cost(batch, v)` has a keyword-only `v`, after checking that it is a function."""
+    arguments.function(cost, name)
     function = cost.__func__ if isinstance(cost, MethodType) else cost
     elsewhere = hasattr(function, "__wrapped__") or hasattr(function, "__signature__")
     if isinstance(function, FunctionType) and not elsewhere:
@@ -205,12 +169,25 @@ def finite(costs: Array, backend: Backend, *, tiled: bool = False) -> None:
         raise NonFiniteError(f"{whose} is {values[index]}.")
 
 
-def finite_leaves(grads: tree.Tree, backend: Backend) -> None:
+def finite_leaves(grads: tree.Flat, backend: Backend) -> None:
     """Every gradient is finite; the error names the first leaf that is not."""
-    for chain, leaf in zip(tree.key_chains(grads), tree.leaves(grads), strict=True):
+    for chain, leaf in zip(tree.chains(grads.spec), grads.arrays, strict=True):
         values = backend.to_numpy(leaf)
         if not np.all(np.isfinite(values)):
             count = int(math.prod(values.shape)) - int(np.isfinite(values).sum())
             raise NonFiniteError(
                 f"the gradient of {chain!r} has {count} values that are not finite."
             )
+
+
+def unchanged_kinds(before: Arrays, after: Arrays, spec: tree.TreeSpec, backend: Backend) -> None:
+    """An update returned arrays of the backend, of the shapes and dtypes of the variables."""
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if backend.owns(new) and new.shape == old.shape and new.dtype == old.dtype:
+            continue
+        found = f"{backend.dtype_name(new)} {tuple(new.shape)}" if backend.owns(new) else type(new)
+        raise InputError(
+            f"the inner update made variable {tree.chains(spec)[i]!r}, of "
+            f"{backend.dtype_name(old)} {tuple(old.shape)}, into {found}. An update returns arrays "
+            "of the shapes and dtypes that it got."
+        )

@@ -27,7 +27,13 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
-from metaframe.backend.selection import backend_of, convert_neutral, current_selection, is_neutral
+from metaframe.backend.selection import (
+    backend_of,
+    convert_neutral,
+    current_selection,
+    is_array,
+    is_neutral,
+)
 from metaframe.backend.types import Arrays
 from metaframe.core.constants import Same, Settled, arrays_in, constant
 from metaframe.core.entrance import entrance
@@ -161,7 +167,7 @@ class _Program:
     """
 
     def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        inputs = tree.Packed((args, kwargs), _is_array)
+        inputs = tree.Packed((args, kwargs), is_array)
         self._places = inputs.places
         self._neutral = any(map(is_neutral, inputs.arrays))
         self._outputs: tree.Packed | None = None
@@ -196,15 +202,11 @@ class _Program:
 
 
 def _inlined(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    inputs = tree.Packed((args, kwargs), _is_array)
+    inputs = tree.Packed((args, kwargs), is_array)
     backend = backend_of(*inputs.arrays)
     args, kwargs = inputs.unpack(convert_neutral(inputs.arrays, backend))
     with _naming_the_line(fn, backend):
         return fn(*args, **kwargs)
-
-
-def _is_array(x: object) -> bool:
-    return isinstance(x, np.ndarray) or owner(x) is not None
 
 
 @contextmanager
@@ -241,7 +243,7 @@ def _name(fn: Callable[..., Any]) -> str:
 
 def _check_constants(leaves: Arrays) -> None:
     for x in leaves:
-        if not _is_array(x) and type(x).__hash__ is None:
+        if not is_array(x) and type(x).__hash__ is None:
             raise InputTypeError(
                 f"a compiled function received {type(x).__qualname__}, which is neither an array "
                 "nor hashable. Pass arrays, numbers, strings or functions."

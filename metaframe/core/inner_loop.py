@@ -23,16 +23,18 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from metaframe import arguments, ops, optim, tree
-from metaframe.backend.selection import backend_of
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, convert_neutral, is_array, refuse_mixed
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, recompute
+from metaframe.core import checks, rates, recompute
 from metaframe.core.entrance import entrance
 from metaframe.core.update_rule import update_rule
 from metaframe.errors import InputError
@@ -64,8 +66,10 @@ def inner_loop(
         v: variables, any structure of floating arrays.
         batch: the task's data, any structure of arrays, handed to `cost` as it is.
         steps: number of steps K, 0 or more.
-        lr: a number, an array, or one rate a variable in the structure of the adapted variables;
-            differentiable if it is an array. `None` if `update` brings its own rate.
+        lr: a number or an array, for all variables, or a structure of them: one for each variable
+            that adapts, or for each part of these such as a layer. Arrays are of NumPy or the
+            variables' framework, scalars or of the variable's shape, and differentiable. `None` if
+            `update` brings its own rate.
         update: an `optim.Optimizer`, on JAX also an optax `GradientTransformation`, or a function
             `update(v, grads, lr, stop_gradients=...)` that returns new variables.
         order: 2, or 1 for gradients that take the adaptation for a constant shift.
@@ -89,36 +93,79 @@ def inner_loop(
     {'w': tensor(2.)}
     """
     settings = InnerSettings(lr, update, order, mode)
-    chosen = tree.chosen(v, inner_v, keep_inner_v)
     arguments.integer(steps, "steps", at_least=0)
-    return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
+    leaves, spec = tree.flatten(v)
+    data = tree.Packed(batch, is_array)
+    backend = backend_of(*leaves, *data.arrays)
+    leaves = convert_neutral(leaves, backend)
+    part = tree.Part(spec, tree.flags(spec, inner_v, keep_inner_v))
+    checks.variables(leaves, part, backend, "inner_v")
+    params, others = part.divide(leaves)
+    loop = InnerLoop(
+        backend,
+        flat_cost(cost, "cost", backend, part, data.template()),
+        part.structure(leaves),
+        settings,
+    )
+    found = loop.run(params, (*others, *convert_neutral(data.arrays, backend)), steps)
+    return tree.unflatten(spec, part.merge(found.params, others))
 
 
-BatchOfStep = Callable[[tree.Tree, Array], tree.Tree]
+FlatCost = Callable[[Arrays, Arrays], tuple[Array, Arrays]]
+"""`(params, context) -> (scaled cost, (cost,))`, of the arrays that adapt and all others that the
+cost depends on."""
+
+
+def flat_cost(
+    cost: Cost, name: str, backend: Backend, part: tree.Part, batch: tree.Packed, scale: float = 1
+) -> FlatCost:
+    """`cost(batch, v)` on flat arrays, with its result checked.
+
+    The context is the variables that do not adapt, and after them the arrays of the batch. `scale`
+    multiplies what is differentiated: a cost that averages over a task axis of the variables
+    becomes each task's own gradient when it is multiplied by the number of tasks.
+    """
+    by_keyword = checks.takes_v_by_keyword(cost, name)
+    held = part.flags.count(False)
+
+    def scaled_cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        v = tree.unflatten(part.spec, part.merge(params, context[:held]))
+        data = batch.unpack(context[held:])
+        found = checks.scalar(cost(data, v=v) if by_keyword else cost(data, v), name, backend)
+        return found if scale == 1 else found * scale, (found,)
+
+    return scaled_cost
 
 
 @dataclass(frozen=True)
 class InnerSettings:
     """How an inner loop runs, apart from what it runs on. Checked when it is made.
 
-    `scale` multiplies the gradients, not the cost: a cost that averages over a task axis of the
-    variables becomes each task's own gradient when it is multiplied by the number of tasks.
-    `batch_of_step(batch, k)` is what the cost of step k = 0 .. K-1 gets, in the structure of
-    `batch`; by default the batch.
+    `context_of_step(context, k)` is the context of step k = 0 .. K-1; by default the context.
     """
 
     lr: optim.Rate
     update: Any = optim.gradient_descent_update
     order: Order = 2
     mode: Mode = "reverse"
-    scale: float = 1
     stop_gradients: bool = False
-    batch_of_step: BatchOfStep | None = None
+    context_of_step: Callable[[Arrays, Array], Arrays] | None = None
 
     def __post_init__(self) -> None:
         arguments.choice(self.order, "order", (1, 2))
         arguments.choice(self.mode, "mode", MODES)
-        object.__setattr__(self, "lr", checks.learning_rate(self.lr))
+        object.__setattr__(self, "lr", rates.checked(self.lr))
+
+    @property
+    def scales(self) -> bool:
+        """Whether the update rule multiplies each variable's step by a rate of its own."""
+        known = isinstance(self.update, optim.Optimizer) and optim.rule(self.update) is not None
+        return known or self.update is optim.gradient_descent_update
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether steps are run again in the backward pass."""
+        return self.mode != "reverse" and self.order == 2
 
 
 class StepView(NamedTuple):
@@ -133,13 +180,15 @@ class StepView(NamedTuple):
 class InnerResult(NamedTuple):
     """The end of an inner loop."""
 
-    variables: tree.Tree
+    params: Arrays
+    state: tree.Tree
+    """The state of the update rule."""
     total: Arrays
     """What the observer returned, summed over the steps; empty without observer or steps."""
 
 
-Observer = Callable[[tree.Tree, StepView | None, Array], Arrays]
-"""`(variables before the step, the step, its index) -> arrays to add up`. The step is None in the
+Observer = Callable[[Arrays, StepView | None, Array], Arrays]
+"""`(params before the step, the step, its index) -> arrays to add up`. The step is None in the
 modes that recompute it, where it is not kept."""
 
 
@@ -148,120 +197,164 @@ def first_index(like: Array) -> Array:
     return ops.astype(ops.sum(ops.zeros_like(like)), "int32")
 
 
-def _global_streams() -> bytes:
-    """The random streams that no framework knows of: Python's and NumPy's."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
-    return pickle.dumps((random.getstate(), numpy))
-
-
 class InnerLoop:
-    """An inner loop over flat arrays, with its arguments checked."""
+    """Steps of an update rule on flat arrays. Nothing is kept from one run to the next.
+
+    Args:
+        backend: the backend of the arrays.
+        cost: what the steps minimise.
+        spec: the structure of the params, as the update rule gets them.
+        settings: how the steps run.
+    """
 
     def __init__(
-        self,
-        cost: Cost,
-        v: tree.Tree,
-        batch: tree.Tree,
-        chosen: Sequence[bool],
-        settings: InnerSettings,
+        self, backend: Backend, cost: FlatCost, spec: tree.TreeSpec, settings: InnerSettings
     ) -> None:
-        leaves, self._spec = tree.flatten(v)
-        self._backend = backend_of(*leaves, *tree.leaves(batch), *tree.leaves(settings.lr))
-        checks.variables(v, chosen, self._backend)
-        self._call_cost = checks.scalar_cost(cost, "cost", self._backend)
-        self._chosen = tuple(chosen)
-        self._inner_spec = tree.structure(tree.prune(v, chosen))
-        self._start, others = self._divide(leaves)
-        self._context = tree.Packed((others, batch, settings.lr), self._backend.owns)
-        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        self._backend = backend
+        self._cost = cost
+        self._spec = spec
         self._settings = settings
+        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        self._rate = tree.Packed(settings.lr, backend.owns)
 
-    def run(self, steps: int, observe: Observer | None = None) -> InnerResult:
-        """`steps` steps from the starting variables."""
-        start = self._start
-        if self._settings.order == 1:
-            start = tuple(map(self._backend.stop_gradient, start))
-        self._state = tree.Packed(
-            self._rule.init(tree.unflatten(self._inner_spec, start)), self._backend.owns
-        )
-        step = self._step()
-        counted = observe is not None or self._settings.batch_of_step is not None
-        index = (first_index(start[0]),) if counted else ()
-        sizes = (len(start), len(self._state.arrays), len(index))
+    def run(
+        self,
+        start: Arrays,
+        context: Arrays,
+        steps: int,
+        observe: Observer | None = None,
+        *,
+        state: Any = None,
+        index: Array | None = None,
+    ) -> InnerResult:
+        """`steps` steps from `start`.
+
+        Args:
+            start: the params before the first step.
+            context: what else the cost depends on.
+            steps: how many.
+            observe: what looks at each step.
+            state: the state of the update rule to go on from; by default its first.
+            index: the number of the first step; by default 0.
+        """
+        settings, backend = self._settings, self._backend
+        refuse_mixed(start[0], *self._rate.others)
+        if settings.lr is not None and settings.scales:
+            rates.for_each(settings.lr, start, self._spec)  # refused here, and not after a cost
+        first = start if settings.order == 2 else tuple(map(backend.stop_gradient, start))
+        if state is None:
+            state = self._rule.init(tree.unflatten(self._spec, first))
+        packed = tree.Packed(state, backend.owns)
+        step = self._step(packed.template())
+        context = (*self._rate.arrays, *context)
+        counted = observe is not None or settings.context_of_step is not None
+        at = () if not counted else (first_index(first[0]) if index is None else index,)
+        sizes = (len(first), len(packed.arrays), len(at))
 
         def body(carry: Arrays) -> Arrays:
-            params, state, index, total = recompute.split(carry, sizes)
-            after, state, view = step(params, state, self._context_of(*index))
+            params, state, at, total = recompute.split(carry, sizes)
+            after, state, view = step(params, state, self._context_of(context, *at))
             if observe is not None:
-                seen = observe(self._variables(self._attach(params)), view, *index)
+                seen = observe(self._attach(params, start), view, *at)
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
-            return (*after, *state, *(i + 1 for i in index), *total)
+            return (*after, *state, *(i + 1 for i in at), *total)
 
-        if steps and self._recomputes:
-            self._check_repeatable(self._context_of(*index))
-        carry = (*start, *self._state.arrays, *index)
-        if observe is not None and steps:
+        carry = (*first, *packed.arrays, *at)
+        if steps and settings.recomputes:
+            self._check_repeatable(packed, first, self._context_of(context, *at))
+        if steps and (observe is not None or steps == 1):
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
             carry, steps = body(carry), steps - 1
-        carry = self._backend.repeat(body, carry, steps, rolled=self._recomputes)
-        params, _, _, total = recompute.split(carry, sizes)
-        return InnerResult(self._variables(self._attach(params)), total)
+        if steps:
+            carry = backend.repeat(body, carry, steps, rolled=settings.recomputes)
+        params, arrays, _, total = recompute.split(carry, sizes)
+        return InnerResult(self._attach(params, start), packed.unpack(arrays), total)
 
-    def advance(self, state: Any, index: Array | None = None) -> tuple[tree.Tree, Any]:
-        """One plain step, number `index`, from the starting variables and the rule's `state`.
+    def cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        """The cost at `params` and its gradient, scaled like those of the steps."""
+        _, (cost,), grads = self._gradient_given(context)(params)
+        return cost, grads
 
-        Returns:
-            All variables after it, and the rule's new state.
-        """
-        self._state = tree.Packed(state, self._backend.owns)
-        after, arrays, _ = self._plain_step(
-            self._start, self._state.arrays, self._context_of(index)
+    def _gradient_given(self, context: Arrays) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        return self._backend.value_and_grad(
+            partial(self._cost, context=context), checks.cost_ignores_variables
         )
-        return self._variables(after), self._state.unpack(arrays)
 
-    def cost_and_gradient(self, v: tree.Tree) -> tuple[Array, Arrays]:
-        """The inner cost at `v` and its gradient, scaled like those of the steps."""
-        return self._cost_and_gradient(self._divide(tree.leaves(v))[0], self._context.arrays)
+    def _context_of(self, context: Arrays, index: Array | None = None) -> Arrays:
+        of_step = self._settings.context_of_step
+        return context if of_step is None else of_step(context, index)
 
-    @property
-    def _recomputes(self) -> bool:
-        return self._settings.mode != "reverse" and self._settings.order == 2
+    def _step(self, state: tree.Packed) -> Callable[[Arrays, Arrays, Arrays], Any]:
+        """`(params, state, context) -> (new params, new state, view)` in the mode of the loop."""
+        settings, count = self._settings, len(self._rate.arrays)
 
-    def _context_of(self, index: Array | None = None) -> Arrays:
-        batch_of_step = self._settings.batch_of_step
-        if batch_of_step is None:
-            return self._context.arrays
-        others, batch, lr = self._context.unpack(self._context.arrays)
-        stepwise = (others, batch_of_step(batch, index), lr)
-        return tree.Packed(stepwise, self._backend.owns).arrays
+        def gradient(params: Arrays, context: Arrays) -> Arrays:
+            return self.cost_and_gradient(params, context[count:])[1]
 
-    def _step(self) -> Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays, StepView | None]]:
-        if not self._recomputes:
-            return self._plain_step
-        gradient = self._gradient
-        if self._settings.mode == "mixed":
-            gradient = recompute.forward_over_reverse(self._backend, self._scaled_cost)
-        rule = recompute.rematerialised(self._backend, gradient, self._apply)
-        return lambda params, state, context: (*rule(params, state, context), None)
+        def scaled_cost(params: Arrays, context: Arrays) -> Array:
+            return self._cost(params, context[count:])[0]
 
-    def _check_repeatable(self, context: Arrays) -> None:
-        """What is not among a step's arguments is lost when it is run again to be differentiated.
+        def apply(
+            params: Arrays, grads: Arrays, arrays: Arrays, context: Arrays
+        ) -> tuple[Arrays, Arrays]:
+            return self._update(params, grads, state.unpack(arrays), context[:count])[:2]
+
+        if not settings.recomputes:
+            return partial(self._plain_step, state)
+        if settings.mode == "mixed":
+            products = recompute.forward_over_reverse(self._backend, scaled_cost)
+            rule = recompute.rematerialised(self._backend, products, apply)
+        else:
+            rule = recompute.rematerialised(self._backend, gradient, apply)
+        return lambda params, arrays, context: (*rule(params, arrays, context), None)
+
+    def _plain_step(
+        self, state: tree.Packed, params: Arrays, arrays: Arrays, context: Arrays
+    ) -> tuple[Arrays, Arrays, StepView]:
+        count = len(self._rate.arrays)
+        _, (cost,), grads = self._gradient_given(context[count:])(params)
+        if self._settings.order == 1:
+            grads = tuple(map(self._backend.stop_gradient, grads))
+        after, arrays, updates = self._update(params, grads, state.unpack(arrays), context[:count])
+        return after, arrays, StepView(cost, grads, updates)
+
+    def _update(
+        self, params: Arrays, grads: Arrays, state: Any, rate: Arrays
+    ) -> tuple[Arrays, Arrays, Arrays]:
+        spec = self._spec
+        new, state, updates = self._rule.apply(
+            tree.unflatten(spec, params),
+            tree.unflatten(spec, grads),
+            state,
+            self._rate.unpack(rate),
+        )
+        after = tree.same_structure(new, spec, what="what the inner update returned")
+        checks.unchanged_kinds(params, after, spec, self._backend)
+        return after, tree.Packed(state, self._backend.owns).arrays, tree.leaves(updates)
+
+    def _attach(self, params: Arrays, start: Arrays) -> Arrays:
+        """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
+        if self._settings.order == 2:
+            return params
+        stop = self._backend.stop_gradient
+        return tuple(p + (s - stop(s)) for p, s in zip(params, start, strict=True))
+
+    def _check_repeatable(self, state: tree.Packed, start: Arrays, context: Arrays) -> None:
+        """A step that is run again in the backward pass depends on its arguments alone.
 
         Raises:
-            InputError: it is, and the framework would not say so.
+            InputError: it depends on something else, and the framework would not say so.
         """
-        start, state = self._start, self._state.arrays
+        sizes = (len(start), len(state.arrays), len(context))
 
         def first_step(xs: Arrays) -> Arrays:
-            params, state_, context_, _ = recompute.split(
-                xs, (len(start), len(state), len(context))
-            )
-            after, state_, _ = self._plain_step(params, state_, context_)
-            return (*after, *state_)
+            params, arrays, context, _ = recompute.split(xs, sizes)
+            after, arrays, _ = self._plain_step(state, params, arrays, context)
+            return (*after, *arrays)
 
         before = _global_streams()
-        found = self._backend.hidden_inputs(first_step, (*start, *state, *context))
+        found = self._backend.hidden_inputs(first_step, (*start, *state.arrays, *context))
         if not found and _global_streams() != before:
             found = "draws random numbers, of which there would be others"
         if found:
@@ -271,72 +364,8 @@ class InnerLoop:
                 'use mode="reverse".'
             )
 
-    def _plain_step(
-        self, params: Arrays, state: Arrays, context: Arrays
-    ) -> tuple[Arrays, Arrays, StepView]:
-        cost, grads = self._cost_and_gradient(params, context)
-        if self._settings.order == 1:
-            grads = tuple(map(self._backend.stop_gradient, grads))
-        after, state, updates = self._update(params, grads, state, context)
-        return after, state, StepView(cost, grads, updates)
 
-    def _cost(self, params: Arrays, context: Arrays) -> Array:
-        others, batch, _ = self._context.unpack(context)
-        return self._call_cost(batch, self._variables(params, others))
-
-    def _scaled_cost(self, params: Arrays, context: Arrays) -> Array:
-        return self._scale(self._cost(params, context))
-
-    def _scale(self, cost: Array) -> Array:
-        return cost if self._settings.scale == 1 else cost * self._settings.scale
-
-    def _cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
-        def objective(params: Arrays) -> tuple[Array, Arrays]:
-            cost = self._cost(params, context)
-            return self._scale(cost), (cost,)
-
-        transformed = self._backend.value_and_grad(objective, checks.cost_ignores_variables)
-        _, (cost,), grads = transformed(params)
-        return cost, grads
-
-    def _gradient(self, params: Arrays, context: Arrays) -> Arrays:
-        return self._cost_and_gradient(params, context)[1]
-
-    def _apply(
-        self, params: Arrays, grads: Arrays, state: Arrays, context: Arrays
-    ) -> tuple[Arrays, Arrays]:
-        return self._update(params, grads, state, context)[:2]
-
-    def _update(
-        self, params: Arrays, grads: Arrays, state: Arrays, context: Arrays
-    ) -> tuple[Arrays, Arrays, Arrays]:
-        _, _, lr = self._context.unpack(context)
-        spec = self._inner_spec
-        after, new_state, updates = self._rule.apply(
-            tree.unflatten(spec, params), tree.unflatten(spec, grads), self._state.unpack(state), lr
-        )
-        new = tree.same_structure(after, spec, what="what the inner update returned")
-        return new, tree.Packed(new_state, self._backend.owns).arrays, tree.leaves(updates)
-
-    def _divide(self, leaves: Arrays) -> tuple[Arrays, Arrays]:
-        """Adapted leaves, and the others."""
-        flagged = list(zip(leaves, self._chosen, strict=True))
-        return tuple(x for x, inner in flagged if inner), tuple(
-            x for x, inner in flagged if not inner
-        )
-
-    def _variables(self, params: Arrays, others: Arrays | None = None) -> tree.Tree:
-        """All variables, from the adapted ones and the others (default: as they came)."""
-        if others is None:
-            others, _, _ = self._context.unpack(self._context.arrays)
-        inner, outer = iter(params), iter(others)
-        return tree.unflatten(
-            self._spec, [next(inner) if chosen else next(outer) for chosen in self._chosen]
-        )
-
-    def _attach(self, params: Arrays) -> Arrays:
-        """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
-        if self._settings.order == 2:
-            return params
-        stop = self._backend.stop_gradient
-        return tuple(p + (s - stop(s)) for p, s in zip(params, self._start, strict=True))
+def _global_streams() -> bytes:
+    """The random streams that no framework knows of: Python's and NumPy's."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
+    return pickle.dumps((random.getstate(), numpy))

@@ -1,15 +1,10 @@
-"""From a cost for one task to its mean and gradient over a batch of tasks.
-
-Tasks are independent, so the gradient of the mean is the mean of the tasks' gradients. They are
-computed one after the other, in a sequential scan or a Python loop, or all at once by the backend's
-`mapped_value_and_grad`.
-"""
+"""From a cost for one task to its mean and gradient over a batch of tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
@@ -18,41 +13,18 @@ from metaframe.backend.types import Array, Arrays
 from metaframe.backend.workers import Share
 from metaframe.core import checks
 from metaframe.core.entrance import entrance
+from metaframe.core.task_map import (
+    Execution,
+    Found,
+    Strategy,
+    TaskMap,
+    averaged,
+    gradient_of,
+    strategy,
+    weighed,
+)
 from metaframe.distributed.agreement import agree
-from metaframe.distributed.sharding import sharded
 from metaframe.errors import InputError
-
-Strategy = Literal["vmap", "scan", "loop"]
-TaskMap = Literal["auto", Strategy]
-TASK_MAPS: tuple[TaskMap, ...] = get_args(TaskMap)
-
-TaskFn = Callable[[Arrays], tuple[Arrays, Arrays]]
-"""The arrays of one task, or of several -> (arrays to add up, arrays to stack).
-
-A task divided among workers comes with its weight, as the last array; see `weighed`.
-"""
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the tasks of a batch run; the attributes are arguments of `meta_value_and_grad`."""
-
-    task_map: TaskMap = "vmap"
-    chunk_size: int | None = None
-    distributed: bool | Share = False
-
-    def __post_init__(self) -> None:
-        arguments.choice(self.task_map, "task_map", TASK_MAPS)
-        arguments.chunk_size(self.chunk_size)
-        if self.share is None:
-            arguments.choice(self.distributed, "distributed", (False, True))
-        else:
-            arguments.integer(self.share.num_tasks, "Share(num_tasks)", at_least=1)
-
-    @property
-    def share(self) -> Share | None:
-        """Of what a process's tasks are a part, if it was given no more than them."""
-        return self.distributed if isinstance(self.distributed, Share) else None
 
 
 class MetaResult(NamedTuple):
@@ -127,31 +99,20 @@ def meta_value_and_grad(
 
     @entrance
     def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
-        count = checks.tasks(tasks, num_tasks)
-        v, tasks, backend = arrays_of(v, tasks)
-        batch, batch_spec = tree.flatten(tasks)
-        flags = tree.chosen(v, outer_v, keep_outer_v)
-        checks.variables(v, flags, backend, "outer_v")
-        leaves, spec = tree.flatten(v)
-        wanted = tuple(x for x, flag in zip(leaves, flags, strict=True) if flag)
-        held = tuple(x for x, flag in zip(leaves, flags, strict=True) if not flag)
-        cost_of = _Checked(task_cost, has_aux, backend)
-        settled = replace(how, task_map=strategy(how.task_map, leaves))
+        variables, batch, count, backend = taken_apart(v, tasks, num_tasks)
+        part = tree.Part(variables.spec, tree.flags(variables.spec, outer_v, keep_outer_v))
+        checks.variables(variables.arrays, part, backend, "outer_v")
+        wanted, held = part.divide(variables.arrays)
+        aux_of = tree.Returned()
 
         def objective(xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
-            fresh, others = iter(xs), iter(held)
-            full = [next(fresh if flag else others) for flag in flags]
-            task, weight = task[: len(batch)], task[len(batch) :]
-            cost, aux = cost_of(tree.unflatten(spec, full), tree.unflatten(batch_spec, task))
-            return weighed(backend, cost, weight), aux
-
-        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
-            cost, aux, grads = backend.value_and_grad(lambda xs: objective(xs, held, task))(wanted)
-            return grads, (cost, *aux)
-
-        def of_chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
-            costs, aux, grads = backend.mapped_value_and_grad(objective)(wanted, held, tasks)
-            return grads, (costs, *aux)
+            weight = task[len(batch.arrays) :]
+            found = task_cost(
+                variables.build(part.merge(xs, held)), batch.build(task[: len(batch.arrays)])
+            )
+            cost, aux = found if has_aux else (found, ())
+            cost = checks.scalar(cost, "task_cost", backend)
+            return weighed(backend, cost, weight), aux_of.flatten(aux) if has_aux else ()
 
         if distributed:
             agree(
@@ -159,21 +120,21 @@ def meta_value_and_grad(
                 task_cost=task_cost,
                 how=how,
                 v=v,
-                chosen=flags,
+                chosen=part.flags,
                 tasks=tasks,
                 num_tasks=count,
             )
-            check_share(backend, how, count)
-        grads, (costs, *aux) = accumulate(
-            backend, of_task, of_chunk, first_tasks(batch, count), wanted, settled
-        )
+            _check_share(backend, how, count)
+        settled = replace(how, task_map=strategy(how.task_map, variables.arrays))
+        run = gradient_of(backend, objective, wanted, held, settled)
+        tasks_ = first_tasks(batch.arrays, count)
+        costs, aux, grads = averaged(backend, run, tasks_, wanted, settled)
+        gradient = tree.Flat(grads, part.structure(variables.arrays))
         if check_finite:
             checks.finite(costs, backend)
-        gradient = tree.unflatten(tree.structure(tree.prune(v, flags)), grads)
-        if check_finite:
             checks.finite_leaves(gradient, backend)
-        cost = tree.wrapped_as(spec, backend.ops.mean(costs))
-        return MetaResult(cost, gradient, cost_of.unflatten_aux(aux))
+        cost = tree.wrapped_as(variables.spec, backend.ops.mean(costs))
+        return MetaResult(cost, gradient.build(grads), aux_of.build(aux))
 
     return call
 
@@ -201,73 +162,43 @@ def map_tasks(
 
     @entrance
     def call(*tasks: tree.Tree) -> tree.Tree:
-        checks.tasks(tasks, None)
-        leaves, spec = tree.flatten(tasks)
-        backend = backend_of(*leaves)
-        results: list[tree.TreeSpec] = []
+        _, batch, _, backend = taken_apart((), tasks, None)
+        rows_of = tree.Returned()
 
-        def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
-            rows, row_spec = tree.flatten(fn(*tree.unflatten(spec, task)))
-            results.append(row_spec)
-            return (), rows
+        def rows(task: Arrays) -> Arrays:
+            return rows_of.flatten(fn(*batch.build(task)))
 
-        def of_chunk(tasks: Arrays) -> tuple[Arrays, Arrays]:
-            return (), backend.vmap(lambda task: of_task(task)[1])(tasks)
+        of = backend.vmap(rows) if task_map == "vmap" else rows
 
-        _, stacked = accumulate(
-            backend, of_task, of_chunk, convert_neutral(leaves, backend), (), how
-        )
-        return tree.unflatten(results[-1], stacked)
+        def run(xs: Arrays) -> Found:
+            first, *rest = of(xs) or _no_results()
+            return first, tuple(rest), ()
+
+        first, rest, _ = averaged(backend, run, batch.arrays, (), how)
+        return rows_of.build((first, *rest))
 
     return call
 
 
-class _Checked:
-    """`task_cost` on flat arrays: checks the cost, remembers the structure of aux."""
-
-    def __init__(self, task_cost: Callable[..., Any], has_aux: bool, backend: Backend) -> None:
-        self._task_cost = task_cost
-        self._has_aux = has_aux
-        self._backend = backend
-        self._aux_leaves: Arrays = ()
-        self._aux_spec = tree.structure(())
-
-    def _split(self, v: tree.Tree, task: tree.Tree) -> Array:
-        if not self._has_aux:
-            return self._task_cost(v, task)
-        cost, aux = self._task_cost(v, task)
-        self._aux_leaves, self._aux_spec = tree.flatten(aux)
-        return cost
-
-    def __call__(self, v: tree.Tree, task: tree.Tree) -> tuple[Array, Arrays]:
-        cost = checks.scalar(self._split(v, task), "task_cost", self._backend)
-        return cost, self._aux_leaves
-
-    def unflatten_aux(self, leaves: list[Array]) -> tree.Tree:
-        return tree.unflatten(self._aux_spec, leaves)
+def _no_results() -> Arrays:
+    raise InputError("fn returned no arrays. Return a structure with at least one.")
 
 
-def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
-    """What "auto" means: "scan" for convolutions on a CPU, "vmap" for everything else.
-
-    Weights that differ from task to task turn a vectorised convolution into a grouped one, which
-    CPUs are slow at. A variable of four axes or more is taken for the kernel of a convolution.
-    """
-    if task_map != "auto":
-        return task_map
-    convolutional = any(len(x.shape) >= 4 for x in variables)
-    return "scan" if convolutional and backend_of(*variables).on_cpu(variables[0]) else "vmap"
-
-
-def arrays_of(v: tree.Tree, batch: tree.Tree) -> tuple[tree.Tree, tree.Tree, Backend]:
-    """Both structures with every leaf an array of one backend, and that backend."""
+def taken_apart(
+    v: tree.Tree, tasks: tree.Tree, num_tasks: int | None
+) -> tuple[tree.Flat, tree.Flat, int, Backend]:
+    """The variables and the tasks, how many tasks to use, and the backend of all arrays."""
     v_leaves, v_spec = tree.flatten(v)
-    batch_leaves, batch_spec = tree.flatten(batch)
-    with following(tree.node_types(v_spec, batch_spec)):
-        backend = backend_of(*v_leaves, *batch_leaves)
-        v_arrays = convert_neutral(v_leaves, backend)
-        batch_arrays = convert_neutral(batch_leaves, backend)
-    return tree.unflatten(v_spec, v_arrays), tree.unflatten(batch_spec, batch_arrays), backend
+    task_leaves, task_spec = tree.flatten(tasks)
+    count = checks.tasks(tree.Flat(task_leaves, task_spec), num_tasks)
+    with following(tree.node_types(v_spec, task_spec)):
+        backend = backend_of(*v_leaves, *task_leaves)
+        return (
+            tree.Flat(convert_neutral(v_leaves, backend), v_spec),
+            tree.Flat(convert_neutral(task_leaves, backend), task_spec),
+            count,
+            backend,
+        )
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:
@@ -275,40 +206,7 @@ def first_tasks(batch: Arrays, count: int) -> Arrays:
     return tuple(x if x.shape[0] == count else x[:count] for x in batch)
 
 
-def accumulate(
-    backend: Backend,
-    of_task: TaskFn,
-    of_chunk: TaskFn,
-    tasks: Arrays,
-    like: Arrays,
-    how: Execution,
-) -> tuple[Arrays, Arrays]:
-    """Every task's contribution: (means over tasks, stacked over tasks).
-
-    Args:
-        of_task: one task's arrays -> (arrays to average, arrays to stack).
-        of_chunk: the same for several tasks at once -> (sums over them, stacked).
-        tasks: every task's arrays, with a leading task axis.
-        like: the shapes and dtypes of what is averaged.
-        how: how they run, without "auto".
-    """
-
-    def summed(tasks: Arrays) -> tuple[Arrays, Arrays]:
-        count = tasks[0].shape[0]
-        if how.task_map == "vmap":
-            return _in_chunks(backend, of_chunk, tasks, like, min(how.chunk_size or count, count))
-        if how.task_map == "scan":
-            return backend.scan(_adding(of_task), _zeros(backend, like), tasks)
-        return _in_python(backend, of_task, tasks)
-
-    if how.distributed and (workers := backend.workers()).count > 1:
-        return sharded(workers, backend, summed, tasks, how.share)
-    count = tasks[0].shape[0]
-    sums, stacked = summed(tasks)
-    return tuple(x / count for x in sums) if count > 1 else sums, stacked
-
-
-def check_share(backend: Backend, how: Execution, count: int) -> None:
+def _check_share(backend: Backend, how: Execution, count: int) -> None:
     """A batch that is a process's share has as many tasks as that."""
     if how.share is None:
         return
@@ -318,55 +216,3 @@ def check_share(backend: Backend, how: Execution, count: int) -> None:
             f"this process's share of {how.share.num_tasks} tasks is {expected}, the batch has "
             f"{count}. Pass those that workers.share({how.share.num_tasks}) names."
         )
-
-
-def weighed(backend: Backend, x: Array, weight: Arrays) -> Array:
-    """`x` of a task, times the task's weight if it has one; 1 changes no bit."""
-    return x * backend.ops.astype(weight[0], backend.dtype_name(x)) if weight else x
-
-
-def _in_python(backend: Backend, fn: TaskFn, tasks: Arrays) -> tuple[Arrays, Arrays]:
-    sums: Arrays = ()
-    rows: list[Arrays] = []
-    for i in range(tasks[0].shape[0]):
-        terms, row = fn(tuple(x[i] for x in tasks))
-        sums = _added(sums, terms) if rows else terms
-        rows.append(row)
-    return sums, tuple(backend.ops.stack(column) for column in zip(*rows, strict=True))
-
-
-def _in_chunks(
-    backend: Backend, chunk: TaskFn, tasks: Arrays, like: Arrays, size: int
-) -> tuple[Arrays, Arrays]:
-    """Vectorised within chunks of `size` tasks, sequential over chunks."""
-    count = tasks[0].shape[0]
-    whole = count // size
-    if whole == 1:
-        sums, stacked = chunk(tuple(x[:size] for x in tasks) if count > size else tasks)
-    else:
-        folded = tuple(
-            backend.ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])) for x in tasks
-        )
-        sums, rows = backend.scan(_adding(chunk), _zeros(backend, like), folded)
-        stacked = tuple(backend.ops.reshape(x, (whole * size, *x.shape[2:])) for x in rows)
-    if whole * size == count:
-        return sums, stacked
-    rest, tail = chunk(tuple(x[whole * size :] for x in tasks))
-    joined = tuple(backend.ops.concat(pair) for pair in zip(stacked, tail, strict=True))
-    return _added(sums, rest), joined
-
-
-def _adding(fn: TaskFn) -> Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]:
-    def body(sums: Arrays, task: Arrays) -> tuple[Arrays, Arrays]:
-        terms, rows = fn(task)
-        return _added(sums, terms), rows
-
-    return body
-
-
-def _added(xs: Arrays, ys: Arrays) -> Arrays:
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
-
-
-def _zeros(backend: Backend, like: Arrays) -> Arrays:
-    return tuple(backend.ops.zeros_like(x) for x in like)

@@ -15,26 +15,30 @@ is the argument `batched`:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from metaframe import arguments, tree
-from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks
+from metaframe.core import checks, rates
 from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
 from metaframe.core.entrance import entrance
-from metaframe.core.inner_loop import Cost, InnerSettings, Mode
-from metaframe.core.meta_gradient import (
-    Execution,
-    MetaResult,
-    accumulate,
-    meta_value_and_grad,
-    weighed,
+from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, Mode, flat_cost
+from metaframe.core.task_map import Execution, averaged, gradient_of, weighed
+from metaframe.core.task_program import (
+    Direction,
+    Objective,
+    TaskRun,
+    adapted_cost,
+    average_cost,
+    reptile,
 )
-from metaframe.core.task_program import AdaptedCost, BatchFn, ReptileTask
 from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
-from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
+from metaframe.optim import Rate, gradient_descent_update
+
+BatchFn = Callable[[tree.Tree], tree.Tree]
 
 
 @entrance
@@ -122,23 +126,19 @@ def maml_step(
     >>> round(float(cost), 5), round(float(grads.latent), 5)
     (1.4007, -1.13723)
     """
-    how = execution(batched, chunk_size, distributed, stop_gradients)
-    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    task = AdaptedCost(
+    task = _TaskOfStep(
         inner_cost_fn,
         outer_cost_fn,
         inner_grad_steps,
-        InnerSettings(
-            inner_learning_rate, inner_optimization_step, order=2, mode=mode, scale=layout.scale
-        ),
+        InnerSettings(inner_learning_rate, inner_optimization_step, order=2, mode=mode),
         inner_batch_fn,
         outer_batch_fn,
-        average_across_steps,
-        return_inner_v,
+        average_cost if average_across_steps else adapted_cost,
     )
+    how = execution(batched, chunk_size, distributed, stop_gradients)
+    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    cost, grads, adapted = _meta_step(layout, task, choices, how, check_finite)
-    return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
+    return _step(layout, task, choices, how, check_finite, return_inner_v, "sum")
 
 
 @entrance
@@ -186,29 +186,22 @@ def fomaml_step(
     >>> fomaml_step(batch, cost_fn, None, {"w": torch.tensor(1.0)}, 1, 0.25, batched="vmap")
     (tensor(1.2500), {'w': tensor(-2.)})
     """
-    how = execution(batched, chunk_size, distributed, stop_gradients)
-    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    task = AdaptedCost(
+    task = _TaskOfStep(
         inner_cost_fn,
         outer_cost_fn,
         inner_grad_steps,
         InnerSettings(
-            inner_learning_rate,
-            inner_optimization_step,
-            order=1,
-            scale=layout.scale,
-            stop_gradients=stop_gradients,
+            inner_learning_rate, inner_optimization_step, order=1, stop_gradients=stop_gradients
         ),
         inner_batch_fn,
         outer_batch_fn,
-        average_across_steps,
-        return_inner_v,
+        average_cost if average_across_steps else adapted_cost,
     )
+    how = execution(batched, chunk_size, distributed, stop_gradients)
+    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    cost, grads, adapted = _meta_step(layout, task, choices, how, check_finite)
-    if not return_inner_v:
-        return layout.cost(cost), grads
-    return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
+    cost, grads, inner = _step(layout, task, choices, how, check_finite, return_inner_v, "sum")
+    return (cost, grads, inner) if return_inner_v else (cost, grads)
 
 
 @entrance
@@ -225,7 +218,7 @@ def reptile_step(
     return_inner_v: ReturnInner = False,
     num_tasks: int | None = None,
     stop_gradients: bool = True,
-    direction: Literal["gradients", "displacement"] = "gradients",
+    direction: Direction = "gradients",
     chunk_size: int | None = None,
     check_finite: bool = False,
     distributed: bool = False,
@@ -268,129 +261,139 @@ def reptile_step(
     """
     arguments.choice(direction, "direction", ("gradients", "displacement"))
     arguments.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
-    arguments.choice(return_inner_v, "return_inner_v", RETURN_INNER)
     divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    settings = InnerSettings(
-        inner_learning_rate,
-        inner_optimization_step,
-        order=1,
-        scale=layout.scale,
-        stop_gradients=stop_gradients,
+    task = _TaskOfStep(
+        cost_fn,
+        None,
+        inner_grad_steps,
+        InnerSettings(
+            inner_learning_rate, inner_optimization_step, order=1, stop_gradients=stop_gradients
+        ),
+        None,
+        None,
+        partial(reptile, direction=direction, scale=layout.scale, stop_gradients=stop_gradients),
+        reported=True,
     )
-    task = ReptileTask(layout, cost_fn, inner_grad_steps, settings, direction, return_inner_v)
-    leaves, spec = tree.flatten(layout.batch)
-
-    def of_task(xs: Arrays) -> tuple[Arrays, Arrays]:
-        direction, rows = task(tree.unflatten(spec, xs[: len(leaves)]))
-        weight = xs[len(leaves) :]
-        return tuple(weighed(layout.backend, x, weight) for x in direction), rows
-
-    def of_chunk(xs: Arrays) -> tuple[Arrays, Arrays]:
-        out = layout.backend.vmap(lambda row: (*(parts := of_task(row))[0], *parts[1]))(xs)
-        directions, stacked = out[: len(like)], out[len(like) :]
-        return tuple(layout.backend.ops.sum(x, axis=0) for x in directions), stacked
-
-    like = tree.leaves(layout.variables)
-    if distributed:
-        agree(layout.backend, reptile_step=(task, how), batch=layout.batch)
-    mean, (costs, *adapted) = accumulate(layout.backend, of_task, of_chunk, leaves, like, how)
-    v_spec = tree.structure(layout.variables)
-    grads = tree.unflatten(v_spec, [layout.without_task_axis(x, "mean") for x in mean])
+    cost, grads, inner = _step(layout, task, Choices(), how, check_finite, return_inner_v, "mean")
     grads = _divided(grads, divisor)
-    if check_finite:
-        checks.finite(costs, layout.backend, tiled=layout.tiled)
-        checks.finite_leaves(grads, layout.backend)
-    cost = layout.cost(tree.wrapped_as(v_spec, layout.backend.ops.mean(costs)))
-    if not return_inner_v:
-        return cost, grads
-    inner = tree.unflatten(v_spec, adapted)
-    return cost, grads, layout.inner(inner, return_inner_v)
+    return (cost, grads, inner) if return_inner_v else (cost, grads)
 
 
-def _meta_step(
+@dataclass(frozen=True)
+class _TaskOfStep:
+    """What one task of a step does. Checked when it is made."""
+
+    inner_cost: Cost
+    outer_cost: Cost | None
+    steps: int
+    settings: InnerSettings
+    inner_batch_fn: BatchFn | None
+    outer_batch_fn: BatchFn | None
+    objective: Objective
+    reported: bool = False
+    """Whether the cost to return is not the one that is differentiated, but the one reported."""
+    returns_inner: bool = False
+
+    def __post_init__(self) -> None:
+        arguments.function(self.inner_cost, "inner_cost_fn")
+        if self.outer_cost is not None:
+            arguments.function(self.outer_cost, "outer_cost_fn")
+        for name in ("inner_batch_fn", "outer_batch_fn"):
+            if getattr(self, name) is not None:
+                arguments.function(getattr(self, name), name)
+        arguments.integer(self.steps, "inner_grad_steps", at_least=0)
+
+    def bound(
+        self, layout: Layout, inner: tree.Part, outer: tree.Part, differentiated: tree.Part
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]:
+        """The objective of a task map; it reports the cost to return and the adapted variables.
+
+        Args:
+            inner: the variables that adapt.
+            outer: those that are differentiated in this task.
+            differentiated: those that are differentiated in any task.
+        """
+        backend, spec = layout.backend, layout.batch.spec
+        adapting = inner.structure(layout.variables.arrays)
+        size = len(layout.batch.arrays)
+
+        def objective(xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
+            leaves, weight = task[:size], task[size:]
+            variables = differentiated.merge(xs, held)
+            if outer is not differentiated:
+                pairs = zip(variables, outer.flags, strict=True)
+                variables = tuple(x if flag else backend.stop_gradient(x) for x, flag in pairs)
+            params, others = inner.divide(variables)
+            support = _applied(self.inner_batch_fn, spec, leaves, backend.owns)
+            query = _applied(self.outer_batch_fn, spec, leaves, backend.owns)
+            inner_cost = flat_cost(
+                self.inner_cost, "inner_cost_fn", backend, inner, support, layout.scale
+            )
+            outer_cost = flat_cost(
+                self.outer_cost or self.inner_cost, "outer_cost_fn", backend, inner, query
+            )
+            context = (*others, *query.arrays)
+            found = self.objective(
+                TaskRun.of(
+                    InnerLoop(backend, inner_cost, adapting, self.settings),
+                    params,
+                    (*others, *support.arrays),
+                    self.steps,
+                    lambda at, index: (outer_cost(at, context)[0], ()),
+                )
+            )
+            cost = found.report[0] if self.reported else found.cost
+            adapted = inner.merge(found.params, others) if self.returns_inner else ()
+            return weighed(backend, found.cost, weight), (cost, *adapted)
+
+        return objective
+
+
+def _applied(
+    fn: BatchFn | None, spec: tree.TreeSpec, leaves: Arrays, is_array: Callable[[Any], bool]
+) -> tree.Packed:
+    if fn is None:
+        return tree.Packed.of(spec, leaves)
+    return tree.Packed(fn(tree.unflatten(spec, leaves)), is_array)
+
+
+def _step(
     layout: Layout,
-    task: AdaptedCost,
+    task: _TaskOfStep,
     choices: Choices,
     how: Execution,
     check_finite: bool,
-) -> MetaResult:
-    choices.check_count(layout)
-    if choices.per_task:
-        if how.distributed:
-            raise InputError(
-                "inner_v or outer_v gives one choice a task, which distributed=True does not take."
-            )
-        return _one_choice_a_task(layout, task, choices, check_finite)
-    v = layout.variables
-    inner = choices.inner(v)
-    checks.variables(v, inner, layout.backend, "inner_v")
-    cost, grads, adapted = meta_value_and_grad(
-        task.bound(layout.backend, inner),
-        task_map=how.task_map,
-        chunk_size=how.chunk_size,
-        distributed=how.distributed,
-        has_aux=True,
-        outer_v=choices.outer_v,
-        keep_outer_v=choices.keep_outer_v,
-        check_finite=check_finite and not layout.tiled,
-    )(v, layout.batch)
-    if check_finite and layout.tiled:
-        checks.finite(tree.leaves(cost)[0], layout.backend, tiled=True)
-        checks.finite_leaves(grads, layout.backend)
-    return MetaResult(cost, tree.map(lambda g: layout.without_task_axis(g, "sum"), grads), adapted)
-
-
-def _one_choice_a_task(
-    layout: Layout, task: AdaptedCost, choices: Choices, check_finite: bool
-) -> MetaResult:
-    """As `_meta_step` with the tasks one by one; a variable not chosen in a task counts as zero."""
-    v, backend = layout.variables, layout.backend
-    outer = [choices.outer(v, i) for i in range(layout.num_tasks)]
-    union = [
-        chain
-        for chain, flags in zip(tree.key_chains(v), zip(*outer, strict=True), strict=True)
-        if any(flags)
-    ]
-    results = []
-    for i, flags in enumerate(outer):
-        inner = choices.inner(v, i)
-        checks.variables(v, inner, backend, "inner_v")
-        results.append(
-            meta_value_and_grad(
-                _frozen(task.bound(backend, inner), flags, backend),
-                task_map="loop",
-                has_aux=True,
-                outer_v=union,
-            )(v, tree.map(lambda x, i=i: x[i : i + 1], layout.batch))
-        )
-    costs, grads, adapted = zip(*results, strict=True)
-    mean = tree.map(lambda *gs: sum(gs) / len(gs), *grads)
-    if check_finite:
-        checks.finite(backend.ops.stack([tree.leaves(c)[0] for c in costs]), backend)
-        checks.finite_leaves(mean, backend)
-    return MetaResult(
-        tree.map(lambda *cs: sum(cs) / len(cs), *costs),
-        mean,
-        tree.map(lambda *xs: backend.ops.concat(xs), *adapted),
+    return_inner_v: ReturnInner,
+    reduce: Literal["sum", "mean"],
+) -> tuple[Any, tree.Tree, tree.Tree]:
+    """Cost, gradients and adapted variables, as the caller gets them."""
+    arguments.choice(return_inner_v, "return_inner_v", RETURN_INNER)
+    task = replace(task, returns_inner=bool(return_inner_v))
+    choices.check(layout, how)
+    parts, backend, spec = choices.parts(layout), layout.backend, layout.variables.spec
+    if len(parts) == 1:
+        differentiated = parts[0][1]
+    else:
+        flags = [any(column) for column in zip(*(outer.flags for _, outer in parts), strict=True)]
+        differentiated = tree.Part(spec, flags)
+    objectives = [task.bound(layout, inner, outer, differentiated) for inner, outer in parts]
+    wanted, held = differentiated.divide(layout.variables.arrays)
+    if how.distributed:
+        agree(backend, step=(task, how), batch=layout.batch, v=layout.variables, chosen=parts)
+    run = gradient_of(
+        backend, objectives[0] if len(objectives) == 1 else objectives, wanted, held, how
     )
-
-
-def _frozen(
-    task_cost: Callable[..., Any], differentiable: tuple[bool, ...], backend: Backend
-) -> Callable[..., Any]:
-    """`task_cost` with every variable that is not `differentiable` taken for a constant."""
-
-    def call(v: tree.Tree, task: tree.Tree) -> Any:
-        leaves, spec = tree.flatten(v)
-        flagged = zip(leaves, differentiable, strict=True)
-        return task_cost(
-            tree.unflatten(spec, [x if flag else backend.stop_gradient(x) for x, flag in flagged]),
-            task,
-        )
-
-    return call
+    _, (costs, *adapted), grads = averaged(backend, run, layout.batch.arrays, wanted, how)
+    gradient = tree.Flat(
+        layout.without_task_axis(grads, reduce), differentiated.structure(layout.variables.arrays)
+    )
+    if check_finite:
+        checks.finite(costs, backend, tiled=layout.tiled)
+        checks.finite_leaves(gradient, backend)
+    cost = layout.cost(backend.ops.mean(costs))
+    return cost, gradient.build(gradient.arrays), layout.inner(tuple(adapted), return_inner_v)
 
 
 def _divisor(lr: Rate, update: Any) -> Rate:
@@ -405,7 +408,6 @@ def _divisor(lr: Rate, update: Any) -> Rate:
 def _divided(grads: tree.Tree, divisor: Rate) -> tree.Tree:
     if divisor is None:
         return grads
-    if is_rate_tree(divisor):
-        return tree.map(lambda g, r: g / r, grads, divisor)
-    rate = tree.unwrapped(divisor)
-    return tree.map(lambda g: g / rate, grads)
+    leaves, spec = tree.flatten(grads)
+    each = zip(leaves, rates.for_each(divisor, leaves, spec), strict=True)
+    return tree.unflatten(spec, [g / rate for g, rate in each])

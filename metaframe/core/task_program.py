@@ -1,109 +1,136 @@
-"""What one task contributes to a step: a cost after adaptation, or Reptile's direction."""
+"""The program of one task: begin, inner loop, finish, outer objective.
+
+The steps and the learners run the same program. They differ in their costs, and in the objective:
+what a task contributes to the meta-gradient, as a function of its run. An objective returns a cost
+whose gradient in the start of the run is that contribution.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
-from metaframe import arguments, tree
-from metaframe.backend.contract import Backend
+from metaframe import ops
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks
-from metaframe.core.batching import RETURN_INNER, Layout, ReturnInner
-from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, StepView
+from metaframe.core.inner_loop import InnerLoop, InnerResult, Observer, StepView
 from metaframe.errors import InputError
 
-BatchFn = Callable[[tree.Tree], tree.Tree]
+OuterCost = Callable[[Arrays, Array | None], tuple[Array, Arrays]]
+"""`(params, number of steps taken) -> (outer cost, what to report)`; None stands for all steps."""
+Direction = Literal["gradients", "displacement"]
+
+
+class Outcome(NamedTuple):
+    """What a task contributes."""
+
+    cost: Array
+    """A scalar, whose gradient goes into the meta-gradient."""
+    params: Arrays
+    """The adapted params."""
+    report: Arrays
+    """Arrays to return for each task."""
+
+
+class Adapt(Protocol):
+    """The inner loop of one task, and after it the algorithm's last word on the params."""
+
+    def __call__(self, observe: Observer | None = None) -> InnerResult:
+        """The params after the inner loop, and the sums of what the observer returned."""
+        ...
 
 
 @dataclass(frozen=True)
-class AdaptedCost:
-    """The outer cost after adaptation, for one task."""
+class TaskRun:
+    """One task, ready to run.
 
-    inner_cost: Cost
-    outer_cost: Cost | None
+    Attributes:
+        start: the params before the first step.
+        steps: the number of inner steps.
+        adapted: runs the inner loop.
+        inner: the inner cost at given params, with its gradient.
+        outer: the outer cost at given params.
+        schedule: numbers that change from one call to the next and are not differentiated.
+    """
+
+    start: Arrays
     steps: int
-    settings: InnerSettings
-    inner_batch_fn: BatchFn | None
-    outer_batch_fn: BatchFn | None
-    average_across_steps: bool
-    return_inner_v: ReturnInner
+    adapted: Adapt
+    inner: Callable[[Arrays], tuple[Array, Arrays]]
+    outer: OuterCost
+    schedule: Mapping[str, Array] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        arguments.function(self.inner_cost, "inner_cost_fn")
-        if self.outer_cost is not None:
-            arguments.function(self.outer_cost, "outer_cost_fn")
-        for name in ("inner_batch_fn", "outer_batch_fn"):
-            if getattr(self, name) is not None:
-                arguments.function(getattr(self, name), name)
-        arguments.integer(self.steps, "inner_grad_steps", at_least=0)
-        arguments.choice(self.return_inner_v, "return_inner_v", RETURN_INNER)
-
-    def bound(
-        self, backend: Backend, chosen: tuple[bool, ...]
-    ) -> Callable[[tree.Tree, tree.Tree], tuple[Array, tree.Tree]]:
-        """`(v, task) -> (outer cost, adapted variables)`, adapting the `chosen` variables."""
-        outer = checks.scalar_cost(self.outer_cost or self.inner_cost, "outer_cost_fn", backend)
-
-        def task_cost(v: tree.Tree, task: tree.Tree) -> tuple[Array, tree.Tree]:
-            inner_batch = self.inner_batch_fn(task) if self.inner_batch_fn else task
-            outer_batch = self.outer_batch_fn(task) if self.outer_batch_fn else task
-
-            def observe(at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
-                del view, index
-                return (outer(outer_batch, at),)
-
-            loop = InnerLoop(self.inner_cost, v, inner_batch, chosen, self.settings)
-            result = loop.run(self.steps, observe if self.average_across_steps else None)
-            cost = outer(outer_batch, result.variables)
-            for total in result.total:
-                cost = (total + cost) / (self.steps + 1)
-            return cost, result.variables if self.return_inner_v else ()
-
-        return task_cost
+    @staticmethod
+    def of(
+        loop: InnerLoop, start: Arrays, context: Arrays, steps: int, outer: OuterCost
+    ) -> TaskRun:
+        """A run of `loop` from `start`, and nothing after it."""
+        return TaskRun(
+            start,
+            steps,
+            partial(loop.run, start, context, steps),
+            partial(loop.cost_and_gradient, context=context),
+            outer,
+        )
 
 
-@dataclass(frozen=True)
-class ReptileTask:
-    """One task of Reptile: `task -> (direction, (cost, *adapted))`."""
+Objective = Callable[[TaskRun], Outcome]
 
-    layout: Layout
-    cost_fn: Cost
-    steps: int
-    settings: InnerSettings
-    direction: Literal["gradients", "displacement"]
-    return_inner_v: ReturnInner
 
-    def __call__(self, task: tree.Tree) -> tuple[Arrays, Arrays]:
-        """The direction, and what is stacked: the cost and the adapted variables if wanted."""
-        v = self.layout.variables
-        loop = InnerLoop(self.cost_fn, v, task, tree.chosen(v, None), self.settings)
-        result = loop.run(self.steps, self._observe)
-        total_cost, *total = result.total
-        last_cost, last_grads = loop.cost_and_gradient(result.variables)
-        last_grads = tuple(map(self.layout.backend.stop_gradient, last_grads))
-        if self.direction == "gradients":
-            pairs = zip(total, last_grads, strict=True)
-            step = tuple((a + b) / (self.steps + 1) for a, b in pairs)
-        else:
-            step = tuple(-x for x in total)
-        cost = (total_cost + last_cost) / (self.steps + 1)
-        return step, (cost, *(tree.leaves(result.variables) if self.return_inner_v else ()))
+def adapted_cost(run: TaskRun) -> Outcome:
+    """The outer cost of the adapted params: MAML."""
+    params = run.adapted().params
+    cost, report = run.outer(params, None)
+    return Outcome(cost, params, report)
 
-    def _observe(self, at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
+
+def average_cost(run: TaskRun) -> Outcome:
+    """The mean of the outer cost over the K+1 points visited."""
+
+    def observe(at: Arrays, view: StepView | None, index: Array) -> Arrays:
+        del view
+        return (run.outer(at, index)[0],)
+
+    found = run.adapted(observe)
+    cost, report = run.outer(found.params, None)
+    for total in found.total:
+        cost = (total + cost) / (run.steps + 1)
+    return Outcome(cost, found.params, report)
+
+
+def reptile(run: TaskRun, *, direction: Direction, scale: float, stop_gradients: bool) -> Outcome:
+    """A cost whose gradient is Reptile's direction; reports the mean of the K+1 inner costs.
+
+    See `metaframe.reptile_step` for the two directions, which are not divided by the rate here.
+    """
+
+    def attached(cost: Array, grads: Arrays, at: Arrays) -> Array:
+        # The steps ran on constants: the cost is given its gradient as its derivative.
+        return cost if stop_gradients else with_gradient(cost, at, [g / scale for g in grads])
+
+    def observe(at: Arrays, view: StepView | None, index: Array) -> Arrays:
         del index
         if view is None:
             raise InputError("Reptile needs the gradients of the inner steps: mode='reverse'.")
-        cost = view.cost if self.settings.stop_gradients else self._attached(view, at)
-        return (cost, *(view.grads if self.direction == "gradients" else view.updates))
+        moved = view.grads if direction == "gradients" else view.updates
+        return (attached(view.cost, view.grads, at), *moved)
 
-    def _attached(self, view: StepView, at: tree.Tree) -> Array:
-        """The cost of a step, which ran on constants, with its gradient as its derivative."""
-        backend, leaves = self.layout.backend, tree.leaves(at)
-        zeros = (x - backend.stop_gradient(x) for x in leaves)
-        products = (
-            backend.ops.sum(backend.stop_gradient(g) * zero)
-            for g, zero in zip(view.grads, zeros, strict=True)
-        )
-        return view.cost + sum(products) / self.settings.scale
+    found = run.adapted(observe)
+    last_cost, last = run.inner(found.params)
+    total_cost, *total = found.total
+    cost = (total_cost + last_cost) / (run.steps + 1)
+    if direction == "gradients":
+        pairs = zip(total, last, strict=True)
+        moved = [(a + ops.stop_gradient(b)) / (run.steps + 1) for a, b in pairs]
+    else:
+        moved = [-x for x in total]
+    return Outcome(with_gradient(cost, run.start, moved), found.params, (cost,))
+
+
+def with_gradient(cost: Array, at: Arrays, gradient: list[Array]) -> Array:
+    """A cost with the value of `cost` and the derivative `gradient` at the point `at`."""
+    value = ops.stop_gradient(cost)
+    for x, g in zip(at, gradient, strict=True):
+        value = value + ops.sum((x - ops.stop_gradient(x)) * ops.stop_gradient(g))
+    return value

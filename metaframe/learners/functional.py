@@ -17,7 +17,7 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.model import is_inexact
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
-from metaframe.core import checks
+from metaframe.core import checks, rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
@@ -253,7 +253,9 @@ def rate_for(
 ) -> optim.Rate:
     """`lr` in the structure of the adapted parameters, or the one rate for all.
 
-    A mapping may have rates for other parameters as well, if they are among those `known`.
+    A key of a mapping is the name of a parameter or of a part of the model, such as "0" for
+    "0.weight" and "0.bias"; the longest that fits counts. A mapping may have rates for other
+    parameters as well, if they are among those `known`.
     """
     if not isinstance(lr, Mapping):
         if not tree.is_leaf(lr):
@@ -261,15 +263,22 @@ def rate_for(
                 "the learning rate is a number or an array, or a mapping from the names of "
                 f"parameters to such; received {lr!r}."
             )
-        return checks.learning_rate(lr)
-    if missing := [name for name in names if name not in lr]:
+        return rates.checked(lr)
+    keys = {name: _longest_part(name, lr) for name in names}
+    if missing := [name for name, key in keys.items() if key is None]:
         raise InputError(f"lr has no rate for the adapted parameters {missing}.")
-    for name in lr:
-        if known is not None and name not in known:
-            raise InputError(
-                f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
-            )
-    return checks.learning_rate({name: lr[name] for name in names})
+    for key in lr:
+        if known is not None and not any(_is_part(key, name) for name in known):
+            raise InputError(f"lr has {key!r}, which is no parameter. {nearest(key, tuple(known))}")
+    return rates.checked({name: lr[key] for name, key in keys.items() if key is not None})
+
+
+def _longest_part(name: str, keys: Iterable[str]) -> str | None:
+    return max((key for key in keys if _is_part(key, name)), key=len, default=None)
+
+
+def _is_part(key: str, name: str) -> bool:
+    return name == key or name.startswith((f"{key}.", f"{key}/"))
 
 
 def array_like(x: Any, like: Params, backend: Backend) -> Array:

@@ -15,7 +15,8 @@ from metaframe.backend.workers import Share
 from metaframe.core import checks
 from metaframe.core.compile import compile
 from metaframe.core.inner_loop import Mode
-from metaframe.core.meta_gradient import Execution, MetaResult, TaskMap, strategy
+from metaframe.core.meta_gradient import MetaResult
+from metaframe.core.task_map import Execution, TaskMap, strategy
 from metaframe.errors import InputError, nearest
 from metaframe.learners import parameters
 from metaframe.learners.functional import Params, array_like

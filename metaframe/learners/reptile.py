@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from metaframe import ops, optim
+from metaframe import optim
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks
+from metaframe.core import rates
 from metaframe.core.inner_loop import StepView
+from metaframe.core.task_program import Outcome, TaskRun, with_gradient
 from metaframe.errors import InputError
 from metaframe.learners.functional import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
-from metaframe.learners.objective import TaskRun
 from metaframe.learners.settings import Norm
 
 
@@ -61,7 +62,7 @@ class Reptile(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.learning_rate(inner_lr)
+        rates.checked(inner_lr)
         if not isinstance(inner_lr, (int, float)) or inner_lr == 0:
             raise InputError(
                 f"Reptile divides by inner_lr, which has to be a positive number; received "
@@ -70,26 +71,22 @@ class Reptile(MAML):
         super().__init__(
             module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
         )
-        self._method = Method(displacement, finish=_constants)
+        self._method = Method(partial(displacement, inner_lr=inner_lr), finish=_constants)
 
 
-def displacement(run: TaskRun) -> Array:
+def displacement(run: TaskRun, *, inner_lr: float) -> Outcome:
     """A cost with the value of the query loss and the gradient of Reptile's direction."""
-    if run.setting.steps == 0:
+    if run.steps == 0:
         raise InputError(
             "Reptile's direction is the sum of its inner updates: take one step or more."
         )
-    result = run.adapted(_updates)
-    cost = ops.stop_gradient(run.query_loss(result.variables))
-    config = run.setting.config
-    for name, moved in zip(sorted(config.names), result.total, strict=True):
-        # Zero, with the constant factor as its gradient.
-        offset = run.start[name] - ops.stop_gradient(run.start[name])
-        cost = cost - ops.sum(offset * ops.stop_gradient(moved) / config.inner_lr)
-    return cost
+    found = run.adapted(_updates)
+    loss, report = run.outer(found.params, None)
+    direction = [-moved / inner_lr for moved in found.total]
+    return Outcome(with_gradient(loss, run.start, direction), found.params, report)
 
 
-def _updates(at: Params, view: StepView | None, index: Array) -> Arrays:
+def _updates(at: Arrays, view: StepView | None, index: Array) -> Arrays:
     del at, index
     return view.updates if view is not None else ()
 

@@ -14,8 +14,9 @@ from metaframe.backend.selection import backend_of, is_neutral
 from metaframe.backend.types import Array
 from metaframe.core import checks
 from metaframe.core.inner_loop import Cost, Mode, Order, inner_loop
-from metaframe.core.meta_gradient import TaskMap, map_tasks, meta_value_and_grad
-from metaframe.core.task_program import BatchFn
+from metaframe.core.meta_gradient import map_tasks, meta_value_and_grad
+from metaframe.core.steps import BatchFn
+from metaframe.core.task_map import TaskMap
 from metaframe.errors import InputError, InputTypeError
 
 Values = np.ndarray[Any, Any]
@@ -122,9 +123,11 @@ class Subject:
         self.backend = backend_of(*tree.leaves(variables), *tree.leaves(batch))
         self.variables = double(variables, self.backend)
         self.batch = double(batch, self.backend)
-        self.tasks = checks.tasks(self.batch, None)
-        self.names = tree.key_chains(self.variables)
-        checks.variables(self.variables, (True,) * len(self.names), self.backend, "variables")
+        self.tasks = checks.tasks(tree.Flat(*tree.flatten(self.batch)), None)
+        leaves, spec = tree.flatten(self.variables)
+        self.names = tree.chains(spec)
+        everything = tree.Part(spec, (True,) * len(leaves))
+        checks.variables(leaves, everything, self.backend, "variables")
         self.task_cost = adaptation.task_cost(cost, self.backend)
 
     def numbers(self, structure: tree.Tree) -> list[Values]:

@@ -21,8 +21,10 @@ from metaframe import arguments, ops, tree
 from metaframe.backend.model import Params
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
+from metaframe.core import checks as core_checks
 from metaframe.core.compile import compile
-from metaframe.core.meta_gradient import Strategy, map_tasks, strategy
+from metaframe.core.meta_gradient import map_tasks
+from metaframe.core.task_map import Strategy, strategy
 from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
@@ -250,7 +252,7 @@ class Evaluator:
         return found
 
     def _scalar(self, fn: LossFn, name: str, output: Any, task: Task) -> Array:
-        return checks.scalar(fn(output, task.query_y), name, self._maml.backend)
+        return core_checks.scalar(fn(output, task.query_y), name, self._maml.backend)
 
     def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
         task = view.task
@@ -316,7 +318,7 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.
     """
     if isinstance(tasks, Task):
-        total = checks.tasks(tasks, None)
+        total = core_checks.tasks(tree.Flat(*tree.flatten(tasks)), None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
         arguments.integer(num_tasks, "num_tasks", at_least=1)

@@ -20,7 +20,7 @@ from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
 from metaframe.core.compile import compile
 from metaframe.core.inner_loop import MODES, Mode
-from metaframe.core.meta_gradient import Execution, TaskMap
+from metaframe.core.task_map import Execution, TaskMap
 from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner

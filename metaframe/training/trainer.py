@@ -11,6 +11,7 @@ import numpy as np
 
 from metaframe import arguments, tree
 from metaframe.backend.workers import Workers
+from metaframe.core import checks as core_checks
 from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
 from metaframe.learners.learner import LossFn
@@ -154,7 +155,7 @@ class MetaTrainer:
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
         if not self._distributed:
             return self._advance(batch).loss
-        count = checks.tasks(batch, None)
+        count = core_checks.tasks(tree.Flat(*tree.flatten(batch)), None)
         share = self._workers().share(count)
         return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 

@@ -18,7 +18,6 @@ public functions flatten once and hand them flat tuples of arrays.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
@@ -130,7 +129,7 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
         found, found_spec = flatten(_with_dicts(tree))
         if found_spec == structure(_with_dicts(unflatten(spec, range(spec.num_leaves)))):
             return found
-    want, have = set(_chains_of(spec)), set(_chains_of(found_spec))
+    want, have = set(chains(spec)), set(chains(found_spec))
     missing, extra = sorted(want - have), sorted(have - want)
     parts = [f"missing {missing}"] if missing else []
     parts += [f"unexpected {extra}"] if extra else []
@@ -144,7 +143,19 @@ def key_chains(tree: Tree) -> tuple[str, ...]:
     >>> key_chains({"b": {"w": 1}, "a": [2, 3]})
     ('a/0', 'a/1', 'b/w')
     """
-    return _chains_of(structure(tree))
+    return chains(structure(tree))
+
+
+def chains(spec: TreeSpec) -> tuple[str, ...]:
+    """The key chain of every leaf of a structure, in order.
+
+    >>> chains(structure({"b": {"w": 1}, "a": [2, 3]}))
+    ('a/0', 'a/1', 'b/w')
+    """
+    return tuple(
+        "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, Inside))
+        for accessor in spec.accessors()
+    )
 
 
 def children(node: Tree) -> dict[str, Tree]:
@@ -156,18 +167,11 @@ def children(node: Tree) -> dict[str, Tree]:
     if is_leaf(node):
         return {}
     below, spec = _one_level(node)
-    return dict(zip(_chains_of(spec), below, strict=True))
+    return dict(zip(chains(spec), below, strict=True))
 
 
 def _one_level(node: Tree) -> tuple[Leaves, TreeSpec]:
     return flatten(node, is_leaf=lambda inner: inner is not node)
-
-
-def _chains_of(spec: TreeSpec) -> tuple[str, ...]:
-    return tuple(
-        "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, Inside))
-        for accessor in spec.accessors()
-    )
 
 
 def _entry_name(entry: optree.PyTreeEntry) -> str:
@@ -236,34 +240,43 @@ def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
     >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, "a", keep=False)
     (False, False, True)
     """
+    return flags(structure(tree), choice, keep)
+
+
+def flags(spec: TreeSpec, choice: Any, keep: bool = True) -> tuple[bool, ...]:
+    """`chosen`, of a structure that was taken apart.
+
+    >>> flags(structure({"a": 0, "b": 0}), "b")
+    (False, True)
+    """
     if choice is None:
-        return (True,) * len(leaves(tree))
-    chains = key_chains(tree)
+        return (True,) * spec.num_leaves
+    known = chains(spec)
     wanted = [choice] if isinstance(choice, str) else choice
     if isinstance(wanted, Mapping):
-        wanted = _true_chains(wanted, chains, "")
+        wanted = _true_chains(wanted, known, "")
     selected = set()
     for chain in wanted:
-        selected.update(_matching(str(chain), chains))
-    return tuple((chain in selected) == keep for chain in chains)
+        selected.update(_matching(str(chain), known))
+    return tuple((chain in selected) == keep for chain in known)
 
 
-def _matching(chain: str, chains: Sequence[str]) -> list[str]:
-    hits = [c for c in chains if c == chain or c.startswith(chain + "/")]
+def _matching(chain: str, known: Sequence[str]) -> list[str]:
+    hits = [c for c in known if c == chain or c.startswith(chain + "/")]
     if not hits:
-        raise UnknownKeyError(f"no variable at key chain {chain!r}. {nearest(chain, chains)}")
+        raise UnknownKeyError(f"no variable at key chain {chain!r}. {nearest(chain, known)}")
     return hits
 
 
-def _true_chains(choice: Tree, chains: Sequence[str], prefix: str) -> list[str]:
+def _true_chains(choice: Tree, known: Sequence[str], prefix: str) -> list[str]:
     found: list[str] = []
     # A mapping that is no node for us, such as a frozen one, still says what it chooses.
     entries = choice if isinstance(choice, Mapping) else children(choice)
     for key, value in entries.items():
         chain = f"{prefix}{key}"
-        _matching(chain, chains)
+        _matching(chain, known)
         if isinstance(value, Mapping) or not is_leaf(value):
-            found += _true_chains(value, chains, chain + "/")
+            found += _true_chains(value, known, chain + "/")
         elif bool(value):
             found.append(chain)
     return found
@@ -362,52 +375,3 @@ def register_dataclass(cls: type[T]) -> type[T]:
 
     register(cls, flatten_fn, unflatten_fn)
     return cls
-
-
-class Packed:
-    """Trees taken apart into one flat tuple of arrays, and the way back.
-
-    Leaves that are no arrays (numbers, strings, functions) are kept aside as they are, so that a
-    backend's transform sees arrays only.
-
-    >>> packed = Packed(({"w": 1.5, "name": "a"}, [2.5]), is_array=lambda x: isinstance(x, float))
-    >>> packed.arrays
-    (1.5, 2.5)
-    >>> packed.unpack((10, 20))
-    ({'w': 10, 'name': 'a'}, [20])
-    """
-
-    def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        leaves, self._spec = flatten(tree)
-        arrays, places = [], []
-        aside = list(leaves)
-        for i, leaf in enumerate(leaves):
-            if is_array(leaf):
-                arrays.append(leaf)
-                places.append(i)
-                aside[i] = None
-        self.arrays: Leaves = tuple(arrays)
-        self.places: tuple[int, ...] = tuple(places)
-        """Where among the leaves the arrays are."""
-        self._aside = aside
-
-    @property
-    def others(self) -> Leaves:
-        """The leaves that are no arrays."""
-        places = frozenset(self.places)
-        return tuple(x for i, x in enumerate(self._aside) if i not in places)
-
-    def template(self) -> Packed:
-        """The structure alone, to keep without the arrays."""
-        found = copy.copy(self)
-        found.arrays = ()
-        return found
-
-    def unpack(self, arrays: Iterable[Any]) -> Tree:
-        """The tree with `arrays` in the places of `self.arrays`."""
-        if len(self.places) == len(self._aside):  # of every call of a compiled function
-            return unflatten(self._spec, arrays)
-        leaves = list(self._aside)
-        for i, array in zip(self.places, arrays, strict=True):
-            leaves[i] = array
-        return unflatten(self._spec, leaves)
