@@ -35,7 +35,7 @@ Params = Any
 Grads = Any
 State = Any
 Rate = Any
-"""A number or an array, or a structure of them: one for each parameter or part of the parameters."""
+"""A number or an array, or a structure of them: one for each parameter or part of them."""
 
 
 class Optimizer(NamedTuple):

@@ -87,7 +87,7 @@ def _inside(param: Any) -> Any:
 
 
 def _finite(primitive: Any, params: Any, xs: list[Any]) -> Array:
-    """The operation, with a derivative of zero where one of its partial derivatives is not finite."""
+    """The operation, with a derivative of zero where a partial derivative is not finite."""
     places = [i for i, x in enumerate(xs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
     def of_floats(*floats: Array) -> Array:

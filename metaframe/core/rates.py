@@ -55,9 +55,9 @@ def for_each(lr: Any, leaves: Sequence[Array], spec: tree.TreeSpec) -> tuple[Any
         InputError: a rate is missing, is for no variable, or would widen one.
         InputTypeError: neither a number nor a float array, or an array of another framework.
 
-    >>> leaves, spec = tree.flatten({"layer": {"w": np.ones(2), "b": np.ones(1)}, "out": np.ones(3)})
-    >>> for_each({"layer": 0.1, "out": 0.5}, leaves, spec)
-    (0.1, 0.1, 0.5)
+    >>> leaves, spec = tree.flatten({"layer": {"w": np.ones(2), "b": np.ones(1)}})
+    >>> for_each({"layer": 0.1}, leaves, spec)
+    (0.1, 0.1)
     """
     if type(lr) is float:
         return (lr,) * len(leaves)
