@@ -26,7 +26,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -111,9 +111,12 @@ def inner_loop(
     return tree.unflatten(spec, part.merge(found.params, others))
 
 
-FlatCost = Callable[[Arrays, Arrays], tuple[Array, Arrays]]
-"""`(params, context) -> (scaled cost, (cost,))`, of the arrays that adapt and all others that the
-cost depends on."""
+class FlatCost(Protocol):
+    """An inner cost as a function of flat arrays."""
+
+    def __call__(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        """`(scaled cost, (cost,))`, of the arrays that adapt and all others it depends on."""
+        ...
 
 
 def flat_cost(

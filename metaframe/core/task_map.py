@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from metaframe import arguments
 from metaframe.backend.contract import Backend
@@ -31,8 +31,14 @@ TaskFn = Callable[[Arrays], Found]
 
 A task divided among workers comes with its weight, as the last array; see `weighed`.
 """
-Objective = Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-"""`(differentiated variables, held variables, task) -> (scalar, aux)`."""
+
+
+class Objective(Protocol):
+    """The cost of a task as a function of flat arrays."""
+
+    def __call__(self, xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
+        """`(differentiated variables, held variables, task) -> (scalar, aux)`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def averaged(backend: Backend, run: TaskFn, tasks: Arrays, like: Arrays, how: Ex
             value, aux, sums = summed(backend, run, tasks, like, how.chunk_size)
             return sums, (value, *aux)
 
-        means, (value, *aux) = sharded(workers, backend, sum_over, tasks, how.share)
-        return value, tuple(aux), means
+        means, rows = sharded(workers, backend, sum_over, tasks, how.share)
+        return rows[0], rows[1:], means
     count = tasks[0].shape[0]
     if how.task_map == "vmap" and (how.chunk_size or count) >= count:
         value, aux, sums = run(tasks)
@@ -134,8 +140,8 @@ def _in_python(
         value, aux, terms = run(tuple(x[i] for x in tasks))
         total = _added(total, terms) if rows else terms
         rows.append((value, *aux))
-    value, *rest = (backend.ops.stack(column) for column in zip(*rows, strict=True))
-    return value, tuple(rest), total
+    stacked = tuple(backend.ops.stack(column) for column in zip(*rows, strict=True))
+    return stacked[0], stacked[1:], total
 
 
 def _in_a_scan(
@@ -147,8 +153,8 @@ def _in_a_scan(
         value, aux, terms = run(task)
         return _added(sums, terms), (value, *aux)
 
-    sums, (value, *aux) = backend.scan(body, tuple(map(backend.ops.zeros_like, like)), tasks)
-    return value, tuple(aux), sums
+    sums, rows = backend.scan(body, tuple(map(backend.ops.zeros_like, like)), tasks)
+    return rows[0], rows[1:], sums
 
 
 def _in_chunks(
@@ -165,16 +171,13 @@ def _in_chunks(
             backend.ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])) for x in tasks
         )
         value, aux, sums = _in_a_scan(backend, run, folded, like, None)
-        value, *unfolded = (
-            backend.ops.reshape(x, (whole * size, *x.shape[2:])) for x in (value, *aux)
-        )
-        aux = tuple(unfolded)
+        rows = tuple(backend.ops.reshape(x, (whole * size, *x.shape[2:])) for x in (value, *aux))
+        value, aux = rows[0], rows[1:]
     if whole * size == count:
         return value, aux, sums
     last, tail, rest = run(tuple(x[whole * size :] for x in tasks))
-    pairs = zip((value, *aux), (last, *tail), strict=True)
-    value, *joined = (backend.ops.concat(pair) for pair in pairs)
-    return value, tuple(joined), _added(sums, rest)
+    joined = tuple(map(backend.ops.concat, zip((value, *aux), (last, *tail), strict=True)))
+    return joined[0], joined[1:], _added(sums, rest)
 
 
 _SUMS = {"vmap": _in_chunks, "scan": _in_a_scan, "loop": _in_python}
