@@ -275,20 +275,6 @@ def recomputed() -> Any:
     return meta_step("tensorflow", mode="remat")
 
 
-def tf_module() -> Any:
-    import tensorflow as tf
-
-    class Linear(tf.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = tf.Variable(np.array([[0.5], [-0.3]]), name="w")
-
-        def __call__(self, x: Any) -> Any:
-            return x @ self.w
-
-    return adapted(Linear(), "tensorflow")
-
-
 def last_words_of_tensorflow() -> Any:
     import tensorflow as tf
 
@@ -340,7 +326,6 @@ USES: dict[str, dict[str, Use]] = {
         "MAY_RECORD": compiled_tensorflow,
         "INFERENCE": compiled_tensorflow,
         "RECORDS": recomputed,
-        "FLATTEN": tf_module,
         "CONTEXT": last_words_of_tensorflow,
     },
 }

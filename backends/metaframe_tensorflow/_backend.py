@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,12 +13,13 @@ import tensorflow as tf
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
-from metaframe.errors import BackendError
+from metaframe.errors import BackendError, InputError
 from metaframe_tensorflow import _private
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
+from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._rule import traced_closures, with_rule
 
 T = TypeVar("T")
@@ -177,7 +177,9 @@ class TensorFlowBackend(Backend):
             return tuple(tf.identity(y) for y in fn(tuple(row)))
 
         def mapped(*xs: Array) -> list[Array]:
-            with _without_known_remarks():
+            # A note of vectorized_map to its own authors, one for each convolution. That their
+            # gradients are taken task by task on TensorFlow is in docs/performance.md.
+            with without_remarks("Conv2DBackpropFilter uses a while_loop"):
                 return list(tf.vectorized_map(of_row, xs))
 
         def call(xs: Arrays) -> Arrays:
@@ -251,7 +253,7 @@ class TensorFlowBackend(Backend):
 
     def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
         del twice
-        with tf.GradientTape() as tape:
+        with tf.variable_creator_scope(_refuse_new_variables), tf.GradientTape() as tape:
             result = run()
         return result, tape.watched_variables()
 
@@ -259,22 +261,12 @@ class TensorFlowBackend(Backend):
         return VariablesAdapter(values, self)
 
 
-@contextmanager
-def _without_known_remarks() -> Iterator[None]:
-    """`vectorized_map` without its note to its own authors, one for each convolution.
-
-    That their gradients are taken task by task on TensorFlow is in docs/performance.md.
-    """
-
-    def unknown(message: logging.LogRecord) -> bool:
-        return not message.getMessage().startswith("Conv2DBackpropFilter uses a while_loop")
-
-    logger = tf.get_logger()
-    logger.addFilter(unknown)
-    try:
-        yield
-    finally:
-        logger.removeFilter(unknown)
+def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:
+    del make
+    raise InputError(
+        f"the model makes the variable {kwargs.get('name') or 'Variable'!r} when it is called, too "
+        "late for it to be adapted. Call it once on data before."
+    )
 
 
 def _address(capsule: Any) -> int:

@@ -1,13 +1,14 @@
 """tf.Module behind the neutral interface, and learned values as variables.
 
-TensorFlow has no functional call. A module is run on other values by a copy of its object
-structure in which tensors stand in the places of the variables; the module itself is not touched.
+A module is run on other values by a copy of its structure, see `_substitution.py`. The Keras
+layers in it are not copied: they run as those of a Keras model do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
@@ -15,140 +16,194 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
-from metaframe.models._keras_call import is_layer, layers_of
+from metaframe.models._keras_call import call_layer, is_layer, is_variable, layers_of
 from metaframe.models.attributes import Flags
-from metaframe_tensorflow import _private
+from metaframe_tensorflow._remarks import without_remarks
+from metaframe_tensorflow._substitution import Held, Substitution, walk
 
+T = TypeVar("T")
 Params = dict[str, Array]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A variable of a module; `of_keras` is Keras's own object around it, if there is one."""
+
+    variable: tf.Variable
+    learned: bool
+    of_keras: Any = None
+
+
 class ModuleAdapter(ModelAdapter):
-    """A `tf.Module`; names are the attribute paths of its variables."""
+    """A `tf.Module`; names are the attribute paths of its variables.
+
+    A Keras layer in it learns with it: before the paths of its variables comes the layer's own.
+    """
 
     def __init__(self, model: tf.Module, backend: Backend) -> None:
         self.model = model
         self.backend = backend
         self._flags = Flags()
-        self._checked = False
+        if not self._found() and not self._layers():
+            raise InputError(
+                f"{self._described} has no variables in its attributes. If it makes them "
+                "when it is called, call it once on data."
+            )
 
     def params(self) -> Params:
-        return {n: v for n, v in self._variables().items() if v.trainable}
+        return {name: x.variable for name, x in self._found().items() if x.learned}
 
     def state(self) -> Params:
-        return {n: v for n, v in self._variables().items() if not v.trainable}
+        return {name: x.variable for name, x in self._found().items() if not x.learned}
 
-    def _variables(self) -> Params:
-        named: Params = {}
-        for path, variable in _private.named_variables(self.model):
-            if not any(variable is known for known in named.values()):
-                named["/".join(map(str, path))] = variable
-        return named
+    def aliases(self) -> Mapping[str, str]:
+        names = {id(x.variable): name for name, x in self._found().items()}
+        every = (("/".join(path), id(x)) for path, x in walk(self.model))
+        return {path: names[known] for path, known in every if known in names}
 
     def signature(self) -> Hashable:
-        return self._flags.of(self._parts)
-
-    def _parts(self) -> Iterator[object]:
-        for x in _held(self.model).values():
-            if isinstance(x, tf.Module):
-                yield x
-            elif is_layer(x):
-                yield from layers_of(x)
+        layers = self._layers()
+        modules = [self.model, *(x for _, x in walk(self.model) if isinstance(x, tf.Module))]
+        frozen = ((layer.trainable, layer.compute_dtype) for layer in layers)
+        return self._flags.of(lambda: [*modules, *layers]), *frozen
 
     def withholds(self, owner: Any, name: str) -> bool:
         return name.endswith("variables") and hasattr(tf.Module, name)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        values = {**params, **state}
-        tensors = {v.ref(): values[n] for n, v in self._variables().items() if n in values}
-        copy = _Substitution(tensors).copy(self.model)
-        if self._checked:
-            return self._output(copy, inputs), state
-        with tf.GradientTape() as tape:
-            output = self._output(copy, inputs)
-        self._check_read({v.ref(): v.name for v in tape.watched_variables()}, known=tensors)
-        self._checked = True
-        return output, state
+        found, given = self._found(), {**params, **state}
+        # Tensors, so that to read one is to read no variable.
+        values = {name: tf.convert_to_tensor(given[name]) for name in found}
+        held = {n: Held(x.variable, values[n]) for n, x in found.items() if not _can_learn(x)}
+        places = {id(x.variable): held.get(n, values[n]) for n, x in found.items()}
+        of_keras = {n: (x.of_keras, values[n]) for n, x in found.items() if x.of_keras is not None}
+        run = self._run(Substitution(places).copy(self.model), inputs)
+        output, after = self._output(run, of_keras, inputs.forward.twice)
+        moved = {n: _left(held[n], values[n]) for n in state if n not in of_keras}
+        return output, {**state, **moved, **{n: x for n, x in after.items() if n in state}}
 
-    def _check_read(self, names: Mapping[Any, str], known: Mapping[Any, Array]) -> None:
+    def _output(
+        self, run: Callable[[], T], of_keras: dict[str, tuple[Any, Array]], twice: bool
+    ) -> tuple[T, Params]:
+        """What `run` returns, and the values that Keras variables have after it."""
+        layers = self._layers()
+        if not layers and not of_keras:
+            output, read = self.backend.run_foreign(run, twice=twice)
+            self._check_read(read, frozenset())
+            return output, {}
+        called, read = self.backend.run_foreign(
+            lambda: call_layer(run, layers, list(of_keras.values()), owner=self._described),
+            twice=twice,
+        )
+        frozen = frozenset(id(x.value) for x in called.foreign()[0] if not x.trainable)
+        self._check_read(read, frozen)
+        return called.output, {n: called.value(variable) for n, (variable, _) in of_keras.items()}
+
+    def _run(self, module: Any, inputs: Inputs) -> Callable[[], Any]:
+        if inputs.call is None and not callable(module):
+            raise InputError(
+                f"{self._described} has no __call__. Say what is called, such as "
+                "call=lambda module, x: module.forward(x)."
+            )
+
+        def run() -> Any:
+            try:
+                # Every copy traces its tf.functions anew.
+                with without_remarks("triggered tf.function retracing"):
+                    if inputs.call is None:
+                        return module(*inputs.args, **inputs.kwargs)
+                    return inputs.call(module, *inputs.args, **inputs.kwargs)
+            except AttributeError as error:
+                of_tensor = isinstance(error.obj, tf.Tensor)
+                if not (of_tensor and hasattr(tf.Variable, error.name or "")):
+                    raise
+                raise InputError(
+                    f"{self._described} calls {error.name} of a variable. It runs on tensors in "
+                    "the places of its variables, so that these can be adapted: read a variable "
+                    "as it is, self.w, and assign to those alone that are not trainable."
+                ) from error
+
+        return run
+
+    def _check_read(self, read: Sequence[Any], frozen: frozenset[int]) -> None:
         """Variables that were read, which the tensors in their places should have been."""
-        model = type(self.model).__qualname__
-        if own := [name for ref, name in names.items() if ref in known]:
+        known = {id(x.variable) for x in self._found().values()}
+        if own := [x.name for x in read if id(x) in known]:
             raise InputError(
-                f"{model} reads the variables {own} from somewhere else than its attributes, such "
-                "as a closure, where other values cannot be put. Read them from self."
+                f"{self._described} reads the variables {own} from somewhere else than its "
+                "attributes, such as a closure, where other values cannot be put. Read them from "
+                "self."
             )
-        layers = [x for x in _held(self.model).values() if is_layer(x)]
-        # Keras freezes a layer and leaves its variables trainable for a tape.
-        frozen = {v.value.ref() for layer in layers for v in layer.non_trainable_variables}
-        if others := [name for ref, name in names.items() if ref not in frozen]:
+        if others := [x.name for x in read if id(x) not in frozen]:
             raise InputError(
-                f"{model} depends on the trainable variables {others}, which are not among its "
-                "own: a tf.Module does not know of those in a Keras layer, a closure or another "
-                "object, nor of those it makes when it is called. Keep them in attributes of a "
-                "tf.Module, make the whole a Keras model, or freeze what is not to learn with "
-                "trainable=False."
+                f"{self._described} depends on the trainable variables {others}, which are not "
+                "among its own: a tf.Module does not know of those in a closure or in an object "
+                "that is no tf.Module. Keep them in attributes of a tf.Module, or freeze what is "
+                "not to learn with trainable=False."
             )
 
-    def _output(self, copy: Any, inputs: Inputs) -> Any:
-        try:
-            return (inputs.call or type(copy).__call__)(copy, *inputs.args, **inputs.kwargs)
-        except AttributeError as error:
-            if not (isinstance(error.obj, tf.Tensor) and hasattr(tf.Variable, error.name or "")):
-                raise
-            raise InputError(
-                f"{type(self.model).__qualname__} calls {error.name} of a variable. It runs on "
-                "tensors in the places of its variables, so that these can be adapted: read a "
-                "variable as it is, self.w, and assign to none."
-            ) from error
+    @property
+    def _described(self) -> str:
+        return f"the tf.Module {type(self.model).__qualname__}"
+
+    def _found(self) -> dict[str, _Found]:
+        found: dict[str, _Found] = {}
+        seen: set[int] = set()
+        for path, leaf in walk(self.model):
+            for name, x in _variables("/".join(path), leaf):
+                if id(x.variable) not in seen:
+                    seen.add(id(x.variable))
+                    found[_unused(name, found)] = x
+        return found
+
+    def _layers(self) -> list[Any]:
+        outer = [x for _, x in walk(self.model) if is_layer(x)]
+        return list({id(x): x for layer in outer for x in layers_of(layer)}.values())
 
     def write(self, params: Params) -> None:
         for name, variable in self.params().items():
             variable.assign(params[name])
 
 
-def _held(node: Any, found: dict[int, Any] | None = None) -> dict[int, Any]:
-    """Modules and what else there is in them, by identity.
-
-    For modules alone `tf.Module.submodules` would do, in three times the time.
-    """
-    found = {} if found is None else found
-    inside: Iterable[Any] = ()
-    if isinstance(node, Mapping):
-        inside = node.values()
-    elif isinstance(node, (list, tuple)):
-        inside = node
-    elif id(node) not in found:
-        found[id(node)] = node
-        inside = vars(node).values() if isinstance(node, tf.Module) else ()
-    for x in inside:
-        _held(x, found)
-    return found
+def _variables(path: str, leaf: Any) -> Iterator[tuple[str, _Found]]:
+    """The variables that a thing in a module is, or holds in a way that `walk` does not see."""
+    if isinstance(leaf, tf.Variable):
+        yield path, _Found(leaf, leaf.trainable)
+    elif is_variable(leaf):
+        yield path, _Found(leaf.value, leaf.trainable, leaf)
+    elif is_layer(leaf):
+        learned = set(map(id, leaf.trainable_variables))
+        for x in leaf.variables:
+            yield f"{path}/{x.path}", _Found(x.value, id(x) in learned, x)
 
 
-class _Substitution:
-    """A copy of modules, lists, tuples and mappings with tensors in the places of variables."""
+def _unused(name: str, names: Mapping[str, Any]) -> str:
+    copies, unused = 1, name
+    while unused in names:  # layers made with the same explicit name share their path
+        copies += 1
+        unused = f"{name}:{copies}"
+    return unused
 
-    def __init__(self, tensors: Mapping[Any, Array]) -> None:
-        self._tensors = tensors
-        self._copies: dict[int, Any] = {}
 
-    def copy(self, node: Any) -> Any:
-        if isinstance(node, tf.Variable):
-            return self._tensors.get(node.ref(), node)
-        if id(node) not in self._copies and isinstance(node, tf.Module):
-            # Registered before its attributes are copied: a child may refer to its parent.
-            self._copies[id(node)] = fresh = object.__new__(type(node))
-            fresh.__dict__.update({k: self.copy(v) for k, v in vars(node).items()})
-        if id(node) in self._copies:
-            return self._copies[id(node)]
-        if isinstance(node, Mapping):
-            return {key: self.copy(value) for key, value in node.items()}
-        if isinstance(node, tuple):
-            items = [self.copy(item) for item in node]
-            return type(node)(*items) if hasattr(node, "_fields") else tuple(items)
-        if isinstance(node, list):
-            return [self.copy(item) for item in node]
-        return node
+def _can_learn(found: _Found) -> bool:
+    return found.learned and bool(found.variable.dtype.is_floating)
+
+
+def _left(held: Held, given: Array) -> Array:
+    """What a call left in the place of a variable."""
+    tensor = held.tensor
+    if tensor is given or hasattr(tensor, "numpy"):
+        return tensor
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph is not tensor.graph:
+        graph = getattr(graph, "outer_graph", None)
+    if graph is None:
+        raise InputError(
+            f"the variable {held.name!r} is assigned within a tf.function or a loop of a "
+            "tf.Module, out of which other values cannot be taken. Assign where the module is "
+            "called, or take the tf.function off."
+        )
+    return tensor
 
 
 class VariablesAdapter(NamedParameters):

@@ -34,7 +34,6 @@ RECORDS = PrivateName(
     SEEN,
     "error",
 )
-FLATTEN = PrivateName("tensorflow:Module._flatten", "a tf.Module", SEEN, "error")
 CONTEXT = PrivateName(
     "tensorflow.python.eager.context:context",
     "ending at once, and not at the time limit, when another process fails,",
@@ -63,18 +62,6 @@ def may_record() -> bool:
 def records(xs: Sequence[Array]) -> bool:
     """Does a tape record any of `xs`?"""
     return bool(RECORDS.required(list(xs)))
-
-
-def named_variables(module: tf.Module) -> list[tuple[tuple[Any, ...], tf.Variable]]:
-    """The variables of a module with the paths of the attributes that hold them."""
-    return list(
-        FLATTEN.required(
-            module,
-            predicate=lambda x: isinstance(x, tf.Variable),
-            with_path=True,
-            expand_composites=False,
-        )
-    )
 
 
 def tell_cluster(text: str) -> None:

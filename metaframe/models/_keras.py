@@ -75,13 +75,13 @@ class KerasAdapter(ModelAdapter):
         if self.model.built and (has_weights or not missing):
             return  # a layer that is missing may be one that no call reaches
         if missing or not has_weights:
-            raise InputError(not_built(self.model, missing))
+            raise InputError(not_built(self._described, missing))
 
     def _check_layers(self) -> None:
         for layer in self._layers():
             if isinstance(layer, keras().layers.TorchModuleWrapper):
                 raise InputError(
-                    f"Keras model {self.model.name!r} holds the torch module "
+                    f"{self._described} holds the torch module "
                     f"{type(layer.module).__qualname__} in layer {layer.name!r}. It runs on its "
                     "own parameters, where other values cannot be put. Write the whole in torch "
                     "or the whole in Keras."
@@ -164,7 +164,9 @@ class KerasAdapter(ModelAdapter):
         def call() -> Call:
             pairs = [(variables[name], value) for name, value in values.items()]
             kept = [variables[name] for name in recorded]
-            return call_layer(run, layers, pairs, training=training, recorded=kept)
+            return call_layer(
+                run, layers, pairs, owner=self._described, training=training, recorded=kept
+            )
 
         with self._flags.called(lambda: layers):
             called, read = self.backend.run_foreign(call, twice=inputs.forward.twice)
@@ -212,7 +214,7 @@ class KerasAdapter(ModelAdapter):
         learned += [x for x in read if id(x) not in frozen | known]
         if learned:
             raise InputError(
-                f"Keras model {self.model.name!r} depends on the trainable variables "
+                f"{self._described} depends on the trainable variables "
                 f"{_named(learned)} from outside its own: those of a layer in a closure, a Lambda "
                 "or another object, or variables of the framework itself. Keep the layer in an "
                 "attribute of the model, make variables with add_weight, or freeze what is not to "
@@ -221,11 +223,15 @@ class KerasAdapter(ModelAdapter):
         metrics = set(map(id, self.model.metrics_variables)) if assigned else set()
         if changed := [x for x in assigned if id(x) not in metrics]:
             raise InputError(
-                f"Keras model {self.model.name!r} changes the variables {_named(changed)}, which "
+                f"{self._described} changes the variables {_named(changed)}, which "
                 "are not among its own. Keep them in attributes of the model. Random numbers "
                 "without a seed come from a generator of Keras's own: give the model one, "
                 "self.seed = keras.random.SeedGenerator(0), and pass seed=self.seed."
             )
+
+    @property
+    def _described(self) -> str:
+        return f"the Keras model {self.model.name!r}"
 
     def _layers(self) -> list[Any]:
         return layers_of(self.model)

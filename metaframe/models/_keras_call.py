@@ -35,6 +35,12 @@ def is_layer(x: object) -> bool:
     return layer is not None and isinstance(x, layer)
 
 
+def is_variable(x: object) -> bool:
+    """Whether `x` is a variable of Keras, with the framework's own inside. Imports nothing."""
+    kind = getattr(sys.modules.get("keras"), "Variable", None)
+    return kind is not None and isinstance(x, kind)
+
+
 def layers_of(layer: Any) -> list[Any]:
     """`layer` and every layer inside it, each once, in the order of its attributes."""
     kind, found, left = keras().layers.Layer, dict[int, Any](), [layer]
@@ -91,7 +97,8 @@ def call_layer(
     layers: Sequence[Any],
     values: Sequence[tuple[Any, Array]],
     *,
-    training: bool | None,
+    owner: str,
+    training: bool | None = None,
     recorded: Sequence[Any] = (),
 ) -> Call:
     """`run()` with `values` in the places of variables, none of which changes.
@@ -100,11 +107,12 @@ def call_layer(
         run: calls one of `layers`.
         layers: all there are, to be left as they are.
         values: pairs of a variable and its value.
+        owner: the model, as an error names it.
         training: for every layer that is not told otherwise; None leaves it to them.
         recorded: variables that read as given throughout, whatever is assigned to them.
     """
     scope = _scope_class()(values, recorded)
-    with _as_built(layers), scope:
+    with _as_built(layers, owner), scope:
         output = _within_a_layer(lambda: _without_variables(run()), training)
     forget_losses(layers, scope.losses)
     return Call(scope, output)
@@ -176,7 +184,7 @@ def _scope_class() -> Any:
 
 
 @contextmanager
-def _as_built(layers: Sequence[Any]) -> Iterator[None]:
+def _as_built(layers: Sequence[Any], owner: str) -> Iterator[None]:
     """A call that reaches a layer without weights is an error, and does not make them.
 
     They would come too late to be among the values, and a traced program would leave its
@@ -200,18 +208,16 @@ def _as_built(layers: Sequence[Any]) -> Iterator[None]:
     except Exception:
         if not reached:
             raise
-        raise InputError(not_built(layers[0], reached[:1])) from None
+        raise InputError(not_built(owner, reached[:1])) from None
     finally:
         for attributes, build, _ in before:
             attributes["build"] = build
 
 
-def not_built(model: Any, names: Sequence[str]) -> str:
-    """What to do about a model that is not built, or whose layers of these names are not."""
-    inner = [name for name in names if name != model.name]
-    what = f"the layers {inner} of Keras model" if inner else "Keras model"
+def not_built(owner: str, names: Sequence[str]) -> str:
+    """What to do about a model whose layers of these names are not built."""
+    missing = f"its layers {list(names)} have no weights yet" if names else "it has no weights yet"
     return (
-        f"{what} {model.name!r} {'are' if inner else 'is'} not built, which makes their weights. "
-        "Call the model once on data, in the mode it is used in (training=True or False), before "
-        "it is handed to metaframe."
+        f"{owner} is not fully built: {missing}. Call it once on data, in the mode it is used in "
+        "(training=True or False), before it is handed to metaframe."
     )
