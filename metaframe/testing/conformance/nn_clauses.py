@@ -130,7 +130,7 @@ CASES = [
 
 VALUES_ONLY = [
     _case("binary_cross_entropy", _binary_cross_entropy, FAR, np.array([0, 1, 0, 1, 1])),
-    _case("accuracy", lambda p, t: np.mean(p.argmax(-1) == t), X, X.argmax(-1) * [1, 0])
+    _case("accuracy", lambda p, t: np.mean(p.argmax(-1) == t), X, X.argmax(-1) * [1, 0]),
 ]
 
 
