@@ -201,6 +201,7 @@ def adamw(
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
+    The defaults are those of `torch.optim.AdamW`; `optax.adamw` has `weight_decay=1e-4`.
     `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
 
     Raises:
@@ -259,6 +260,9 @@ def _adam(
 def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
     """RMSprop (Tieleman & Hinton 2012): `-lr * g / (sqrt(s) + eps)`, s the average of squares.
 
+    The defaults are those of `optax.rmsprop`, which adds `eps` under the root unless
+    `eps_in_sqrt=False`; `torch.optim.RMSprop` has the same formula and a decay (`alpha`) of 0.99.
+
     >>> import torch
     >>> from metaframe import optim
     >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
@@ -292,6 +296,9 @@ def adagrad(
     learning_rate: Rate = None, initial_accumulator: float = 0.1, eps: float = 1e-7
 ) -> Optimizer:
     """Adagrad (Duchi et al. 2011): `-lr * g / (sqrt(s) + eps)`, s the sum of squares.
+
+    The defaults are those of `optax.adagrad`, which adds `eps` under the root;
+    `torch.optim.Adagrad` has the same formula, no initial accumulator, and `eps=1e-10`.
 
     >>> import torch
     >>> from metaframe import optim

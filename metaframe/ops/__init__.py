@@ -4,9 +4,9 @@ A function runs on the framework its arrays belong to. With a backend selected, 
 Python numbers are converted first. What all frameworks write alike is not repeated here: the
 arithmetic and comparison operators, `x[...]`, `x.shape`, `x.dtype`.
 
-Derivatives at kinks, ties and bounds are the same on every backend, first and second: see the
-table in docs/reference/derivatives.md. Operators are the framework's own: write `ops.abs(x)` and
-`ops.power(x, n)`, not `abs(x)` and `x**n`, where an argument may be zero.
+First and second derivatives at kinks, ties and bounds are the same on every backend; the page
+docs/reference/derivatives.md lists them. Operators are the framework's own: where an argument may
+be zero, write `ops.abs(x)` and `ops.power(x, n)`, not `abs(x)` and `x**n`.
 The examples assume `from metaframe import ops` and a selected backend, whichever it is.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 
 from metaframe.backend.contract import Backend
@@ -112,26 +111,26 @@ def power(x: Array, exponent: float) -> Array:
     if not math.isfinite(exponent):
         raise InputError(f"power needs a finite exponent, received {exponent}.")
     backend, (x,) = native(x)
-    whole = int(exponent)
-    if whole != exponent or whole < 0:
+    whole = float(exponent).is_integer()
+    if whole and 0 <= exponent <= _LARGEST_PRODUCT:
+        return _product(backend, x, int(exponent))
+    if not whole or exponent < 0:
         need_floating("power with a negative or fractional exponent", backend, x)
-    if whole != exponent:
-        return (x + 0.0) ** exponent  # -0.0 becomes 0.0: the frameworks differ at the former
-    base, rest = (1.0 / x if whole < 0 else x), builtins.abs(whole)
-    if rest > _LARGEST_PRODUCT:
-        return base**rest
-    result = None if rest else backend.ops.ones_like(x)
-    while rest:
-        if rest % 2:
-            result = base if result is None else result * base
-        rest //= 2
-        base = backend.ops.square(base) if rest else base
-    return result
+    # Where -0.0 has a root, the frameworks give it different derivatives; 0.0 has one.
+    return x ** int(exponent) if whole else (x + 0.0) ** exponent
 
 
 _LARGEST_PRODUCT = 16
-"""Up to this exponent `power` multiplies: the rule for `**` gives 0 * inf at zero sooner or later,
-with an exponent of n in the derivative of order n + 1."""
+"""The exponent up to which `power` multiplies. By the rule for `**` the derivative of order n + 1
+of `x**n` is 0 times infinity at zero, in some frameworks."""
+
+
+def _product(backend: Backend, x: Array, count: int) -> Array:
+    """`count` factors `x`, by squaring."""
+    if count < 2:
+        return x if count else backend.ops.ones_like(x)
+    root = backend.ops.square(_product(backend, x, count // 2))
+    return root * x if count % 2 else root
 
 
 def abs(x: Array) -> Array:

@@ -52,7 +52,11 @@ def std(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     >>> ops.to_numpy(ops.std(ops.asarray([[1.0, 3.0], [2.0, 8.0]]), axis=1)).tolist()
     [1.0, 3.0]
     """
-    return safe_sqrt(var(x, axis, keepdims))
+    backend, (x,) = native(x)
+    need_floating("std", backend, x)
+    # As distance from one of them equal elements are zeros, and their mean is exact.
+    anchor = backend.stop_gradient(backend.ops.min(x, axis, keepdims=True))
+    return safe_sqrt(var(x - anchor, axis, keepdims))
 
 
 def norm(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
