@@ -34,6 +34,12 @@ RECORDS = PrivateName(
     SEEN,
     "error",
 )
+TANGENTS = PrivateName(
+    "tensorflow.python.eager.forwardprop_util:pack_tangents",
+    "an error of ours where tf.autodiff.ForwardAccumulator meets a mode that runs steps again",
+    SEEN,
+    "public",
+)
 CONTEXT = PrivateName(
     "tensorflow.python.eager.context:context",
     "ending at once, and not at the time limit, when another process fails,",
@@ -62,6 +68,29 @@ def may_record() -> bool:
 def records(xs: Sequence[Array]) -> bool:
     """Does a tape record any of `xs`?"""
     return bool(RECORDS.required(list(xs)))
+
+
+def has_tangents(xs: Sequence[Array]) -> bool:
+    """Does a ForwardAccumulator have a tangent of any of `xs`?"""
+    if TANGENTS.found is None:
+        return False
+    return bool(TANGENTS.found([tf.convert_to_tensor(x) for x in xs]).tangents)
+
+
+def in_gradient_of_loop() -> bool:
+    """Is the graph of the gradient of a tf.while_loop being built?"""
+    # An attribute that its graphs alone have. Without it TensorFlow has a ValueError of its own.
+    return hasattr(tf.compat.v1.get_default_graph(), "internal_capture_to_output")
+
+
+def as_captured(x: Array) -> Array:
+    """`x` as the graph that is being built sees it, which its tapes can watch.
+
+    A tensor of one iteration is one that the gradient graph of the loop takes off a list, and no
+    tape connects the two.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    return graph.capture(x) if hasattr(graph, "capture") else x
 
 
 def tell_cluster(text: str) -> None:

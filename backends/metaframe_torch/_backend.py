@@ -24,7 +24,7 @@ from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, Scalar
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
 from metaframe_torch import _foreign, _private, _tape
-from metaframe_torch._ambient import Ambient, outside
+from metaframe_torch._ambient import Ambient
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
@@ -176,21 +176,22 @@ class TorchBackend(Backend):
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
         apply: Any = _Rule.apply
-        return lambda xs: tuple(apply(forward, backward, *xs))
+
+        def call(xs: Arrays) -> Arrays:
+            if _tape.forward_mode():
+                raise BackendError(
+                    "torch has no forward mode (torch.func.jvp, jacfwd, hessian, forward_ad) for "
+                    'a rule that runs again in the backward pass. Use mode="reverse", or '
+                    "differentiate in reverse mode: torch.func.grad, jacrev."
+                )
+            return tuple(apply(forward, backward, *xs))
+
+        return call
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        before = self._random_bytes()
-        with _tape.outermost():
-            found = fn(_tape.detached(xs))
-        if self._random_bytes() != before:
-            return "draws random numbers, of which there would be others"
-        if any(y.requires_grad for y in found):
-            return "depends on a tensor that it closes over, whose gradient would be lost"
-        return ""
+        from metaframe_torch._hidden import hidden_effect
 
-    def _random_bytes(self) -> dict[str, bytes]:
-        states = outside(self.random_state)
-        return {name: state.tobytes() for name, state in states.items()}
+        return hidden_effect(fn, xs, self.random_state)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
@@ -355,6 +356,10 @@ class _Rule(torch.autograd.Function):
             # Nobody differentiates this backward pass. The transpose needs a graph of its own,
             # which must not reach back into the one that is being walked.
             xs, cotangents = _tape.detached(xs), _tape.detached(cotangents)
+        else:
+            # A tensor of a transform that has ended, as under jacrev, is none that a rule within
+            # this one may be given. A view of it is a tensor of those that are active.
+            xs = tuple(x.view_as(x) for x in xs)
         with torch.enable_grad():
             return (None, None, *ctx.transpose(xs, cotangents))
 

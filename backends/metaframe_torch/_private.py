@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -60,6 +60,13 @@ UNWRAPPED = PrivateName(
     "leaving out the graph of a gradient that nobody differentiates",
     SEEN,
     "slower",
+)
+RUN_AGAIN = 'on torch a mode that runs steps again, every one but "reverse",'
+IS_BATCHED = PrivateName("torch._C._functorch:is_batchedtensor", RUN_AGAIN, SEEN, "error")
+BATCH_AXIS = PrivateName("torch._C._functorch:maybe_get_bdim", RUN_AGAIN, SEEN, "error")
+LEVEL = PrivateName("torch._C._functorch:maybe_get_level", RUN_AGAIN, SEEN, "error")
+DISPATCH_MODE = PrivateName(
+    "torch.utils._python_dispatch:TorchDispatchMode", RUN_AGAIN, SEEN, "error"
 )
 PROXY_MODE = PrivateName(
     "torch.fx.experimental.proxy_tensor:get_proxy_mode",
@@ -218,6 +225,83 @@ def records(x: Tensor) -> bool:
     while is_wrapped(x):
         x = UNWRAPPED.found(x)
     return bool(x.requires_grad)
+
+
+def forward_mode_active() -> bool:
+    """Is a transform of torch.func in forward mode active?"""
+    if INTERPRETERS.found is None or TRANSFORM_TYPE.found is None:
+        return False
+    return any(level.key() == TRANSFORM_TYPE.found.Jvp for level in INTERPRETERS.found())
+
+
+def stripped(x: Tensor) -> Tensor:
+    """The values of `x` for one element of every batch, detached and of no transform."""
+    while is_wrapped(x):
+        if IS_BATCHED.required(x):
+            x = UNWRAPPED.required(x).select(BATCH_AXIS.required(x), 0)
+        else:
+            x = UNWRAPPED.required(x)
+    return x.detach()
+
+
+def belongs_to_a_gradient(x: Tensor) -> bool:
+    """Is `x` recorded by the tape or a transform, or does a batch tie it to one?
+
+    Inside a gradient a rule of our own runs without the transforms, with the batches below it
+    numbered anew: a tensor of a batch that is mapped within a gradient would be out of place.
+    """
+    while is_wrapped(x):
+        if x.requires_grad or (IS_BATCHED.required(x) and _gradient_below(LEVEL.required(x))):
+            return True
+        x = UNWRAPPED.required(x)
+    return bool(x.requires_grad)
+
+
+def _gradient_below(level: int) -> bool:
+    kinds = (TRANSFORM_TYPE.required.Grad, TRANSFORM_TYPE.required.Jvp)
+    return any(x.key() in kinds and x.level() < level for x in INTERPRETERS.required())
+
+
+@contextmanager
+def writes() -> Iterator[Callable[[], bool]]:
+    """A block of code, and whether it wrote into a tensor that it did not make."""
+    made: set[int] = set()
+    found: list[str] = []
+
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)}
+        named |= kwargs or {}
+        before = _memory(named.values())
+        if _memory(x for name, x in named.items() if _is_written(func, name, named)) - made:
+            found.append(func.name())
+        result = func(*args, **(kwargs or {}))
+        made.update(
+            _memory([result]) - (before - made if "lift_fresh" not in func.name() else set())
+        )
+        return result
+
+    mode = type("Writes", (DISPATCH_MODE.required,), {"__torch_dispatch__": dispatch})
+    with mode():
+        yield lambda: bool(found)
+
+
+def _is_written(func: Any, name: str, named: dict[str, Any]) -> bool:
+    if name.startswith("running_"):  # the schemas of batch normalisation do not say so
+        return any(named.get(flag) is True for flag in ("train", "training", "use_input_stats"))
+    arguments = {a.name: a for a in func._schema.arguments}
+    return bool(arguments[name].alias_info and arguments[name].alias_info.is_write)
+
+
+def _memory(values: Iterable[Any]) -> set[int]:
+    """The memory of all tensors in a structure."""
+    leaves = _leaves(list(values))
+    return {x.untyped_storage()._cdata for x in leaves if isinstance(x, Tensor)}
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for x in value for leaf in _leaves(x)]
+    return [value]
 
 
 def pull_back_once(pull_back: Callable[..., Any], cotangent: Tensor) -> Any:

@@ -115,6 +115,11 @@ def has_tangents() -> bool:
     return True
 
 
+def forward_mode() -> bool:
+    """May a tangent of forward-mode differentiation, of torch.func or not, be lost here?"""
+    return _private.forward_mode_active() or has_tangents()
+
+
 @contextmanager
 def outermost() -> Iterator[None]:
     """A block whose gradients are not within another one."""

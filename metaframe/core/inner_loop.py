@@ -357,14 +357,23 @@ class InnerLoop:
             return (*after, *arrays)
 
         before = _global_streams()
-        found = self._backend.hidden_inputs(first_step, (*start, *state.arrays, *context))
+        try:
+            found = self._backend.hidden_inputs(first_step, (*start, *state.arrays, *context))
+        except Exception as error:
+            if not self._backend.needed_a_value(error):
+                raise
+            raise InputError(
+                f"mode={self._settings.mode!r} traces an inner step, and the inner cost or the "
+                "update rule needs the value of an array, which is not known then. Choose with "
+                'ops.where, or use mode="reverse".'
+            ) from error
         if not found and _global_streams() != before:
             found = "draws random numbers, of which there would be others"
         if found:
             raise InputError(
                 f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
-                f"the inner cost {found}. Make it an argument, in the variables or the batch, or "
-                'use mode="reverse".'
+                f"the inner cost or the update rule {found}. Make it an argument, in the variables "
+                'or the batch, or use mode="reverse".'
             )
 
 
