@@ -127,11 +127,17 @@ class TorchAdapter(ModelAdapter):
         kept, watched = _attributes_kept(self.model), self._flags.called(self.model.modules)
         mode = _mode(self.model, inputs.forward.training)
         with calls, kernels, _computed_once(), kept, watched, mode:
-            model, values = self.model, {**params, **copies}
-            if inputs.call is not None:
-                model = _Called(model, inputs.call)
-                values = {f"model.{name}": x for name, x in values.items()}
-            output = torch.func.functional_call(model, values, inputs.args, dict(inputs.kwargs))
+            named = {id(x): {**params, **copies}[n] for n, x in _tensors(self.model)}
+            model = _Called(self.model, inputs.call or (lambda m, *a, **k: m(*a, **k)))
+            values = {
+                f"{path}.{name}": named[id(x)]
+                for path, module in model.named_modules()
+                for name, x in (*module._parameters.items(), *module._buffers.items())
+                if x is not None
+            }
+            output = torch.func.functional_call(
+                model, values, inputs.args, dict(inputs.kwargs), tie_weights=False
+            )
         if inputs.forward.norm == "record":
             return output, {**state, **calls.recorded}
         return output, copies
