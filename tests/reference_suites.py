@@ -25,6 +25,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -167,25 +168,28 @@ def _cases(suite: Any) -> Iterator[tuple[str, Callable[..., None], dict[str, Any
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("suites", nargs="*", default=["iteryne", "ivy"])
+    suites = ("iteryne", "ivy")
+    parser.add_argument("suites", nargs="*", default=suites, choices=[*suites, []])
     parser.add_argument("--backends", default=",".join(BACKENDS), help="for ivy's suite")
     parser.add_argument("--every", type=int, default=1, help="one in so many of ivy's cases")
     parser.add_argument("--within", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.within:
         return within(options.within, options.every)
-    found: dict[str, Counts] = {}
-    for suite in options.suites:
-        if suite == "iteryne":
-            found["iteryne 0.1.0, torch"] = iteryne()
-        else:
-            for backend in options.backends.split(","):
-                found[f"ivy 1.0.0.5, {backend}"] = ivy(backend, options.every)
-    for suite, counts in found.items():
+    runs: dict[str, Callable[[], Counts]] = {}
+    if "iteryne" in options.suites:
+        runs["iteryne 0.1.0, torch"] = iteryne
+    if "ivy" in options.suites:
+        for backend in options.backends.split(","):
+            runs[f"ivy 1.0.0.5, {backend}"] = partial(ivy, backend, options.every)
+    failed = 0
+    for suite, run in runs.items():
+        counts = run()
         if counts.failed:
             print(counts.report)
-        print(f"{suite}: {counts}")
-    return sum(counts.failed for counts in found.values())
+        print(f"{suite}: {counts}", flush=True)
+        failed += counts.failed
+    return failed
 
 
 if __name__ == "__main__":

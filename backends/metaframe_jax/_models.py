@@ -98,7 +98,9 @@ class NnxAdapter(ModelAdapter):
 
     def read(self, value: Any) -> Any:
         nnx: Any = sys.modules["flax.nnx"]
-        return value[...] if isinstance(value, nnx.Variable) else value
+        if not isinstance(value, nnx.Variable):
+            return value
+        return value.get_value() if hasattr(value, "get_value") else value.value
 
     def write(self, params: Params) -> None:
         nnx: Any = sys.modules["flax.nnx"]

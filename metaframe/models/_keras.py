@@ -104,11 +104,13 @@ class KerasAdapter(ModelAdapter):
         return value.value if isinstance(value, keras.Variable) else value
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """What trains, saves or changes a model."""
-        keras: Any = sys.modules["keras"]
-        return name in CHANGING and isinstance(owner, keras.layers.Layer)
+        """What trains, saves or changes a model, where it is Keras' own."""
+        own = getattr(getattr(type(owner), name, None), "__module__", "")
+        return name in CHANGING and own.partition(".")[0] == "keras"
 
-    def _called(self, call: Any, params: Params, state: Params, inputs: Inputs) -> Any:
+    def _called(
+        self, call: Any, params: Params, state: Params, inputs: Inputs
+    ) -> tuple[Any, Params]:
         keras: Any = sys.modules["keras"]
         trainable = zip(self.params(), self.model.trainable_variables, strict=True)
         others = zip(self.state(), self.model.non_trainable_variables, strict=True)
