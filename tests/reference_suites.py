@@ -168,12 +168,13 @@ def _cases(suite: Any) -> Iterator[tuple[str, Callable[..., None], dict[str, Any
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    suites = ("iteryne", "ivy")
-    parser.add_argument("suites", nargs="*", default=suites, choices=[*suites, []])
+    parser.add_argument("suites", nargs="*", default=["iteryne", "ivy"])
     parser.add_argument("--backends", default=",".join(BACKENDS), help="for ivy's suite")
     parser.add_argument("--every", type=int, default=1, help="one in so many of ivy's cases")
     parser.add_argument("--within", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.suites) - {"iteryne", "ivy"}:
+        parser.error(f"no suite called {sorted(unknown)}; there are iteryne and ivy")
     if options.within:
         return within(options.within, options.every)
     runs: dict[str, Callable[[], Counts]] = {}
