@@ -237,9 +237,7 @@ POLICIES = (
     Policy("torch", "torch", _torch, "encoder.weight", "weight", transposed=True),
     Policy("nnx", "jax", _nnx, "encoder/kernel", "kernel"),
     Policy("linen", "jax", _linen, "encoder/kernel", "kernel", switchable=False, listed=False),
-    Policy(
-        "equinox", "jax", _equinox, "encoder/weight", "weight", transposed=True, one_by_one=True
-    ),
+    Policy("equinox", "jax", _equinox, "encoder/weight", "weight", True, True, listed=False),
     Policy("keras", "tensorflow", _keras, "net/encoder/kernel", "kernel"),
     Policy("tf_module", "tensorflow", _tf_module, "encoder/w", "w", switchable=False),
 )

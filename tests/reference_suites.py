@@ -25,6 +25,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -172,20 +173,24 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="one in so many of ivy's cases")
     parser.add_argument("--within", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.suites) - {"iteryne", "ivy"}:
+        parser.error(f"no suite called {sorted(unknown)}; there are iteryne and ivy")
     if options.within:
         return within(options.within, options.every)
-    found: dict[str, Counts] = {}
-    for suite in options.suites:
-        if suite == "iteryne":
-            found["iteryne 0.1.0, torch"] = iteryne()
-        else:
-            for backend in options.backends.split(","):
-                found[f"ivy 1.0.0.5, {backend}"] = ivy(backend, options.every)
-    for suite, counts in found.items():
+    runs: dict[str, Callable[[], Counts]] = {}
+    if "iteryne" in options.suites:
+        runs["iteryne 0.1.0, torch"] = iteryne
+    if "ivy" in options.suites:
+        for backend in options.backends.split(","):
+            runs[f"ivy 1.0.0.5, {backend}"] = partial(ivy, backend, options.every)
+    failed = 0
+    for suite, run in runs.items():
+        counts = run()
         if counts.failed:
             print(counts.report)
-        print(f"{suite}: {counts}")
-    return sum(counts.failed for counts in found.values())
+        print(f"{suite}: {counts}", flush=True)
+        failed += counts.failed
+    return failed
 
 
 if __name__ == "__main__":

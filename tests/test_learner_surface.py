@@ -307,7 +307,21 @@ def test_torch_names_that_look_like_a_learners_own() -> None:
         def half(self) -> Any:
             return self.weight / 2
 
-    learner = MAML(Net()).clone()
+        @property
+        def rows(self) -> Any:
+            return map(torch.sum, (self.weight, self.bias))
+
+        @property
+        def parts(self) -> Any:
+            yield self
+            yield self.weight
+
+    learner = MAML(Net()).clone().adapt(lambda learner: learner.weight.square().sum())
+    weight, bias = learner.params.values()
+    assert [x.item() for x in learner.rows] == [weight.sum().item(), bias.sum().item()]
+    part, again = learner.parts
+    assert again is weight
+    assert torch.equal(part(torch.eye(3)), learner(torch.eye(3)))
     assert torch.equal(learner.half(), learner.params["weight"] / 2)
     assert learner.config is not None
     assert learner.config != "of the model"

@@ -107,7 +107,9 @@ class NnxAdapter(ModelAdapter):
         return tuple(of(path, layer) for path, layer in _batch_norms(self.model))
 
     def read(self, value: Any) -> Any:
-        return value[...] if _is_variable(value) else value
+        if not _is_variable(value):
+            return value
+        return value.get_value() if hasattr(value, "get_value") else value.value
 
     def write(self, params: Params) -> None:
         nnx = _nnx()

@@ -16,6 +16,8 @@ from metaframe.errors import nearest
 
 Find = Callable[[Any], Any]
 """From the model to something of it."""
+LAZY = (GeneratorType, map, filter, zip, enumerate, reversed, itertools.chain, itertools.islice)
+"""Iterators whose items may be computed when they are asked for."""
 _END = object()
 _WITHHELD = object()
 
@@ -53,8 +55,6 @@ class Part:
         """The result of a call, under the values that the learner has now."""
         find, label = self._find, f"{self._label}(...)"
         found = self._host.call(find, args, kwargs)
-        if isinstance(found, GeneratorType):
-            return _resumed(self._host, found, lambda model: find(model)(*args, **kwargs), label)
         return _handed_out(self._host, found, lambda model: find(model)(*args, **kwargs), label)
 
     def __getattr__(self, name: str) -> Any:
@@ -128,6 +128,8 @@ def _reach(host: Host, find: Find, label: str) -> Any:
 
 
 def _handed_out(host: Host, found: Any, find: Find, label: str) -> Any:
+    if isinstance(found, LAZY):
+        return _resumed(host, found, find, label)
     return Part(host, find, label) if _computes(found) else found
 
 
@@ -142,10 +144,10 @@ def _computes(found: Any) -> bool:
     return callable(found)
 
 
-def _resumed(host: Host, generator: Any, find: Find, label: str) -> Iterator[Any]:
-    """The items of a generator, each computed with the values in place."""
+def _resumed(host: Host, iterator: Any, find: Find, label: str) -> Iterator[Any]:
+    """The items of an iterator, each computed with the values in place."""
     for i in itertools.count():
-        item = host.look(lambda model: next(generator, _END))
+        item = host.look(lambda model: next(iterator, _END))
         if item is _END:
             return
         yield _handed_out(host, item, _nth(find, i), f"{label}[{i}]")

@@ -150,8 +150,9 @@ class KerasAdapter(ModelAdapter):
         return value.value if isinstance(value, keras().Variable) else value
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """Methods that train, save or change a model."""
-        return name in CHANGING and isinstance(owner, keras().layers.Layer)
+        """Methods of Keras that train, save or change a model."""
+        own = getattr(getattr(type(owner), name, None), "__module__", "")
+        return name in CHANGING and own.partition(".")[0] == "keras"
 
     def _called(
         self, inputs: Inputs, variables: Params, values: Params, recorded: Iterable[str]
