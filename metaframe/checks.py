@@ -154,6 +154,7 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
     """
     function(cost, name)
     by_keyword = _takes_v_by_keyword(cost)
+    cost = backend.user_function(cost)
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:
         return scalar(cost(batch, v=v) if by_keyword else cost(batch, v), name, backend)

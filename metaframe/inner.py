@@ -171,7 +171,11 @@ class InnerLoop:
         self._inner_spec = tree.structure(tree.prune(v, chosen))
         self._start, others = self._divide(leaves)
         self._context = tree.Packed((others, batch, settings.lr), self._backend.owns)
-        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        self._rule = update_rule(
+            settings.update,
+            stop_gradients=settings.stop_gradients,
+            called=self._backend.user_function,
+        )
         self._settings = settings
 
     def run(self, steps: int, observe: Observer | None = None) -> InnerResult:

@@ -204,7 +204,7 @@ def map_tasks(
         results: list[tree.TreeSpec] = []
 
         def of_task(task: Arrays) -> tuple[Arrays, Arrays]:
-            rows, row_spec = tree.flatten(fn(*tree.unflatten(spec, task)))
+            rows, row_spec = tree.flatten(backend.user_function(fn)(*tree.unflatten(spec, task)))
             results.append(row_spec)
             return (), rows
 
@@ -223,7 +223,7 @@ class _Checked:
     """`task_cost` on flat arrays: checks the cost, remembers the structure of aux."""
 
     def __init__(self, task_cost: Callable[..., Any], has_aux: bool, backend: Backend) -> None:
-        self._task_cost = task_cost
+        self._task_cost = backend.user_function(task_cost)
         self._has_aux = has_aux
         self._backend = backend
         self._aux_leaves: Arrays = ()

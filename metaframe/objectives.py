@@ -43,10 +43,13 @@ class AdaptedCost:
     ) -> Callable[[tree.Tree, tree.Tree], tuple[Array, tree.Tree]]:
         """`(v, task) -> (outer cost, adapted variables)`, adapting the `chosen` variables."""
         outer = checks.scalar_cost(self.outer_cost or self.inner_cost, "outer_cost_fn", backend)
+        inner_batch_of, outer_batch_of = (
+            backend.user_function(fn or _as_it_is)
+            for fn in (self.inner_batch_fn, self.outer_batch_fn)
+        )
 
         def task_cost(v: tree.Tree, task: tree.Tree) -> tuple[Array, tree.Tree]:
-            inner_batch = self.inner_batch_fn(task) if self.inner_batch_fn else task
-            outer_batch = self.outer_batch_fn(task) if self.outer_batch_fn else task
+            inner_batch, outer_batch = inner_batch_of(task), outer_batch_of(task)
 
             def observe(at: tree.Tree, view: StepView | None, index: Array) -> Arrays:
                 del view, index
@@ -60,6 +63,10 @@ class AdaptedCost:
             return cost, result.variables if self.return_inner_v else ()
 
         return task_cost
+
+
+def _as_it_is(task: tree.Tree) -> tree.Tree:
+    return task
 
 
 @dataclass(frozen=True)

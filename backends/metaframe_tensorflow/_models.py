@@ -87,7 +87,7 @@ class ModuleAdapter(ModelAdapter):
 
     def _output(self, copy: Any, inputs: Inputs) -> Any:
         try:
-            return copy(*inputs.args, **inputs.kwargs)
+            return _private.translated(copy)(*inputs.args, **inputs.kwargs)
         except AttributeError as error:
             if not (isinstance(error.obj, tf.Tensor) and hasattr(tf.Variable, error.name or "")):
                 raise

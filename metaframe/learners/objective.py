@@ -38,6 +38,10 @@ class Setting:
     mode: Mode
     metric: LossFn | None = None
 
+    def loss(self, prediction: Any, target: Any) -> Array:
+        """What `loss_fn` returns."""
+        return self.adapter.backend.user_function(self.loss_fn)(prediction, target)
+
     def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
         """The task's contribution to the meta-objective, and what to report of it."""
         objective = self.method.objective or adapted_query_loss
@@ -45,7 +49,7 @@ class Setting:
         cost = objective(run)
         if self.metric is None:
             return cost, {"costs": cost}
-        score = self.metric(run.prediction, task.query_y)
+        score = self.adapter.backend.user_function(self.metric)(run.prediction, task.query_y)
         return cost, {"costs": cost, "scores": checks.scalar(score, "metric", self.adapter.backend)}
 
 
@@ -104,7 +108,7 @@ class TaskRun:
         """The loss on the query set, after this many steps; by default after all."""
         self.prediction = self.predict(params, self.task.query_x, step)
         """What the last query loss was computed from."""
-        return self.setting.loss_fn(self.prediction, self.task.query_y)
+        return self.setting.loss(self.prediction, self.task.query_y)
 
     def predict(self, params: Params, x: Any, step: Array | None = None) -> Any:
         """The model's output for examples that it did not adapt on, all in one batch."""
@@ -160,7 +164,7 @@ class TaskRun:
         x, y, *step = batch
         state = at_step(self._state, *step) if step else self._state
         output, _ = self._call(self.ordered(params), state, self._support_forward(), x)
-        return self.setting.loss_fn(output, y)
+        return self.setting.loss(output, y)
 
     def _support_forward(self) -> Forward:
         forward = self.setting.config.forward("support")
