@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metaframe.inner import MODES
 
 import jets
 from documents import ROOT
@@ -22,6 +21,7 @@ from meta_problems import quick
 from metaframe import compile as compile_whole
 from metaframe import maml_step, nn, ops, use_backend
 from metaframe.backend import Backend
+from metaframe.core.inner_loop import MODES
 from metaframe.testing.conformance.clause import Bench, close
 from metaframe.testing.conformance.kinks import TABLE, Kink, compare, derivatives, table
 

@@ -27,6 +27,19 @@ T = TypeVar("T")
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
 
+_NO_VALUE = (
+    "symbolic Tensor (",
+    "symbolic tf.Tensor (",
+    "not 'SymbolicTensor'",
+    "not SymbolicTensor",
+    "'SymbolicTensor' object",
+    "type 'SymbolicTensor' is not iterable",
+    "No default session is registered",
+    "must be a TF tensor, not Python object",
+    "Expected any non-tensor type, but got a tensor instead",
+)
+"""What TensorFlow, Python and NumPy say where a tensor of a graph is asked for its value."""
+
 
 class TensorFlowBackend(Backend):
     """The backend boundary on TensorFlow."""
@@ -38,6 +51,7 @@ class TensorFlowBackend(Backend):
     }
 
     def __init__(self) -> None:
+        _private.leave_alone("metaframe", "metaframe_tensorflow")
         self.ops = TensorFlowOps()
         self.nn = TensorFlowNN()
 
@@ -218,10 +232,27 @@ class TensorFlowBackend(Backend):
         return tuple(carry), tuple(store.stack() for store in stores)
 
     def needed_a_value(self, error: Exception) -> bool:
-        # NumPy conversion of a symbolic tensor and its `numpy` method have no class of their own.
-        return isinstance(error, tf.errors.OperatorNotAllowedInGraphError) or (
-            isinstance(error, (NotImplementedError, AttributeError)) and "ymbolic" in str(error)
+        if isinstance(error, tf.errors.OperatorNotAllowedInGraphError):
+            return True
+        # What Python itself asks of a tensor has no class of its own.
+        kinds = (NotImplementedError, AttributeError, TypeError, ValueError, tf.errors.OpError)
+        return isinstance(error, kinds) and any(words in str(error) for words in _NO_VALUE)
+
+    def ambient(self) -> Hashable:
+        return (
+            tf.config.experimental.tensor_float_32_execution_enabled(),
+            tf.distribute.get_strategy() if tf.distribute.has_strategy() else None,
+            _private.device_scope(),
         )
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        return not tf.executing_eagerly() or tf.config.functions_run_eagerly()
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return _private.translated(fn)(*args, **kwargs)
+
+        return call
 
     def signature(self, x: Array) -> Hashable:
         return tuple(x.shape), x.dtype, x.device

@@ -18,6 +18,7 @@ from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models._keras_call import call_layer, is_layer, is_variable, layers_of
 from metaframe.models.attributes import Flags
+from metaframe_tensorflow import _private
 from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._substitution import Held, Substitution, walk
 
@@ -111,7 +112,7 @@ class ModuleAdapter(ModelAdapter):
                 # Every copy traces its tf.functions anew.
                 with without_remarks("triggered tf.function retracing"):
                     if inputs.call is None:
-                        return module(*inputs.args, **inputs.kwargs)
+                        return _private.translated(module)(*inputs.args, **inputs.kwargs)
                     return inputs.call(module, *inputs.args, **inputs.kwargs)
             except AttributeError as error:
                 of_tensor = isinstance(error.obj, tf.Tensor)

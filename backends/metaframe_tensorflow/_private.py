@@ -46,6 +46,37 @@ CONTEXT = PrivateName(
     SEEN,
     "slower",
 )
+DEVICE_SCOPE = PrivateName(
+    "tensorflow.python.eager.context:Context.device_name",
+    "compiling under a `tf.device` of its own",
+    SEEN,
+    "public",
+)
+# AutoGraph.
+NOT_CONVERTED = PrivateName(
+    "tensorflow.python.autograph.core.config_lib:DoNotConvert",
+    "leaving our code out of the translation within a `tf.function`",
+    SEEN,
+    "slower",
+)
+RULES = PrivateName(
+    "tensorflow.python.autograph.core:config",
+    "leaving our code out of the translation within a `tf.function`",
+    SEEN,
+    "slower",
+)
+CONVERT = PrivateName(
+    "tensorflow:__internal__.autograph.tf_convert",
+    "a branch on a tensor in a function that metaframe calls within a `tf.function`",
+    SEEN,
+    "error",
+)
+CONVERSION = PrivateName(
+    "tensorflow:__internal__.autograph.control_status_ctx",
+    "a branch on a tensor in a function that metaframe calls within a `tf.function`",
+    SEEN,
+    "error",
+)
 
 
 def quick_call(concrete: Any) -> Callable[[Arrays], Arrays] | None:
@@ -98,3 +129,30 @@ def tell_cluster(text: str) -> None:
     if CONTEXT.found is not None:
         with suppress(tf.errors.OpError, RuntimeError):
             CONTEXT.found().report_error_to_cluster(tf.errors.UNAVAILABLE, text)
+
+
+def device_scope() -> object:
+    """The device of a `tf.device` scope; without the name, of a new tensor."""
+    if CONTEXT.found is None or DEVICE_SCOPE.found is None:
+        return tf.zeros(()).device
+    return CONTEXT.found().device_name
+
+
+def leave_alone(*packages: str) -> None:
+    """Tell AutoGraph not to translate the source of `packages`."""
+    if NOT_CONVERTED.found is not None and hasattr(RULES.found, "CONVERSION_RULES"):
+        added = tuple(map(NOT_CONVERTED.found, packages))
+        RULES.found.CONVERSION_RULES = (*added, *RULES.found.CONVERSION_RULES)
+
+
+def translated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, of the user's, as AutoGraph translates it if it translates what calls us."""
+    if CONVERT.found is None or CONVERSION.found is None:
+        return fn
+    scope = CONVERSION.found()
+    result: Callable[..., Any] = CONVERT.found(fn, scope) if _enabled(scope) else fn
+    return result
+
+
+def _enabled(scope: Any) -> bool:
+    return str(getattr(scope, "status", None)).endswith("ENABLED")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -82,7 +82,7 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Streams:
     """The states of the random streams that a function may draw from: torch's, Python's, NumPy's.
 
@@ -113,6 +113,19 @@ class Streams:
             torch.cuda.set_rng_state_all(others)
         random.setstate(self.python)  # type: ignore[arg-type]
         np.random.set_state(pickle.loads(self.numpy))  # noqa: NPY002
+
+    def replayed(self, fn: Callable[..., T]) -> Callable[..., T]:
+        """`fn` with what it draws from Python and NumPy here, and nothing drawn for others."""
+
+        def call(*args: Any) -> T:
+            now = Streams.now()
+            dataclasses.replace(self, torch_=now.torch_).restore()
+            try:
+                return fn(*args)
+            finally:
+                dataclasses.replace(now, torch_=Streams.now().torch_).restore()
+
+        return call
 
 
 def outside(fn: Callable[..., T], *args: Any) -> T:

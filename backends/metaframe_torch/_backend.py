@@ -53,10 +53,11 @@ class TorchBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
         if isinstance(x, np.ndarray):
             x = _readable(x)
+        kind = None if dtype is None else getattr(torch, dtype)
         try:
-            return torch.as_tensor(
-                x, dtype=None if dtype is None else getattr(torch, dtype), device=device
-            )
+            if isinstance(x, torch.Tensor):  # as_tensor would take it to the default device
+                return x.to(device or x.device, kind or x.dtype)
+            return torch.as_tensor(x, dtype=kind, device=device)
         except (RuntimeError, AssertionError) as error:
             if device is None:
                 raise
@@ -135,7 +136,8 @@ class TorchBackend(Backend):
         recorded = torch.func.grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
-            if not _tape.transforming():
+            _tape.refuse_script_trace()
+            if not _tape.transforming() and not _tape.has_tangents():
                 return _tape.value_and_grad(fn, xs, on_disconnected)
             # torch.func.grad records its backward pass, so that it can be differentiated again. For
             # the outermost gradient that would be a graph in memory which nobody asks for; the
@@ -229,6 +231,7 @@ class TorchBackend(Backend):
             _tape.transforming()
             or _tape.has_tangents()
             or _private.modes_active()
+            or _private.hooks_on_saved()
             or torch.jit.is_tracing()
             or not _PLAIN.issuperset(map(type, xs))
         )

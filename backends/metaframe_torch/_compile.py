@@ -21,7 +21,7 @@ import torch
 from metaframe.backend.types import Array, Arrays, ArraysFn
 from metaframe.errors import CompileError, MetaframeError
 from metaframe_torch import _private, _tape
-from metaframe_torch._ambient import Ambient, without_autocast
+from metaframe_torch._ambient import Ambient, Streams, without_autocast
 from metaframe_torch._trace import Traced, traced
 
 _one_at_a_time = threading.RLock()  # inductor's state is the process's
@@ -31,8 +31,10 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one compiled graph for tensors like `examples`."""
     if any(x.layout is not torch.strided or x.is_meta for x in examples):
         return fn  # inductor knows no other layouts, and without memory there is nothing to run
+    streams = Streams.now()
     with _one_at_a_time, _collection_paused():
         found = traced(fn, [_plain(x.detach()) for x in examples])
+        drawn = Streams.now() != streams
         if found.recorded:
             return _uncompiled(fn)
         program = _compiled(found)
@@ -43,7 +45,8 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
         with scope():
             return tuple(program(*map(_plain, xs)))
 
-    return _tape.taped(run, fn)
+    # Numbers of Python and NumPy are part of the program; run again, the function gets them too.
+    return _tape.taped(run, streams.replayed(fn) if drawn else fn)
 
 
 def _plain(x: Array) -> Array:

@@ -89,6 +89,12 @@ FUNCTION_MODES = PrivateName(
 DEFAULT_DEVICE = PrivateName(
     "torch.utils._device:DeviceContext", "compiling under a default device", SEEN, "slower"
 )
+SAVED_HOOKS = PrivateName(
+    "torch._C._autograd:_top_saved_tensors_default_hooks",
+    "tasks at once where hooks on saved tensors may be active",
+    SEEN,
+    "slower",
+)
 WITHOUT_PROXY_MODE = PrivateName(
     "torch.fx.experimental.proxy_tensor:disable_proxy_modes_tracing",
     "forward mode, or a message to other processes, while `metaframe.compile` traces",
@@ -339,6 +345,11 @@ def modes_active() -> bool:
 def may_have_default_device() -> bool:
     """Is a default device set, which torch finds among its function modes?"""
     return FUNCTION_MODES.found is None or bool(FUNCTION_MODES.found())
+
+
+def hooks_on_saved() -> bool:
+    """Are there hooks on what is saved for a backward pass? If it cannot be told, yes."""
+    return SAVED_HOOKS.found is None or SAVED_HOOKS.found(False) is not None
 
 
 def fake_tensors() -> Any:

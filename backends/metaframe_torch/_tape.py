@@ -92,6 +92,15 @@ def refuse_inference_mode() -> None:
         )
 
 
+def refuse_script_trace() -> None:
+    """An error where torch.jit.trace would record a gradient as a constant, or crash."""
+    if torch.jit.is_tracing():
+        raise InputError(
+            "torch.jit.trace records no gradients. Compile the step by metaframe.compile, or trace "
+            "the model alone."
+        )
+
+
 def _closes_over(value: Array, inputs: Arrays) -> bool:
     """Is `value` on the tape by more than `inputs`?"""
     seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
@@ -135,9 +144,14 @@ def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     without_transforms = taped(quick, exact)
 
     def call(xs: Arrays) -> Arrays:
-        if not transforming():
-            return without_transforms(xs)
-        return exact(xs) if inside_a_gradient() else quick(xs)
+        if transforming():
+            return exact(xs) if inside_a_gradient() else quick(xs)
+        refuse_script_trace()
+        # Dual tensors are differentiated from outside too, and no transform of torch.func goes
+        # with hooks on what is saved for a backward pass, such as those of a checkpoint.
+        if has_tangents() or _private.hooks_on_saved():
+            return exact(xs)
+        return without_transforms(xs)
 
     return call
 
@@ -146,7 +160,7 @@ def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     """`recordable` where no transform is active."""
 
     def call(xs: Arrays) -> Arrays:
-        if _inside.get():
+        if _inside.get() or has_tangents():
             return exact(xs)
         if not torch.is_grad_enabled():
             return quick(xs)

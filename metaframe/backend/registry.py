@@ -16,12 +16,7 @@ from types import FunctionType
 from typing import Any
 
 from metaframe.backend.contract import Backend
-from metaframe.errors import (
-    BackendError,
-    BackendNotInstalledError,
-    UnknownKeyError,
-    nearest,
-)
+from metaframe.errors import BackendError, BackendNotInstalledError, UnknownKeyError, nearest
 
 ENTRY_POINT_GROUP = "metaframe.backends"
 

@@ -18,11 +18,7 @@ import numpy as np
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import backends_in_use, known_backends, load_backend, owner
 from metaframe.backend.types import Array, Arrays
-from metaframe.errors import (
-    BackendError,
-    InputError,
-    InputTypeError,
-)
+from metaframe.errors import BackendError, InputError, InputTypeError
 from metaframe.tree.foreign import PLAIN, Node, node_finders
 
 FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -129,6 +129,7 @@ def flat_cost(
     becomes each task's own gradient when it is multiplied by the number of tasks.
     """
     by_keyword = checks.takes_v_by_keyword(cost, name)
+    cost = backend.user_function(cost)
     held = part.flags.count(False)
 
     def scaled_cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
@@ -217,7 +218,11 @@ class InnerLoop:
         self._cost = cost
         self._spec = spec
         self._settings = settings
-        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        self._rule = update_rule(
+            settings.update,
+            stop_gradients=settings.stop_gradients,
+            called=backend.user_function,
+        )
         self._rate = tree.Packed(settings.lr, backend.owns)
 
     def run(

@@ -107,7 +107,7 @@ def meta_value_and_grad(
 
         def objective(xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
             weight = task[len(batch.arrays) :]
-            found = task_cost(
+            found = backend.user_function(task_cost)(
                 variables.build(part.merge(xs, held)), batch.build(task[: len(batch.arrays)])
             )
             cost, aux = found if has_aux else (found, ())
@@ -166,7 +166,7 @@ def map_tasks(
         rows_of = tree.Returned()
 
         def rows(task: Arrays) -> Arrays:
-            return rows_of.flatten(fn(*batch.build(task)))
+            return rows_of.flatten(backend.user_function(fn)(*batch.build(task)))
 
         of = backend.vmap(rows) if task_map == "vmap" else rows
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks, rates
 from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
@@ -326,8 +327,8 @@ class _TaskOfStep:
                 pairs = zip(variables, outer.flags, strict=True)
                 variables = tuple(x if flag else backend.stop_gradient(x) for x, flag in pairs)
             params, others = inner.divide(variables)
-            support = _applied(self.inner_batch_fn, spec, leaves, backend.owns)
-            query = _applied(self.outer_batch_fn, spec, leaves, backend.owns)
+            support = _applied(self.inner_batch_fn, spec, leaves, backend)
+            query = _applied(self.outer_batch_fn, spec, leaves, backend)
             inner_cost = flat_cost(
                 self.inner_cost, "inner_cost_fn", backend, inner, support, layout.scale
             )
@@ -352,11 +353,11 @@ class _TaskOfStep:
 
 
 def _applied(
-    fn: BatchFn | None, spec: tree.TreeSpec, leaves: Arrays, is_array: Callable[[Any], bool]
+    fn: BatchFn | None, spec: tree.TreeSpec, leaves: Arrays, backend: Backend
 ) -> tree.Packed:
     if fn is None:
         return tree.Packed.of(spec, leaves)
-    return tree.Packed(fn(tree.unflatten(spec, leaves)), is_array)
+    return tree.Packed(backend.user_function(fn)(tree.unflatten(spec, leaves)), backend.owns)
 
 
 def _step(

@@ -24,8 +24,15 @@ class UpdateRule(NamedTuple):
     """`(v, grads, state, lr) -> (new v, new state, what was added)`."""
 
 
-def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
+def update_rule(
+    update: Any,
+    *,
+    stop_gradients: bool,
+    called: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+) -> UpdateRule:
     """`update` as an `UpdateRule`.
+
+    `called(update)` is what is called of an update function, see `Backend.user_function`.
 
     `stop_gradients` is handed to an update function. Pairs have no such argument: what they return
     depends on the gradients as they come, and it is for the caller to make those constants.
@@ -38,7 +45,7 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
     if hasattr(update, "init") and hasattr(update, "update"):
         return _foreign_pair(update)
     if callable(update):
-        return _function(update, stop_gradients)
+        return _function(update, stop_gradients, called(update))
     raise InputTypeError(
         "the inner update is an optim.Optimizer, a pair with init and update, or a function "
         f"update(v, grads, lr, stop_gradients=...), received {type(update).__name__}."
@@ -66,7 +73,9 @@ def _foreign_pair(pair: Any) -> UpdateRule:
     return _pair(pair.init, update)
 
 
-def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule:
+def _function(
+    update: Callable[..., Params], stop_gradients: bool, called: Callable[..., Params]
+) -> UpdateRule:
     try:
         inspect.signature(update).bind(None, None, None, stop_gradients=stop_gradients)
     except TypeError as error:
@@ -78,7 +87,7 @@ def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule
         pass  # written in C, and without a signature
 
     def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        new = update(v, grads, lr, stop_gradients=stop_gradients)
+        new = called(v, grads, lr, stop_gradients=stop_gradients)
         tree.same_structure(new, tree.structure(v), what="what the inner update returned")
         return new, state, tree.map(lambda n, o: n - o, new, v)
 

@@ -41,14 +41,18 @@ class Setting:
     mode: Mode
     metric: LossFn | None = None
 
+    def loss(self, prediction: Any, target: Any) -> Array:
+        """What `loss_fn` returns."""
+        return self.adapter.backend.user_function(self.loss_fn)(prediction, target)
+
     def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
         """The task's contribution to the meta-objective, and what to report of it."""
         run = ModelOnTask(self, meta, constants, task).run()
         found = (self.method.objective or adapted_cost)(run)
-        return found.cost, {
-            "costs": found.cost,
-            **dict(zip(("scores",), found.report, strict=False)),
-        }
+        report = {"costs": found.cost}
+        if self.metric is not None:
+            (report["scores"],) = found.report
+        return found.cost, report
 
 
 class ModelOnTask:
@@ -166,7 +170,7 @@ class ModelOnTask:
         loss = self._loss(prediction, target)
         if setting.metric is None or step is not None:
             return loss, ()
-        score = setting.metric(prediction, target)
+        score = setting.adapter.backend.user_function(setting.metric)(prediction, target)
         return loss, (checks.scalar(score, "metric", setting.adapter.backend),)
 
     def _inner_cost(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
@@ -189,7 +193,7 @@ class ModelOnTask:
         return self._loss(output, y)
 
     def _loss(self, prediction: Any, target: Any) -> Array:
-        loss = self.setting.loss_fn(prediction, target)
+        loss = self.setting.loss(prediction, target)
         return checks.scalar(loss, "loss_fn", self.setting.adapter.backend)
 
     def _support_forward(self) -> Forward:
