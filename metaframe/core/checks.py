@@ -102,18 +102,9 @@ def tiled(v: tree.Flat, num_tasks: int) -> None:
 
 
 def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
-<<<<<<< HEAD:metaframe/core/checks.py
     """`cost` as `(batch, v) -> scalar`, with its result checked on every call."""
     by_keyword = takes_v_by_keyword(cost, name)
-=======
-    """`cost` as `(batch, v) -> scalar`, with its result checked on every call.
-
-    A function whose `v` is keyword-only is called that way.
-    """
-    function(cost, name)
-    by_keyword = _takes_v_by_keyword(cost)
     cost = backend.user_function(cost)
->>>>>>> w/transforms:metaframe/core/checks.py
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:
         return scalar(cost(batch, v=v) if by_keyword else cost(batch, v), name, backend)
