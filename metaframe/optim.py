@@ -247,7 +247,8 @@ def _adam(
     debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
     def direction(m: Any, s: Any) -> Any:
-        return (m / _like(debias1, m)) / (ops.safe_sqrt(s / _like(debias2, s)) + eps)
+        root = ops.safe_sqrt(s / _like(debias2, s))
+        return (m / _like(debias1, m)) / (root + _at_least(eps, m))
 
     step = tree.map(direction, mean, square)
     if weight_decay:
@@ -480,7 +481,15 @@ def is_rate_tree(rate: Rate) -> bool:
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:
-    return tree.map(lambda g, s: g / (ops.safe_sqrt(s) + eps), grads, squares)
+    return tree.map(lambda g, s: g / (ops.safe_sqrt(s) + _at_least(eps, g)), grads, squares)
+
+
+def _at_least(eps: float, leaf: Any) -> float:
+    """`eps`, which in half precision would be 0, and 1 / eps infinite for smaller ones than this.
+
+    A unit that is dead in every example has a gradient of 0 over a root of 0.
+    """
+    return max(eps, 2.0**-14) if _dtype(leaf) == "float16" else eps
 
 
 def _counter(params: Params) -> Any:

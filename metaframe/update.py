@@ -7,11 +7,13 @@ new variables.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from metaframe import optim, tree
+from metaframe.backend import Arrays, backend_of
 from metaframe.errors import InputError, InputTypeError
 from metaframe.optim import Optimizer, Params, Rate, State
 
@@ -53,14 +55,43 @@ def _pair(init: Any, update: Any) -> UpdateRule:
     return UpdateRule(init, apply)
 
 
+def _with_finite_roots(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`update`, code of others, as something to differentiate.
+
+    The square root of a second moment has no derivative where that is zero, as it is for a unit
+    that is dead in every example: `optax.adam` with its default `eps_root=0` would return NaN.
+    """
+
+    def call(*given: Any) -> Any:
+        backend = backend_of(*tree.leaves(given[0]))
+        arguments = tree.Packed(given, backend.owns)
+        results: list[tree.Packed] = []
+
+        def flat(xs: Arrays) -> Arrays:
+            results.append(tree.Packed(update(*arguments.unpack(xs)), backend.owns))
+            return results[-1].arrays
+
+        try:
+            arrays = backend.with_finite_roots(flat)(arguments.arrays)
+        except Exception as error:
+            if not backend.needed_a_value(error):
+                raise
+            return update(*given)  # it looks at values, and runs as it is
+        return results[-1].unpack(arrays)
+
+    return call
+
+
 def _foreign_pair(pair: Any) -> UpdateRule:
+    apply = _with_finite_roots(pair.update)
+
     def update(grads: Params, state: State, v: Params, lr: Rate) -> tuple[Params, State]:
         if lr is not None:
             raise InputError(
                 "this update rule brings its own learning rate (it is no optim.Optimizer); "
                 f"pass None as the inner learning rate, received {lr!r}."
             )
-        updates, state = pair.update(grads, state, v)
+        updates, state = apply(grads, state, v)
         return updates, state
 
     return _pair(pair.init, update)
@@ -77,8 +108,10 @@ def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule
     except ValueError:
         pass  # written in C, and without a signature
 
+    finite = _with_finite_roots(functools.partial(update, stop_gradients=stop_gradients))
+
     def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        new = update(v, grads, lr, stop_gradients=stop_gradients)
+        new = finite(v, grads, lr)
         tree.same_structure(new, tree.structure(v), what="what the inner update returned")
         return new, state, tree.map(lambda n, o: n - o, new, v)
 

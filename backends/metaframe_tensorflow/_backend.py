@@ -22,6 +22,7 @@ from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
+from metaframe_tensorflow._roots import with_finite_roots
 
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
@@ -161,6 +162,9 @@ class TensorFlowBackend(Backend):
             if not self.needed_a_value(error):
                 raise
             return ""  # run eagerly it can do what cannot be traced; then this is not known
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:

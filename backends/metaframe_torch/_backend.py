@@ -28,6 +28,7 @@ from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, t
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+from metaframe_torch._roots import with_finite_roots
 
 
 class TorchBackend(Backend):
@@ -188,6 +189,9 @@ class TorchBackend(Backend):
         # A new tensor belongs to the transforms that are active, and these do not show its values.
         with torch._C._DisableFuncTorch(), disable_proxy_modes_tracing():
             return {name: state.tobytes() for name, state in self.random_state().items()}
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
