@@ -25,6 +25,7 @@ from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
 from metaframe_jax._nodes import node_of
 from metaframe_jax._ops import JaxOps
+from metaframe_jax._roots import with_finite_roots
 
 UNROLL_AT_MOST = 8
 """Inner loops up to this many steps are unrolled, longer ones become one `lax.scan`.
@@ -160,6 +161,9 @@ class JaxBackend(Backend):
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         jax.eval_shape(fn, xs)  # nothing is computed
         return ""
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return jax.vmap(fn)

@@ -26,10 +26,7 @@ def with_finite_roots(fn: ArraysFn) -> ArraysFn:
     """`fn` with a derivative of zero where one of its operations has none."""
 
     def call(xs: Arrays) -> Arrays:
-        try:
-            traced = jax.make_jaxpr(fn)(xs)
-        except jax.errors.ConcretizationTypeError:
-            return fn(xs)  # it looks at values, which a trace does not have
+        traced = jax.make_jaxpr(fn)(xs)
         return tuple(_run(traced.jaxpr, traced.consts, xs))
 
     return call

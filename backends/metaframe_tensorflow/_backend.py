@@ -20,6 +20,7 @@ from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 from metaframe_tensorflow._remarks import without_remarks
+from metaframe_tensorflow._roots import with_finite_roots
 from metaframe_tensorflow._rule import traced_closures, with_rule
 
 T = TypeVar("T")
@@ -184,6 +185,9 @@ class TensorFlowBackend(Backend):
         if _private.records(found):
             return "depends on a tensor that it closes over, whose gradient would be lost"
         return ""
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:

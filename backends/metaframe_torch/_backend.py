@@ -29,6 +29,7 @@ from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, t
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+from metaframe_torch._roots import with_finite_roots
 
 T = TypeVar("T")
 
@@ -194,6 +195,9 @@ class TorchBackend(Backend):
         from metaframe_torch._hidden import hidden_effect
 
         return hidden_effect(fn, xs, self.random_state)
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))

@@ -220,6 +220,15 @@ class Backend(Required):
         fn(xs)
         return ""
 
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        """`fn`, with derivatives of zero at roots, logarithms and reciprocals of zero.
+
+        For code of others, such as an update rule that divides by the root of a second moment;
+        `ops.safe_sqrt` does the same. Values stay the same. Default: `fn` as it is, whose
+        derivative is NaN there.
+        """
+        return fn
+
     @abc.abstractmethod
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         """`fn` over the leading axis of every input and output.

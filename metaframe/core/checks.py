@@ -17,8 +17,60 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
+from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
+
+
+def learning_rate(lr: Any, name: str = "lr") -> Any:
+    """Numbers are finite and not negative; arrays of a framework are real, and may be traced.
+
+    Args:
+        lr: a number, an array, or a structure of them.
+        name: the argument that it is, for errors.
+
+    Returns:
+        The rates, those of NumPy without axes as Python numbers.
+    """
+    if type(lr) is float and 0 <= lr < math.inf:
+        return lr  # the common case, which eager steps ask for every time
+    if isinstance(lr, Mapping) and tree.is_leaf(lr):
+        lr = dict(lr)
+    for i, rate in enumerate(tree.leaves(lr)):
+        if not _is_real(rate):
+            kind = owner(rate)
+            found = f"an array of {kind.dtype_name(rate)}" if kind else repr(rate)
+            raise InputTypeError(
+                f"{_rate_name(lr, i, name)} must be a number or an array of numbers, received "
+                f"{found}."
+            )
+        if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
+            raise InputError(
+                f"{_rate_name(lr, i, name)} must be finite and not negative, received {rate!r}."
+            )
+    return plain_numbers(lr)
+
+
+def _is_real(x: Any) -> bool:
+    """A real number, or an array of them; booleans are not numbers."""
+    if (backend := owner(x)) is not None:
+        return not backend.dtype_name(x).startswith(("bool", "complex"))
+    kind = np.asarray(x).dtype
+    return is_neutral(x) and (kind.kind in "iuf" or kind.name == "bfloat16")
+
+
+def plain_numbers(lr: Any) -> Any:
+    """NumPy's scalars as Python numbers: their dtype is not to decide that of variables."""
+
+    def plain(rate: Any) -> Any:
+        return rate.item() if isinstance(rate, np.generic | np.ndarray) and not rate.shape else rate
+
+    return tree.map(plain, lr)
+
+
+def _rate_name(lr: Any, leaf: int, name: str) -> str:
+    chain = tree.key_chains(lr)[leaf]
+    return f"{name}: " + (f"learning rate {chain!r}" if chain else "the learning rate")
 
 
 def variables(leaves: Arrays, part: tree.Part, backend: Backend, name: str) -> None:
@@ -179,16 +231,3 @@ def finite_leaves(grads: tree.Flat, backend: Backend) -> None:
             raise NonFiniteError(
                 f"the gradient of {chain!r} has {count} values that are not finite."
             )
-
-
-def unchanged_kinds(before: Arrays, after: Arrays, spec: tree.TreeSpec, backend: Backend) -> None:
-    """An update returned arrays of the backend, of the shapes and dtypes of the variables."""
-    for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        if backend.owns(new) and new.shape == old.shape and new.dtype == old.dtype:
-            continue
-        found = f"{backend.dtype_name(new)} {tuple(new.shape)}" if backend.owns(new) else type(new)
-        raise InputError(
-            f"the inner update made variable {tree.chains(spec)[i]!r}, of "
-            f"{backend.dtype_name(old)} {tuple(old.shape)}, into {found}. An update returns arrays "
-            "of the shapes and dtypes that it got."
-        )

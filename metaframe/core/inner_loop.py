@@ -24,7 +24,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -32,7 +32,7 @@ import numpy as np
 
 from metaframe import arguments, ops, optim, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.selection import backend_of, convert_neutral, is_array, refuse_mixed
+from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks, rates, recompute
 from metaframe.core.entrance import entrance
@@ -95,9 +95,17 @@ def inner_loop(
     settings = InnerSettings(lr, update, order, mode)
     arguments.integer(steps, "steps", at_least=0)
     leaves, spec = tree.flatten(v)
-    data = tree.Packed(batch, is_array)
-    backend = backend_of(*leaves, *data.arrays)
-    leaves = convert_neutral(leaves, backend)
+    batch_leaves, batch_spec = tree.flatten(batch)
+    with following(tree.node_types(spec, batch_spec)):
+        backend = backend_of(*leaves, *batch_leaves)
+        leaves = convert_neutral(leaves, backend)
+        # Python numbers in the batch stay what they are.
+        arrays = [x for x in batch_leaves if is_array(x)]
+        converted = iter(convert_neutral(arrays, backend))
+        batch = tree.unflatten(
+            batch_spec, [next(converted) if is_array(x) else x for x in batch_leaves]
+        )
+    data = tree.Packed(batch, backend.owns)
     part = tree.Part(spec, tree.flags(spec, inner_v, keep_inner_v))
     checks.variables(leaves, part, backend, "inner_v")
     params, others = part.divide(leaves)
@@ -105,9 +113,9 @@ def inner_loop(
         backend,
         flat_cost(cost, "cost", backend, part, data.template()),
         part.structure(leaves),
-        settings,
+        replace(settings, lr_known=tree.chains(spec) if rates.is_structure(lr) else ()),
     )
-    found = loop.run(params, (*others, *convert_neutral(data.arrays, backend)), steps)
+    found = loop.run(params, (*others, *data.arrays), steps)
     return tree.unflatten(spec, part.merge(found.params, others))
 
 
@@ -146,6 +154,8 @@ class InnerSettings:
     """How an inner loop runs, apart from what it runs on. Checked when it is made.
 
     `context_of_step(context, k)` is the context of step k = 0 .. K-1; by default the context.
+    `lr_name` is the argument that `lr` is, for errors, and `lr_known` the variables that do not
+    adapt, for which there may be rates too.
     """
 
     lr: optim.Rate
@@ -154,17 +164,13 @@ class InnerSettings:
     mode: Mode = "reverse"
     stop_gradients: bool = False
     context_of_step: Callable[[Arrays, Array], Arrays] | None = None
+    lr_name: str = "lr"
+    lr_known: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         arguments.choice(self.order, "order", (1, 2))
         arguments.choice(self.mode, "mode", MODES)
-        object.__setattr__(self, "lr", rates.checked(self.lr))
-
-    @property
-    def scales(self) -> bool:
-        """Whether the update rule multiplies each variable's step by a rate of its own."""
-        known = isinstance(self.update, optim.Optimizer) and optim.rule(self.update) is not None
-        return known or self.update is optim.gradient_descent_update
+        object.__setattr__(self, "lr", checks.learning_rate(self.lr, self.lr_name))
 
     @property
     def recomputes(self) -> bool:
@@ -201,6 +207,13 @@ def first_index(like: Array) -> Array:
     return ops.astype(ops.sum(ops.zeros_like(like)), "int32")
 
 
+class _Given(NamedTuple):
+    """What the update rule is given besides variables and gradients."""
+
+    state: tree.Packed
+    rate: tree.Packed
+
+
 class InnerLoop:
     """Steps of an update rule on flat arrays. Nothing is kept from one run to the next.
 
@@ -223,7 +236,6 @@ class InnerLoop:
             stop_gradients=settings.stop_gradients,
             called=backend.user_function,
         )
-        self._rate = tree.Packed(settings.lr, backend.owns)
 
     def run(
         self,
@@ -246,18 +258,17 @@ class InnerLoop:
             index: the number of the first step; by default 0.
         """
         settings, backend = self._settings, self._backend
-        refuse_mixed(start[0], *self._rate.others)
-        if settings.lr is not None and settings.scales:
-            rates.for_each(settings.lr, start, self._spec)  # refused here, and not after a cost
+        v = tree.unflatten(self._spec, start)
+        rate = self._rule.rate(settings.lr, v, name=settings.lr_name, known=settings.lr_known)
         first = start if settings.order == 2 else tuple(map(backend.stop_gradient, start))
         if state is None:
-            state = self._rule.init(tree.unflatten(self._spec, first))
-        packed = tree.Packed(state, backend.owns)
-        step = self._step(packed.template())
-        context = (*self._rate.arrays, *context)
+            state = self._rule.init(v if first is start else tree.unflatten(self._spec, first))
+        packed = _Given(tree.Packed(state, backend.owns), tree.Packed(rate, backend.owns))
+        step = self._step(packed)
+        context = (*packed.rate.arrays, *context)
         counted = observe is not None or settings.context_of_step is not None
         at = () if not counted else (first_index(first[0]) if index is None else index,)
-        sizes = (len(first), len(packed.arrays), len(at))
+        sizes = (len(first), len(packed.state.arrays), len(at))
 
         def body(carry: Arrays) -> Arrays:
             params, state, at, total = recompute.split(carry, sizes)
@@ -267,7 +278,7 @@ class InnerLoop:
                 total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
             return (*after, *state, *(i + 1 for i in at), *total)
 
-        carry = (*first, *packed.arrays, *at)
+        carry = (*first, *packed.state.arrays, *at)
         if steps and settings.recomputes:
             self._check_repeatable(packed, first, self._context_of(context, *at))
         if steps and (observe is not None or steps == 1):
@@ -277,7 +288,7 @@ class InnerLoop:
         if steps:
             carry = backend.repeat(body, carry, steps, rolled=settings.recomputes)
         params, arrays, _, total = recompute.split(carry, sizes)
-        return InnerResult(self._attach(params, start), packed.unpack(arrays), total)
+        return InnerResult(self._attach(params, start), packed.state.unpack(arrays), total)
 
     def cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         """The cost at `params` and its gradient, scaled like those of the steps."""
@@ -293,9 +304,9 @@ class InnerLoop:
         of_step = self._settings.context_of_step
         return context if of_step is None else of_step(context, index)
 
-    def _step(self, state: tree.Packed) -> Callable[[Arrays, Arrays, Arrays], Any]:
+    def _step(self, given: _Given) -> Callable[[Arrays, Arrays, Arrays], Any]:
         """`(params, state, context) -> (new params, new state, view)` in the mode of the loop."""
-        settings, count = self._settings, len(self._rate.arrays)
+        settings, count = self._settings, len(given.rate.arrays)
 
         def gradient(params: Arrays, context: Arrays) -> Arrays:
             return self.cost_and_gradient(params, context[count:])[1]
@@ -306,10 +317,10 @@ class InnerLoop:
         def apply(
             params: Arrays, grads: Arrays, arrays: Arrays, context: Arrays
         ) -> tuple[Arrays, Arrays]:
-            return self._update(params, grads, state.unpack(arrays), context[:count])[:2]
+            return self._update(given, params, grads, arrays, context[:count])[:2]
 
         if not settings.recomputes:
-            return partial(self._plain_step, state)
+            return partial(self._plain_step, given)
         if settings.mode == "mixed":
             products = recompute.forward_over_reverse(self._backend, scaled_cost)
             rule = recompute.rematerialised(self._backend, products, apply)
@@ -318,28 +329,27 @@ class InnerLoop:
         return lambda params, arrays, context: (*rule(params, arrays, context), None)
 
     def _plain_step(
-        self, state: tree.Packed, params: Arrays, arrays: Arrays, context: Arrays
+        self, given: _Given, params: Arrays, arrays: Arrays, context: Arrays
     ) -> tuple[Arrays, Arrays, StepView]:
-        count = len(self._rate.arrays)
+        count = len(given.rate.arrays)
         _, (cost,), grads = self._gradient_given(context[count:])(params)
         if self._settings.order == 1:
             grads = tuple(map(self._backend.stop_gradient, grads))
-        after, arrays, updates = self._update(params, grads, state.unpack(arrays), context[:count])
+        after, arrays, updates = self._update(given, params, grads, arrays, context[:count])
         return after, arrays, StepView(cost, grads, updates)
 
     def _update(
-        self, params: Arrays, grads: Arrays, state: Any, rate: Arrays
+        self, given: _Given, params: Arrays, grads: Arrays, state: Arrays, rate: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
         spec = self._spec
-        new, state, updates = self._rule.apply(
+        new, after_state, updates = self._rule.apply(
             tree.unflatten(spec, params),
             tree.unflatten(spec, grads),
-            state,
-            self._rate.unpack(rate),
+            given.state.unpack(state),
+            given.rate.unpack(rate),
         )
         after = tree.same_structure(new, spec, what="what the inner update returned")
-        checks.unchanged_kinds(params, after, spec, self._backend)
-        return after, tree.Packed(state, self._backend.owns).arrays, tree.leaves(updates)
+        return after, tree.Packed(after_state, self._backend.owns).arrays, tree.leaves(updates)
 
     def _attach(self, params: Arrays, start: Arrays) -> Arrays:
         """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
@@ -348,22 +358,22 @@ class InnerLoop:
         stop = self._backend.stop_gradient
         return tuple(p + (s - stop(s)) for p, s in zip(params, start, strict=True))
 
-    def _check_repeatable(self, state: tree.Packed, start: Arrays, context: Arrays) -> None:
+    def _check_repeatable(self, given: _Given, start: Arrays, context: Arrays) -> None:
         """A step that is run again in the backward pass depends on its arguments alone.
 
         Raises:
             InputError: it depends on something else, and the framework would not say so.
         """
-        sizes = (len(start), len(state.arrays), len(context))
+        sizes = (len(start), len(given.state.arrays), len(context))
 
         def first_step(xs: Arrays) -> Arrays:
             params, arrays, context, _ = recompute.split(xs, sizes)
-            after, arrays, _ = self._plain_step(state, params, arrays, context)
+            after, arrays, _ = self._plain_step(given, params, arrays, context)
             return (*after, *arrays)
 
         before = _global_streams()
         try:
-            found = self._backend.hidden_inputs(first_step, (*start, *state.arrays, *context))
+            found = self._backend.hidden_inputs(first_step, (*start, *given.state.arrays, *context))
         except Exception as error:
             if not self._backend.needed_a_value(error):
                 raise

@@ -1,156 +1,226 @@
-"""Learning rates in every form that is taken, brought to one for each variable.
+"""Learning rates for variables: one for all of them, or one for each.
 
-A rate is a number or an array, for all variables, or a structure of them: one for each variable or
-for each part of the variables, such as a layer. Keys and positions decide what belongs together,
-not classes, so a dict serves for a `Container` and a list for a tuple.
+A structure of rates names variables by their key chains, whatever containers either is made of. A
+rate at a part of the structure, such as a layer, counts for every variable in it. Whatever form a
+rate comes in, in the end it is a number, or an array of the variables' framework, in the dtype of
+its variable and no wider than it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from metaframe import ops, tree
+from metaframe import tree
+from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
-from metaframe.backend.selection import backend_of, is_neutral
+from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array
+from metaframe.core import checks
 from metaframe.errors import InputError, InputTypeError, nearest
 
+Rate = Any
+"""A number, an array, or a structure of them that names variables or parts of them."""
 
-def checked(lr: Any) -> Any:
-    """`lr` after a look at what is in it, with NumPy's scalars as Python numbers.
+
+def spread(
+    rate: Rate, variables: tree.Tree, *, name: str = "lr", known: Sequence[str] = ()
+) -> Rate:
+    """`rate` as one number or array for all `variables`, or as one for each in their structure.
+
+    Args:
+        rate: checked by `checks.learning_rate`; or None, which is returned.
+        variables: the variables that it is for.
+        name: the argument that it is, for errors.
+        known: key chains of other variables, for which there may be rates too.
 
     Raises:
-        InputTypeError: neither a number nor a float array.
-        InputError: a number or a NumPy array that is negative or not finite. Other arrays are not
-            looked at, they may be traced.
+        InputError: a variable without a rate, a rate for no variable, or a rate that would widen
+            its variable.
+        InputTypeError: a rate of another framework than its variable.
+
+    >>> spread({"body": 0.1, "head": {"w": 0.2}}, {"body": [1.0, 2.0], "head": {"w": 3.0}})
+    {'body': [0.1, 0.1], 'head': {'w': 0.2}}
+    >>> spread({"bdy": 0.1}, {"body": 1.0})
+    Traceback (most recent call last):
+    metaframe.errors.InputError: lr has 'bdy', which is no variable. Did you mean 'body'?
     """
-    if type(lr) is float and 0 <= lr < math.inf:
-        return lr  # the common case, which eager steps ask for every time
-    leaves, spec = tree.flatten(lr)
-    for i, rate in enumerate(leaves):
-        if not _is_rate(rate):
+    if rate is None or type(rate) is float:
+        return rate
+    leaves, spec = tree.flatten(variables)
+    single = not is_structure(rate)
+    if single:
+        rates = [tree.unwrapped(rate)] * len(leaves)
+    else:
+        rates = matched(rate, tree.key_chains(variables), name=name, known=known)
+    fitted = [
+        fit(r, x, lambda i=i: label(name, tree.key_chains(variables)[i]))
+        for i, (r, x) in enumerate(zip(rates, leaves, strict=True))
+    ]
+    if single and all(r is rates[0] for r in fitted):
+        return rate
+    return tree.unflatten(spec, fitted)
+
+
+def is_structure(rate: Rate) -> bool:
+    """Is it a structure of rates, and not a single number or array?
+
+    >>> is_structure(0.1), is_structure({"w": 0.1, "b": 0.2})
+    (False, True)
+    """
+    return isinstance(rate, Mapping) or not tree.is_leaf(rate)
+
+
+def matched(
+    rate: Rate,
+    chains: Sequence[str],
+    *,
+    name: str = "lr",
+    known: Sequence[str] | None = (),
+    noun: str = "variable",
+) -> list[Rate]:
+    """The rate of each variable, by key chain, from a structure of rates.
+
+    Args:
+        rate: a structure of rates.
+        chains: the variables' key chains, or the names of parameters.
+        name: see `spread`.
+        known: see `spread`; None for any others.
+        noun: what `chains` name.
+    """
+    if isinstance(rate, Mapping) and tree.is_leaf(rate):
+        rate = dict(rate)
+    given = dict(zip(map(_path, tree.key_chains(rate)), tree.leaves(rate), strict=True))
+    if known is not None:
+        reached = {part for chain in (*chains, *known) for part in _parts(chain)}
+        for chain in tree.key_chains(rate):
+            if _path(chain) not in reached:
+                near = nearest(chain, (*chains, *known))
+                raise InputError(f"{name} has {chain!r}, which is no {noun}. {near}")
+    found = {c: next((p for p in _parts(c) if p in given), None) for c in chains}
+    if missing := [chain for chain, part in found.items() if part is None]:
+        raise InputError(
+            f"{name} has no rate for the adapted {noun}s {missing}. Give each of them one, or all "
+            "of them a single number."
+        )
+    return [given[part] for part in found.values() if part is not None]
+
+
+def _path(chain: str) -> str:
+    # Parameters of modules have names with dots.
+    return chain.replace(".", "/")
+
+
+def _parts(chain: str) -> Iterator[str]:
+    """The path of a variable and of everything that it is a part of, the nearest first."""
+    path = _path(chain)
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
+    if not chain:
+        yield path
+
+
+def label(name: str, chain: str) -> str:
+    """The argument `name` where it is about one variable."""
+    return f"{name}[{chain!r}]" if chain else name
+
+
+def fit(rate: Rate, variable: Array, name: Any) -> Rate:
+    """`rate` as a number, or as an array that changes neither dtype nor shape of `variable`.
+
+    Args:
+        rate: a number or an array.
+        variable: an array of a framework; anything else is not looked at.
+        name: a function that returns what to call the rate in an error.
+    """
+    backend = owner(variable)
+    if backend is None or isinstance(rate, (int, float)):
+        return rate
+    dtype = backend.dtype_name(variable)
+    if not backend.owns(rate):
+        if (other := owner(rate)) is not None:
             raise InputTypeError(
-                f"{_named(tree.chains(spec)[i])} must be a number or a float array, received "
-                f"{_shown(rate)}."
+                f"{name()} is an array of {other.name!r}, its variable one of {backend.name!r}. "
+                "Convert one of them."
             )
-        if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
-            raise InputError(
-                f"{_named(tree.chains(spec)[i])} must be finite and not negative, received "
-                f"{rate!r}."
-            )
-    return tree.unflatten(spec, map(_plain, leaves))
-
-
-def for_each(lr: Any, leaves: Sequence[Array], spec: tree.TreeSpec) -> tuple[Any, ...]:
-    """One rate for each of the variables `leaves` of structure `spec`.
-
-    Each is a number, or an array of the variable's framework and dtype that scales it without
-    changing its shape.
-
-    Raises:
-        InputError: a rate is missing, is for no variable, or would widen one.
-        InputTypeError: neither a number nor a float array, or an array of another framework.
-
-    >>> leaves, spec = tree.flatten({"layer": {"w": np.ones(2), "b": np.ones(1)}})
-    >>> for_each({"layer": 0.1}, leaves, spec)
-    (0.1, 0.1)
-    """
-    if type(lr) is float:
-        return (lr,) * len(leaves)
-    rates: list[Any] = [None] * len(leaves)
-    _spread(lr, tree.unflatten(spec, range(len(leaves))), "", rates)
-    chains = tree.chains(spec)
-    return tuple(
-        _fitting(rate, leaf, chain) for rate, leaf, chain in zip(rates, leaves, chains, strict=True)
+        rate = backend.asarray(rate, dtype, _device(variable, backend))
+    elif backend.dtype_name(rate) != dtype:
+        rate = backend.ops.astype(rate, dtype)
+    shape, given = tuple(variable.shape), tuple(rate.shape)
+    if broadcasts(given, shape):
+        return rate
+    if math.prod(given) == 1:
+        return backend.ops.reshape(rate, ())
+    raise InputError(
+        f"{name()} has shape {given}, and its variable shape {shape}, which it would widen. Give "
+        "a rate that broadcasts to the shape of its variable."
     )
 
 
-def _spread(lr: Any, places: tree.Tree, chain: str, rates: list[Any]) -> None:
-    """Put `lr` into the places of `rates` that the structure `places` holds."""
-    if lr is not None and tree.is_leaf(lr):
-        for i in tree.leaves(places):
-            rates[i] = lr
-        return
-    known = {} if tree.is_leaf(places) else tree.children(places)
-    given = tree.children(lr)
-    for key in given:
-        if key not in known:
-            where = f"{chain}/{key}" if chain else key
-            hint = nearest(key, known) if known else f"{chain!r} is one variable: give it one rate."
+def broadcasts(given: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
+    """Does an array of the shape `given` broadcast to `shape`?"""
+    pairs = zip(reversed(given), reversed(shape), strict=False)
+    return len(given) <= len(shape) and all(a in (1, b) or None in (a, b) for a, b in pairs)
+
+
+def _device(variable: Array, backend: Backend) -> str | None:
+    placed = backend.is_traced(variable) or backend.on_cpu(variable)
+    return None if placed else backend.device_of(variable)
+
+
+def arrays(rate: Rate, variables: tree.Tree) -> Rate:
+    """`rate` as it is, with NumPy's arrays as arrays in the dtype of the first of `variables`."""
+    first = tree.leaves(variables)[0]
+    backend = owner(first)
+
+    def convert(x: Any) -> Any:
+        if backend is None or not isinstance(x, np.ndarray):
+            return x
+        return backend.asarray(x, backend.dtype_name(first), _device(first, backend))
+
+    return rate if rate is None else tree.map(convert, rate)
+
+
+def only(own: Rate, given: Rate) -> Rate:
+    """The rate that an optimizer has or that its loop gives, one of the two.
+
+    Raises:
+        InputError: both are given, or neither.
+    """
+    if own is not None and given is not None:
+        raise InputError(
+            "the learning rate is given twice: to the optimizer and to the loop that uses it. "
+            "Leave it out of one: optim.adam() takes the loop's; with a loop rate of None the "
+            "optimizer's counts."
+        )
+    if own is None and given is None:
+        raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
+    return checks.plain_numbers(given if own is None else own)
+
+
+def refuse_zero(rate: Rate, name: str, user: str) -> None:
+    """Raise `InputError` for a rate of 0, as far as values are known, by which `user` divides."""
+    for chain, x in zip(tree.key_chains(rate), tree.leaves(rate), strict=True):
+        if is_neutral(x) and not np.all(x):
             raise InputError(
-                f"lr has a rate for {where!r}, which is no variable that adapts. {hint}"
+                f"{label(name, chain)}: {user} divides by the inner learning rate, received {x!r}. "
+                "Give a rate above 0."
             )
-    missing = [f"{chain}/{key}" if chain else key for key in known if key not in given]
-    if missing or not known:
-        raise InputError(
-            f"lr has no rate for {missing or [chain]}. Give one for every variable that adapts, or "
-            "a number for all of them."
-        )
-    for key, below in known.items():
-        _spread(given[key], below, f"{chain}/{key}" if chain else key, rates)
 
 
-def _fitting(rate: Any, variable: Array, chain: str) -> Any:
-    rate = _plain(tree.unwrapped(rate))
-    if not _is_rate(rate):
-        raise InputTypeError(
-            f"{_named(chain)} must be a number or a float array, received {_shown(rate)}."
-        )
-    if isinstance(rate, (int, float)):
-        return rate
-    if owner(variable) is None:
-        return rate  # variables of no framework, whose arithmetic is NumPy's
-    backend = backend_of(variable)
-    if isinstance(rate, np.ndarray):
-        dtype, device = backend.dtype_name(variable), None
-        if not backend.is_traced(variable):
-            device = backend.device_of(variable)
-        rate = backend.asarray(rate, dtype, device)
-    elif not backend.owns(rate):
-        backend_of(variable, rate)  # raises
-    shape, own = tuple(rate.shape), tuple(variable.shape)
-    if shape and not _fits(shape, own):
-        raise InputError(
-            f"{_named(chain)} has shape {shape}, which does not fit a variable of shape {own}. "
-            "Pass a number, or an array of the variable's shape."
-        )
-    dtype = backend.dtype_name(variable)
-    return rate if backend.dtype_name(rate) == dtype else ops.astype(rate, dtype)
+def divided(variables: tree.Tree, rate: Rate) -> tree.Tree:
+    """`variables` divided by their rates, as `spread` returns them; None for 1.
 
-
-def _fits(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, own) == own
-    except ValueError:
-        return False
-
-
-def _is_rate(x: Any) -> bool:
-    if isinstance(x, (bool, np.bool_)):
-        return False
-    if isinstance(x, (int, float)):
-        return True
-    if is_neutral(x):
-        return np.asarray(x).dtype.kind in ("f" if np.ndim(x) else "fiu")
-    own = owner(x)
-    return own is not None and own.is_floating(x)
-
-
-def _plain(rate: Any) -> Any:
-    """NumPy's scalars as Python numbers: their dtype is not to decide that of variables."""
-    return rate.item() if isinstance(rate, np.generic | np.ndarray) and not rate.shape else rate
-
-
-def _named(chain: str) -> str:
-    return f"learning rate {chain!r} (lr)" if chain else "the learning rate (lr)"
-
-
-def _shown(x: Any) -> str:
-    own = owner(x)
-    if own is None:
-        return f"{x!r:.60}"
-    return f"an array of {own.dtype_name(x)}"
+    >>> divided({"w": 3.0, "b": 2.0}, {"w": 1.5, "b": 1.0})
+    {'w': 2.0, 'b': 2.0}
+    """
+    if rate is None:
+        return variables
+    if is_structure(rate):
+        return tree.map(lambda x, r: x / r, variables, rate)
+    single = tree.unwrapped(rate)
+    return tree.map(lambda x: x / single, variables)

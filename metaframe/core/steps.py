@@ -36,9 +36,10 @@ from metaframe.core.task_program import (
     reptile,
 )
 from metaframe.distributed.agreement import agree
-from metaframe.errors import InputError
 from metaframe.optim import Rate, gradient_descent_update
 
+LR = "inner_learning_rate"
+"""The name of the argument, for errors."""
 BatchFn = Callable[[tree.Tree], tree.Tree]
 
 
@@ -131,7 +132,7 @@ def maml_step(
         inner_cost_fn,
         outer_cost_fn,
         inner_grad_steps,
-        InnerSettings(inner_learning_rate, inner_optimization_step, order=2, mode=mode),
+        InnerSettings(inner_learning_rate, inner_optimization_step, order=2, mode=mode, lr_name=LR),
         inner_batch_fn,
         outer_batch_fn,
         average_cost if average_across_steps else adapted_cost,
@@ -192,7 +193,11 @@ def fomaml_step(
         outer_cost_fn,
         inner_grad_steps,
         InnerSettings(
-            inner_learning_rate, inner_optimization_step, order=1, stop_gradients=stop_gradients
+            inner_learning_rate,
+            inner_optimization_step,
+            order=1,
+            stop_gradients=stop_gradients,
+            lr_name=LR,
         ),
         inner_batch_fn,
         outer_batch_fn,
@@ -262,7 +267,6 @@ def reptile_step(
     """
     arguments.choice(direction, "direction", ("gradients", "displacement"))
     arguments.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
-    divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     task = _TaskOfStep(
@@ -270,15 +274,20 @@ def reptile_step(
         None,
         inner_grad_steps,
         InnerSettings(
-            inner_learning_rate, inner_optimization_step, order=1, stop_gradients=stop_gradients
+            inner_learning_rate,
+            inner_optimization_step,
+            order=1,
+            stop_gradients=stop_gradients,
+            lr_name=LR,
         ),
         None,
         None,
         partial(reptile, direction=direction, scale=layout.scale, stop_gradients=stop_gradients),
         reported=True,
     )
+    divisor = _divisor(task.settings, layout)
     cost, grads, inner = _step(layout, task, Choices(), how, check_finite, return_inner_v, "mean")
-    grads = _divided(grads, divisor)
+    grads = rates.divided(grads, divisor)
     return (cost, grads, inner) if return_inner_v else (cost, grads)
 
 
@@ -397,18 +406,16 @@ def _step(
     return cost, gradient.build(gradient.arrays), layout.inner(tuple(adapted), return_inner_v)
 
 
-def _divisor(lr: Rate, update: Any) -> Rate:
-    """What Reptile's direction is divided by, `None` for nothing."""
+def _divisor(settings: InnerSettings, layout: Layout) -> Rate:
+    """The rates that Reptile's direction is divided by, one for each variable; None for 1."""
+    update, lr = settings.update, settings.lr
     rate = getattr(update, "learning_rate", None) if lr is None else lr
-    for leaf in tree.leaves(rate):
-        if isinstance(leaf, (int, float)) and leaf == 0:
-            raise InputError("reptile_step divides by the inner learning rate, received 0.")
-    return rate
-
-
-def _divided(grads: tree.Tree, divisor: Rate) -> tree.Tree:
-    if divisor is None:
-        return grads
-    leaves, spec = tree.flatten(grads)
-    each = zip(leaves, rates.for_each(divisor, leaves, spec), strict=True)
-    return tree.unflatten(spec, [g / rate for g, rate in each])
+    name = "the optimizer's learning_rate" if lr is None else LR
+    rates.refuse_zero(rate, name, "reptile_step")
+    arrays = layout.variables.arrays
+    v = (
+        layout.variables.build(x[0] for x in arrays)
+        if layout.tiled
+        else layout.variables.build(arrays)
+    )
+    return rates.spread(rate, v, name=name)

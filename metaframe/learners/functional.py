@@ -17,7 +17,7 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.model import is_inexact
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
-from metaframe.core import checks, rates
+from metaframe.core import checks
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
@@ -263,14 +263,14 @@ def rate_for(
                 "the learning rate is a number or an array, or a mapping from the names of "
                 f"parameters to such; received {lr!r}."
             )
-        return rates.checked(lr)
+        return checks.learning_rate(lr)
     keys = {name: _longest_part(name, lr) for name in names}
     if missing := [name for name, key in keys.items() if key is None]:
         raise InputError(f"lr has no rate for the adapted parameters {missing}.")
     for key in lr:
         if known is not None and not any(_is_part(key, name) for name in known):
             raise InputError(f"lr has {key!r}, which is no parameter. {nearest(key, tuple(known))}")
-    return rates.checked({name: lr[key] for name, key in keys.items() if key is not None})
+    return checks.learning_rate({name: lr[key] for name, key in keys.items() if key is not None})
 
 
 def _longest_part(name: str, keys: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from metaframe import ops
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
-from metaframe.core import rates
+from metaframe.core import checks
 from metaframe.learners.maml import MAML
 from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
@@ -67,7 +67,7 @@ class MetaCurvature(MAML):
         *,
         norm: Norm = "batch",
     ) -> None:
-        rates.checked(inner_lr)
+        checks.learning_rate(inner_lr)
         adapter = adapter_of(module)
         super().__init__(
             adapter,

@@ -8,7 +8,7 @@ from typing import Any
 
 from metaframe import optim
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import rates
+from metaframe.core import checks
 from metaframe.core.inner_loop import StepView
 from metaframe.core.task_program import Outcome, TaskRun, with_gradient
 from metaframe.errors import InputError
@@ -62,7 +62,7 @@ class Reptile(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        rates.checked(inner_lr)
+        checks.learning_rate(inner_lr)
         if not isinstance(inner_lr, (int, float)) or inner_lr == 0:
             raise InputError(
                 f"Reptile divides by inner_lr, which has to be a positive number; received "

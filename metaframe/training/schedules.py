@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from metaframe import arguments
-from metaframe.core import rates
+from metaframe.core import checks
 from metaframe.training.step import Schedule
 
 
@@ -18,7 +18,7 @@ def constant(rate: float) -> Schedule:
     >>> constant(0.1)(1000)
     0.1
     """
-    rates.checked(rate)
+    checks.learning_rate(rate)
     return lambda step: rate
 
 
@@ -32,8 +32,8 @@ def cosine(rate: float, steps: int, end: float = 0.0) -> Schedule:
     >>> schedule(0), round(schedule(50), 12), schedule(200)
     (1.0, 0.5, 0.0)
     """
-    rates.checked(rate)
-    rates.checked(end)
+    checks.learning_rate(rate)
+    checks.learning_rate(end)
     arguments.integer(steps, "steps", at_least=1)
 
     def at(step: int) -> float:
