@@ -46,7 +46,8 @@ class KerasAdapter(ModelAdapter):
         self.backend = self._check_framework()
 
     def _check_built(self) -> None:
-        missing = [layer.name for layer in unbuilt(self._layers())]
+        layers = unbuilt(self._layers())
+        missing = [x.name for x in layers if x is not self.model] or [x.name for x in layers]
         has_weights = bool(self.model.variables)
         if self.model.built and (has_weights or not missing):
             return  # a layer that is missing may be one that no call reaches
