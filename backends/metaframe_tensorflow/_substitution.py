@@ -52,7 +52,6 @@ def attributes(module: Any) -> dict[str, Any]:
     return {**found, **{n: getattr(module, n) for n in _slots(type(module)) if hasattr(module, n)}}
 
 
-@functools.cache
 def _slots(kind: type) -> tuple[str, ...]:
     found = []
     for base in kind.__mro__:
