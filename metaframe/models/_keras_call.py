@@ -6,7 +6,7 @@ its user calls it, with two things around it. A `StatelessScope` puts the values
 the variables, keeps every assignment to itself, and sees what else is read or changed. The call
 of a layer without weights says what `training` is for all that is called inside.
 
-This needs public names of Keras and one private one, `_loss_ids`; see `_forget`.
+This needs public names of Keras and one private one, see `_keras_private.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from metaframe.backend import Array
 from metaframe.errors import InputError
+from metaframe.models._keras_private import forget_losses
 
 
 def keras() -> Any:
@@ -113,7 +114,7 @@ def call_layer(
     scope = _scope_class()(values, recorded)
     with _as_built(layers, owner), scope:
         output = _within_a_layer(lambda: _without_variables(run()), training)
-    _forget(layers, scope.losses)
+    forget_losses(layers, scope.losses)
     return Call(scope, output)
 
 
@@ -220,14 +221,3 @@ def not_built(owner: str, names: Sequence[str]) -> str:
         f"{owner} is not fully built: {missing}. Call it once on data, in the mode it is used in "
         "(training=True or False), before it is handed to metaframe."
     )
-
-
-def _forget(layers: Sequence[Any], losses: Sequence[Any]) -> None:
-    """Losses that were added in the scope are nobody's any more.
-
-    A layer knows them by `id`, in `_loss_ids` (Keras 3.0 to 3.15). Left there, the numbers could be
-    those of later losses; a Keras without the attribute has nothing to clear.
-    """
-    gone = set(map(id, losses))
-    for layer in layers if gone else ():
-        getattr(layer, "_loss_ids", set()).difference_update(gone)

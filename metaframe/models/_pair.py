@@ -7,7 +7,7 @@ from typing import Any
 
 from metaframe import ops, tree
 from metaframe.backend import backend_of, convert_neutral
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import InputTypeError
 from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 from metaframe.nn.layers import recorded_statistics
 from metaframe.nn.models import Model
@@ -57,17 +57,7 @@ class PairAdapter(ModelAdapter):
         )
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        """`apply(params, *args, **kwargs)`.
-
-        Raises:
-            InputError: `call` is given. A pair has no model to be called in another way; what is
-                called is its function.
-        """
-        if inputs.call is not None:
-            raise InputError(
-                "call is how a model is called, and a pair (apply, params) has no model. Let the "
-                "function of the pair make that call."
-            )
+        """`apply(params, *args, **kwargs)`."""
         structure, norm = self._structured(params), inputs.forward.norm
         if norm == "frozen" and self._norms:
             given = {

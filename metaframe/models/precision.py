@@ -48,8 +48,7 @@ class _Narrow(Around):
         )
         everything = (params, state, inputs.args, dict(inputs.kwargs))
         params, narrow, args, kwargs = (_cast(x, self._dtype, self.backend) for x in everything)
-        narrowed = replace(inputs, args=args, kwargs=kwargs)
-        output, after = self.inner.call(params, narrow, narrowed)
+        output, after = self.inner.call(params, narrow, replace(inputs, args=args, kwargs=kwargs))
         restored = {n: _like(x, state[n], self.backend) for n, x in after.items()}
         return _cast(output, wide, self.backend), restored
 
