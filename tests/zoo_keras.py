@@ -27,16 +27,19 @@ def model(inputs: Any = ROWS) -> Callable[[Build], Build]:
 
 @contextmanager
 def double() -> Iterator[Any]:
-    """Keras in float64, and with its names and seeds begun anew."""
+    """Keras in float64, on JAX and torch too, where it rounds most results of operations."""
     import keras
+    from keras.src.backend.common import dtypes
 
     policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    keras.utils.set_random_seed(0)
+    narrow = dict(dtypes.BIT64_TO_BIT32_DTYPE)
+    dtypes.BIT64_TO_BIT32_DTYPE.clear()
     try:
         yield keras
     finally:
+        dtypes.BIT64_TO_BIT32_DTYPE.update(narrow)
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
 
@@ -61,7 +64,7 @@ def build(name: str) -> tuple[Any, Any]:
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, example(inputs))
         made(x, training=False)
         rng = np.random.default_rng(2)
-        for variable in sorted(made.variables, key=lambda v: v.path):
+        for variable in made.variables:
             if "float" in variable.dtype:
                 value = rng.normal(size=variable.shape) / 2
                 variable.assign(np.abs(value) + 0.5 if "variance" in variable.path else value)
@@ -195,14 +198,14 @@ def classes() -> Any:
     return locals()
 
 
-def made(name: str, *args: Any) -> Any:
-    return classes()[name](*args)
+def made(kind: str, *args: Any) -> Any:
+    return classes()[kind](*args)
 
 
-def layer(name: str, *args: Any, **kwargs: Any) -> Any:
+def layer(kind: str, *args: Any, **kwargs: Any) -> Any:
     import keras
 
-    return getattr(keras.layers, name)(*args, **kwargs)
+    return getattr(keras.layers, kind)(*args, **kwargs)
 
 
 def sequential(*parts: Any) -> Any:
@@ -406,9 +409,32 @@ def augmented() -> Any:
     return made("Plain", flip, move, layer("Flatten"), layer("Dense", 2))
 
 
+# -- what rounds, and so has no slope to compare with --------------------------------------------
+
+
 @model()
 def low_rank() -> Any:
     dense = layer("Dense", 4)
     dense.build((None, 3))
-    dense.enable_lora(2)
+    dense.enable_lora(2)  # in float32, whatever the layer is in
     return made("Plain", dense, layer("Dense", 2))
+
+
+@model()
+def mixed_precision() -> Any:
+    parts = [
+        layer("Dense", 4, dtype="mixed_bfloat16"),
+        layer("BatchNormalization", dtype="mixed_bfloat16"),
+    ]
+    return made("Implicit", *parts, layer("Dense", 2))
+
+
+@model()
+def quantized() -> Any:
+    dense = layer("Dense", 4)
+    dense.build((None, 3))
+    dense.quantize("int8")
+    return made("Implicit", dense, layer("Dense", 2))
+
+
+ROUNDED = ("low_rank", "mixed_precision", "quantized")

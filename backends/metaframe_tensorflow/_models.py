@@ -83,6 +83,17 @@ class ModuleAdapter(ModelAdapter):
         moved = {n: _left(held[n], values[n]) for n in state if n not in of_keras}
         return output, {**state, **moved, **{n: x for n, x in after.items() if n in state}}
 
+    def read(self, value: Any) -> Any:
+        """The value of a variable, as it is among those that a call is given."""
+        if isinstance(value, Held):
+            return value.tensor
+        return value.value if is_variable(value) else value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Lists of variables, which the learner has by other names."""
+        del owner
+        return name.endswith("variables") and hasattr(tf.Module, name)
+
     def _output(
         self, run: Callable[[], T], of_keras: dict[str, tuple[Any, Array]], twice: bool
     ) -> tuple[T, Params]:
@@ -112,8 +123,12 @@ class ModuleAdapter(ModelAdapter):
                 # Every copy traces its tf.functions anew.
                 with without_remarks("triggered tf.function retracing"):
                     if inputs.call is None:
-                        return _private.translated(module)(*inputs.args, **inputs.kwargs)
-                    return inputs.call(module, *inputs.args, **inputs.kwargs)
+                        output = _private.translated(module)(*inputs.args, **inputs.kwargs)
+                    else:
+                        output = inputs.call(module, *inputs.args, **inputs.kwargs)
+                if any(isinstance(x, Held) for x in tf.nest.flatten(output)):
+                    return tf.nest.map_structure(self.read, output)
+                return output
             except AttributeError as error:
                 of_tensor = isinstance(error.obj, tf.Tensor)
                 if not (of_tensor and hasattr(tf.Variable, error.name or "")):

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
 
 
 def with_finite_roots(fn: ArraysFn) -> ArraysFn:

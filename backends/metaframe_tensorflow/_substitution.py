@@ -18,7 +18,10 @@ from metaframe.backend.types import Array
 
 Path = tuple[str, ...]
 _TRACKED = "_self_"
-"""How the attributes begin that TensorFlow keeps for checkpoints; it makes those that lack."""
+"""How the attributes begin that TensorFlow keeps for checkpoints, and makes where they lack.
+
+Under other names they would be copied with the rest, and name variables by what is in them.
+"""
 
 
 def walk(module: Any) -> Iterator[tuple[Path, Any]]:
@@ -30,15 +33,12 @@ def walk(module: Any) -> Iterator[tuple[Path, Any]]:
 
     def visit(module: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         seen.add(id(module))
-        # Left out by the class that names them: `trainable_variables` leaves them out as well.
-        ignored = getattr(type(module), "_TF_MODULE_IGNORED_PROPERTIES", ())
         inner = []
         for name, value in sorted(attributes(module).items()):
-            if name not in ignored:
-                for where, leaf in _leaves(value, (*path, name)):
-                    yield where, leaf
-                    if isinstance(leaf, tf.Module):
-                        inner.append((where, leaf))
+            for where, leaf in _leaves(value, (*path, name)):
+                yield where, leaf
+                if isinstance(leaf, tf.Module):
+                    inner.append((where, leaf))
         for where, leaf in inner:
             if id(leaf) not in seen:
                 yield from visit(leaf, where)
@@ -52,7 +52,6 @@ def attributes(module: Any) -> dict[str, Any]:
     return {**found, **{n: getattr(module, n) for n in _slots(type(module)) if hasattr(module, n)}}
 
 
-@functools.cache
 def _slots(kind: type) -> tuple[str, ...]:
     found = []
     for base in kind.__mro__:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metaframe.backend import Arrays, ArraysFn
+from metaframe.backend.types import Arrays, ArraysFn
 
 
 def with_finite_roots(fn: ArraysFn) -> ArraysFn:

@@ -67,10 +67,11 @@ class KerasAdapter(ModelAdapter):
         self._paths: tuple[str, ...] = ()
         self._check_built()
         self._check_layers()
-        self.backend = self._check_framework()
+        self.backend = self._find_backend()
 
     def _check_built(self) -> None:
-        missing = [layer.name for layer in unbuilt(self._layers())]
+        layers = unbuilt(self._layers())
+        missing = [x.name for x in layers if x is not self.model] or [x.name for x in layers]
         has_weights = bool(self.model.variables)
         if self.model.built and (has_weights or not missing):
             return  # a layer that is missing may be one that no call reaches
@@ -87,7 +88,7 @@ class KerasAdapter(ModelAdapter):
                     "or the whole in Keras."
                 )
 
-    def _check_framework(self) -> Backend:
+    def _find_backend(self) -> Backend:
         name = keras().config.backend()
         if name not in known_backends():
             raise InputError(
@@ -118,20 +119,29 @@ class KerasAdapter(ModelAdapter):
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
         """Those that are not frozen: these normalise by the statistics of a batch."""
+        return tuple(names for _, names in self._norms())
+
+    def _norms(self) -> list[tuple[Any, BatchNorm]]:
         names = {id(variable): name for name, variable in self._variables().items()}
-        learned = self.variables()
+        learned, kind = self.variables(), keras().layers.BatchNormalization
 
         def affine(variable: Any) -> str | None:
             name = names.get(id(variable))
             return name if name in learned else None
 
-        return tuple(
-            BatchNorm(
-                *(names[id(variable)] for variable in (x.moving_mean, x.moving_variance)),
-                *(affine(variable) for variable in (x.gamma, x.beta)),
+        return [
+            (
+                x,
+                BatchNorm(
+                    names[id(x.moving_mean)],
+                    names[id(x.moving_variance)],
+                    affine(x.gamma),
+                    affine(x.beta),
+                ),
             )
-            for x in self._norms()
-        )
+            for x in self._layers()
+            if isinstance(x, kind) and x.trainable and id(x.moving_mean) in names
+        ]
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """The model's own call, with `training` as the policy says."""
@@ -196,12 +206,15 @@ class KerasAdapter(ModelAdapter):
 
     def _recorded(self) -> dict[str, float]:
         """The momentum of every statistic that is recorded, by the statistic's name."""
-        momenta = {}
-        for layer, names in zip(self._norms(), self.batch_norms(), strict=True):
-            if layer.momentum == 1 or getattr(layer, "renorm", False):
+        momenta: dict[str, float] = {}
+        call = keras().layers.BatchNormalization.call
+        for layer, names in self._norms():
+            tells = layer.momentum != 1 and not getattr(layer, "renorm", False)
+            if not tells or type(layer).call is not call:
                 raise InputError(
                     f"norm='support' needs the statistics of a batch, which {layer.name!r} does "
-                    "not say with momentum=1 or renorm=True. Use norm='batch' or norm='frozen'."
+                    "not tell with momentum=1, renorm=True or a call of its own. Use norm='batch' "
+                    "or norm='frozen'."
                 )
             momenta |= dict.fromkeys((names.mean, names.var), layer.momentum)
         return momenta
@@ -236,10 +249,6 @@ class KerasAdapter(ModelAdapter):
 
     def _layers(self) -> list[Any]:
         return layers_of(self.model)
-
-    def _norms(self) -> list[Any]:
-        kind = keras().layers.BatchNormalization
-        return [x for x in self._layers() if isinstance(x, kind) and x.built and x.trainable]
 
     def _variables(self) -> dict[str, Any]:
         """All variables by name, each once; a generator of seeds may be listed twice."""
