@@ -8,7 +8,7 @@ from typing import Any
 
 from metaframe.private import PrivateName
 
-SEEN = ("3.11.0", "3.15.1")
+SEEN = ("3.10.0", "3.15.1")
 
 LAYERS = PrivateName(
     "keras:layers.Layer._flatten_layers", "the quick list of a model's layers", SEEN, "slower"
