@@ -22,8 +22,6 @@ from private_uses import PLAIN, USES
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {f"metaframe_{n}": f"metaframe_{n}._private" for n in ("torch", "jax", "tensorflow")}
-SLOW = {"INDUCTOR_CONFIG", "SHAPES", "TRACING", "TRACING_CONTEXT", "FAKE_TENSORS"}
-"""Those that take torch's compiler seconds; INDUCTOR, of their kind, is not among them."""
 
 
 def source_of(module: str) -> Path:
@@ -58,13 +56,7 @@ def framework(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize(
-    ("package", "constant"),
-    [
-        pytest.param(*x, id="-".join(x), marks=[pytest.mark.slow] if x[1] in SLOW else [])
-        for x in DECLARED
-    ],
-)
+@pytest.mark.parametrize(("package", "constant"), DECLARED)
 def test_a_name_that_is_missing(
     package: str, constant: str, framework: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -79,11 +78,7 @@ class JaxBackend(Backend):
             return None  # strides, a device or a dtype that XLA does not take
 
     def double_precision(self) -> AbstractContextManager[object]:
-        # Older releases have it among the experimental functions only.
-        switch: Any = getattr(jax, "enable_x64", None)
-        if switch is None:
-            switch = importlib.import_module("jax.experimental").enable_x64
-        scope: AbstractContextManager[object] = switch(True)
+        scope: AbstractContextManager[object] = jax.enable_x64(True)
         return scope
 
     def dtype_name(self, x: Array) -> str:

@@ -68,9 +68,6 @@ class ModuleAdapter(ModelAdapter):
         frozen = ((layer.trainable, layer.compute_dtype) for layer in layers)
         return self._flags.of(lambda: [*modules, *layers]), *frozen
 
-    def withholds(self, owner: Any, name: str) -> bool:
-        return name.endswith("variables") and hasattr(tf.Module, name)
-
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         found, given = self._found(), {**params, **state}
         # Tensors, so that to read one is to read no variable.
