@@ -7,6 +7,7 @@ refused: a parameter that is read from elsewhere than its place, or written to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from metaframe.errors import InputError
 from metaframe.models import Forward
 from metaframe_torch import _kernels, _tape
 from metaframe_torch._batch_norm import batch_norm
-from metaframe_torch._substitution import WRITES, Substitution
+from metaframe_torch._substitution import WRITES, Substitution, carried
 
 Function = Callable[..., Any]
 IN_PLACE = frozenset(
@@ -69,7 +70,8 @@ class ModelCalls(Exact):
 
     def __init__(self, values: Substitution, forward: Forward, exact: bool) -> None:
         super().__init__(_kernels.exact() if exact else _kernels.always())
-        self._own = values.own
+        self._watched = {**dict.fromkeys(values.unregistered), **values.own}
+        self._unregistered = values.unregistered
         self._parameters = {id(x): name for name, x in values.params.items()}
         self._buffers = {id(x): name for name, x in values.state.items()}
         self._norm, self._repeated = forward.norm, forward.repeated
@@ -78,6 +80,8 @@ class ModelCalls(Exact):
         self._aliases: list[Tensor] = []  # kept, since they are known by their identities
         self.recorded: dict[str, Tensor] = {}
         """Statistics of the examples, by the names of the buffers that they belong to."""
+        self.read: set[int] = set()
+        """Identities of the tensors in plain attributes that were read."""
 
     def __torch_function__(
         self,
@@ -87,12 +91,11 @@ class ModelCalls(Exact):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._own and (name := self._own_among((*args, *kwargs.values()))) is not None:
+        if self._watched and (name := self._own_among((*args, *kwargs.values()))) is not None:
             _refuse_own(name, func(*args, **kwargs))
         if (own := _OF_MODELS.get(func)) is not None:
             return own(self, func, *args, **kwargs)
-        kind = getattr(func, "__name__", "")
-        if kind[-1:] == "_" and args and (kind[-2:] != "__" or kind in IN_PLACE):
+        if args and _writes(func):
             return self._write(args[0], func, *args, **kwargs)
         if "out" in kwargs:
             return self._write(kwargs["out"], func, *args, **kwargs)
@@ -101,8 +104,10 @@ class ModelCalls(Exact):
     def _own_among(self, values: Iterable[Any]) -> str | None:
         """The name of a parameter that another one stands in for, in whatever list or tuple."""
         for x in values:
-            if (name := self._own.get(id(x))) is not None:
-                return name
+            if id(x) in self._watched:
+                if (name := self._watched[id(x)]) is not None:
+                    return name
+                self.read.add(id(x))
             if isinstance(x, (list, tuple)) and (name := self._own_among(x)) is not None:
                 return name
         return None
@@ -111,6 +116,8 @@ class ModelCalls(Exact):
         """`func`, which changes `target` in place."""
         if (name := self._parameters.get(id(target))) is not None:
             raise InputError(f"the model writes to its parameter {name!r}. {WRITES}")
+        if (attribute := self._unregistered.get(id(target))) is not None:
+            raise InputError(carried(attribute[1]))
         try:
             return self._forms.get(func, func)(*args, **kwargs)
         except RuntimeError as error:
@@ -170,6 +177,7 @@ class ModelCalls(Exact):
     ) -> Tensor:
         """The affine part stays apart: `vmap` gets the second derivative of a fused one wrong."""
         del func
+        moves = training and self._norm is None
         frozen = not training if self._norm is None else self._norm == "frozen"
         shape = (-1, *[1] * (x.dim() - 2))
         if frozen and running_mean is not None and running_var is not None:
@@ -177,17 +185,28 @@ class ModelCalls(Exact):
             normal = (x - running_mean.reshape(shape)) * scale.reshape(shape)
         else:
             normal = batch_norm(x, None, None, eps)
-            if self._norm == "record":
-                self._record(x, running_mean, running_var)
+            if moves or self._norm == "record":
+                self._record(x, running_mean, running_var, momentum if moves else None)
         if weight is not None:
             normal = normal * weight.reshape(shape)
         return normal if bias is None else normal + bias.reshape(shape)
 
-    def _record(self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-        if running_mean is None or running_var is None:
+    def _record(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | None,
+    ) -> None:
+        """The statistics of `x`, or where the running ones move to by `momentum`, as in torch."""
+        if running_mean is None or running_var is None or not x.numel():
             return  # a layer that keeps no statistics normalises by the examples' own, always
         over = [axis for axis in range(x.dim()) if axis != 1]
         var, mean = torch.var_mean(x, over, correction=0)
+        if momentum is not None:
+            count = x.numel() // x.shape[1]
+            mean = (1 - momentum) * running_mean + momentum * mean.detach()
+            var = (1 - momentum) * running_var + momentum * var.detach() * count / (count - 1)
         self.recorded[self._buffers[id(running_mean)]] = mean
         self.recorded[self._buffers[id(running_var)]] = var
 
@@ -226,6 +245,13 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
     F.alpha_dropout: ModelCalls._dropout,
     F.feature_alpha_dropout: ModelCalls._dropout,
 }
+
+
+@functools.cache
+def _writes(func: Function) -> bool:
+    """Does `func` change its first argument in place?"""
+    name = getattr(func, "__name__", "")
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metaframe import tree
@@ -27,7 +28,7 @@ from metaframe_torch import _private, _tape
 from metaframe_torch._calls import ModelCalls, Unmapped
 from metaframe_torch._parameter_mapping import ParameterMapping
 from metaframe_torch._recurrent import mapped_as
-from metaframe_torch._refusals import explained
+from metaframe_torch._refusals import explained, refuse_once_differentiable
 from metaframe_torch._substitution import Substitution
 
 CHECKPOINTED = (
@@ -76,6 +77,7 @@ class TorchAdapter(ModelAdapter):
         self.model = model
         self.backend = backend
         self._flags = Flags()
+        self._examined = False
         self._written: frozenset[str] = frozenset()
         """Buffers that the model writes what differs between tasks to."""
 
@@ -125,14 +127,21 @@ class TorchAdapter(ModelAdapter):
     def _called(
         self, params: dict[str, Tensor], state: dict[str, Tensor], inputs: Inputs
     ) -> tuple[Any, dict[str, Tensor]]:
-        forward, exact = inputs.forward, inputs.forward.twice or _tape.transforming()
+        forward, transforming = inputs.forward, _tape.transforming()
+        exact = forward.twice or transforming
         values = Substitution(self.model, params, self._copies(params, state, inputs))
+        if transforming:
+            _refuse_backward_hooks(values.modules)
         calls = ModelCalls(values, forward, exact)
         run = self.model if inputs.call is None else functools.partial(inputs.call, self.model)
         watched = self._flags.called(self.model.modules)
         mode = _mode(values.modules, forward.training)
         with values, calls, _surroundings(values.modules, exact), watched, mode:
             output = run(*inputs.args, **inputs.kwargs)
+            values.refuse_carried(calls.read)
+        if forward.twice and not self._examined:
+            given = tree.leaves((params, inputs.args))
+            self._examined = refuse_once_differentiable(tree.leaves(output), given)
         kept = state if forward.norm == "record" else values.state
         return output, {**kept, **calls.recorded}
 
@@ -207,30 +216,6 @@ def _unfit(module: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def _surroundings(modules: Sequence[nn.Module], exact: bool) -> Iterator[None]:
-    """What has to hold outside of a model, on autograd and in torch's settings, while it runs."""
-    if _tape.transforming() and any(map(_private.has_backward_hooks, modules)):
-        hooked = next(filter(_private.has_backward_hooks, modules))
-        raise InputError(
-            f"a layer ({type(hooked).__qualname__}) has a backward hook, which does not run where "
-            'tasks are vectorised. Run them one after the other, task_map="loop", or remove it.'
-        )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_computed_once())
-        stack.enter_context(_private.parametrizations_computed())
-        if exact and torch.backends.cudnn.is_available() and any(map(_is_recurrent, modules)):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if any(map(_private.is_compiled, modules)):
-            # What torch.compile made of it has no second derivative, and would be made anew.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
-def _is_recurrent(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase)
-
-
-@contextlib.contextmanager
 def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]:
     """Training or evaluation mode inside, and every module's own again afterwards."""
     before = [] if training is None else [(module, module.training) for module in modules]
@@ -244,24 +229,40 @@ def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _computed_once() -> Iterator[None]:
-    """No part of a model is run again in a backward pass.
-
-    The model holds its own parameters again by then, and the gradient would be theirs.
-    """
+def _surroundings(modules: Sequence[nn.Module], exact: bool) -> Iterator[None]:
+    """What holds outside of a model, on autograd and in torch's settings, while it runs."""
     with contextlib.ExitStack() as stack:
-        # Hooks that the caller set, such as `save_on_cpu`, compute nothing again. They cannot be
-        # switched off either.
-        with contextlib.suppress(RuntimeError):
-            if torch.is_grad_enabled():  # else nothing is recorded
-                refused = torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED)
-                stack.enter_context(refused)
+        if torch.is_grad_enabled():  # else nothing is recorded
+            # Hooks that the caller set, such as `save_on_cpu`, compute nothing again. They cannot
+            # be switched off either.
+            with contextlib.suppress(RuntimeError):
+                stack.enter_context(disable_saved_tensors_hooks(CHECKPOINTED))
+        if exact and torch.backends.cudnn.is_available() and any(map(_is_recurrent, modules)):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if any(map(_private.is_compiled, modules)):
+            # What torch.compile made of it has no second derivative, and would be made anew.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        kept = _private.swap_parametrizations({})
         try:
             yield
         except RuntimeError as error:
             if CHECKPOINTED in str(error):
                 raise InputError(CHECKPOINTED) from error
             raise
+        finally:
+            _private.swap_parametrizations(kept)
+
+
+def _refuse_backward_hooks(modules: Sequence[nn.Module]) -> None:
+    for module in filter(_private.has_backward_hooks, modules):
+        raise InputError(
+            f"a layer ({type(module).__qualname__}) has a backward hook, which does not run where "
+            'tasks are vectorised. Run them one after the other, task_map="loop", or remove it.'
+        )
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase)
 
 
 class LearnedAdapter(NamedParameters):

@@ -102,6 +102,13 @@ WITHOUT_PROXY_MODE = PrivateName(
     "error",
 )
 
+FUNCTION_OF = PrivateName(
+    "torch.autograd:Function._backward_cls._forward_cls",
+    "a model with an autograd.Function, which may be marked with `once_differentiable`,",
+    SEEN,
+    "error",
+)
+
 # Compilation.
 MAKE_FX = PrivateName(
     "torch.fx.experimental.proxy_tensor:make_fx", "`metaframe.compile` on torch", SEEN, "error"
@@ -322,6 +329,13 @@ def _only_once() -> dict[str, bool]:
     return {name: False for name in ("retain_graph", "create_graph") if name in known}
 
 
+def function_of(node: Any) -> Any:
+    """The `torch.autograd.Function` that a node of the graph is of; None of torch's own."""
+    if type(node).__module__ != torch.autograd.Function.__module__:
+        return None
+    return FUNCTION_OF.required and type(node)._forward_cls
+
+
 def tracing() -> bool:
     """Is make_fx recording a graph?"""
     return PROXY_MODE.found is not None and PROXY_MODE.found() is not None
@@ -394,36 +408,29 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return any(name.found is not None and _of(module, name) for name in hooks)
 
 
-def entries(
-    modules: list[nn.Module],
-) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """What is registered in each module: its parameters, its buffers, its modules."""
-    for name in (PARAMETERS, BUFFERS, MODULES):
-        _ = name.required
-    return [(module._parameters, module._buffers, module._modules) for module in modules]
+def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What is registered in a module: its parameters, its buffers, its modules."""
+    if PARAMETERS.found is None or BUFFERS.found is None or MODULES.found is None:
+        _ = PARAMETERS.required, BUFFERS.required, MODULES.required
+    return module._parameters, module._buffers, module._modules
 
 
 def _of(module: nn.Module, name: OfModules) -> Any:
     return getattr(module, name.path.rpartition(".")[2])
 
 
-@contextmanager
-def parametrizations_computed() -> Iterator[None]:
-    """A block in which nothing that `parametrize.cached` kept is used, and nothing is kept."""
+def swap_parametrizations(kept: Any) -> Any:
+    """Let `parametrize.cached()` have kept these values; what it had."""
     if CACHED_PARAMETRIZATIONS.found is None:
-        yield
-        return
-    before, parametrize._cache = parametrize._cache, {}
-    try:
-        yield
-    finally:
-        parametrize._cache = before
+        return kept
+    before, parametrize._cache = parametrize._cache, kept
+    return before
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Did torch.compile make something of it?"""
-    found = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
-    return bool(found)
+    wrapped = "_orig_mod" in registered(module)[2]
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _refuse_cached_parametrizations(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ two paths, and what it puts back the second time is the value that it had put in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -19,13 +19,10 @@ from metaframe_torch import _private
 Entries = dict[str, Any]
 
 
-class Place(NamedTuple):
-    """An entry of a module, and the name that its tensor has in the whole model."""
-
-    entries: Entries
-    key: str
-    name: str
-    own: Tensor
+Place = tuple[Entries, str, str, Tensor]
+"""An entry of a module, and the name of its tensor in the whole model."""
+Attribute = tuple[Entries, str, Any]
+"""A plain attribute of a module."""
 
 
 class Substitution:
@@ -40,34 +37,65 @@ class Substitution:
         modules: the model and all that is below it.
         params: what was given.
         own: the model's own parameters for which others stand in: identities and names.
+        unregistered: tensors in plain attributes, by identity.
         state: after the block, the buffers that the model left, by name.
     """
 
     def __init__(
         self, model: nn.Module, params: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
-        prefixes, self.modules = [], []
-        for path, module in model.named_modules():
-            prefixes.append(f"{path}." if path else "")
-            self.modules.append(module)
-        entries = _private.entries(self.modules)
-        self._before = [(each, each.copy()) for kinds in entries for each in kinds]
-        names: dict[int, str] = {}
-        self._parameters = list(_places(prefixes, [kinds[0] for kinds in entries], names))
-        parameters = frozenset(names)
-        self._buffers = []
-        for place in _places(prefixes, [kinds[1] for kinds in entries], names):
-            # A buffer of one module may be the parameter of another.
-            shared = id(place.own) in parameters
-            (self._parameters if shared else self._buffers).append(place)
-        self._attributes = [
-            kept
-            for module, (registered, *_) in zip(self.modules, entries, strict=True)
-            for kept in _computed(module, registered)
-        ]
+        self.modules: list[nn.Module] = []
         self.params, self.state = params, dict(state)
-        placed = ((name, own) for *_, name, own in self._parameters)
+        self.unregistered: dict[int, Attribute] = {}
+        self._parameters: list[Place] = []
+        self._buffers: list[Place] = []
+        self._computed: list[Attribute] = []
+        self._registered: list[tuple[Entries, Entries]] = []
+        self._layers: list[tuple[Entries, Entries]] = []
+        names: dict[int, str] = {}
+        with_buffers = []
+        for path, module in model.named_modules():
+            parameters, buffers, modules = registered = _private.registered(module)
+            prefix = f"{path}." if path else ""
+            self.modules.append(module)
+            self._registered += [(entries, entries.copy()) for entries in registered]
+            if modules:
+                self._layers.append(self._registered[-1])
+            _add(self._parameters, prefix, parameters, names)
+            if buffers:
+                with_buffers.append((prefix, buffers))
+            self._note_attributes(module, parameters)
+        # A buffer of one module may be the parameter of another.
+        shared = frozenset(names)
+        for prefix, buffers in with_buffers:
+            _add(self._buffers, prefix, buffers, names)
+        self._parameters += [place for place in self._buffers if id(place[3]) in shared]
+        self._buffers = [place for place in self._buffers if id(place[3]) not in shared]
+        placed = [(name, own) for *_, name, own in self._parameters]
         self.own = {id(own): name for name, own in placed if params.get(name, own) is not own}
+
+    def _note_attributes(self, module: nn.Module, parameters: Entries) -> None:
+        """Tensors among the plain attributes of `module`."""
+        attributes = vars(module)
+        if isinstance(module, nn.RNNBase):  # which keeps lists of its weights
+            lists = [name for name, value in attributes.items() if type(value) is list]
+            self._computed += [(attributes, name, attributes[name]) for name in lists]
+        for key in parameters:
+            # By the hooks of weight_norm, spectral_norm and prune.
+            name = key.removesuffix("_orig").removesuffix("_g")
+            if name != key and name in attributes:
+                self._computed.append((attributes, name, attributes[name]))
+        if not type(module).__module__.startswith("torch.nn."):  # whose layers have none
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    self.unregistered[id(value)] = attributes, name, value
+
+    def refuse_carried(self, read: Iterable[int]) -> None:
+        """Raise an error if a tensor in a plain attribute was `read` and replaced."""
+        for attributes, name, value in map(self.unregistered.__getitem__, read):
+            if attributes.get(name) is not value:
+                attributes[name] = value
+                raise InputError(carried(name))
 
     def __enter__(self) -> Self:
         for places, values in ((self._parameters, self.params), (self._buffers, self.state)):
@@ -76,28 +104,32 @@ class Substitution:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        lost = None if kind else self._lost()
-        for entries, before in self._before:
-            if entries or before:
+        lost = self._lost()
+        for entries, key, _, own in (*self._parameters, *self._buffers):
+            entries[key] = own
+        if lost:
+            for entries, before in self._registered:
                 entries.clear()
                 entries.update(before)
-        for attributes, name, value in self._attributes:
+        unfinished = self.unregistered.values() if kind else ()
+        for attributes, name, value in (*self._computed, *unfinished):
             attributes[name] = value
-        if lost:
+        if lost and kind is None:
             raise InputError(lost)
 
     def _lost(self) -> str:
         """What the model did to itself that would be lost, if anything; and its buffers."""
-        for entries, before in self._before:
-            changed = entries.keys() ^ before.keys() or {
-                key
-                for key, module in before.items()
-                if isinstance(module, nn.Module) and entries[key] is not module
-            }
-            if changed:
+        for entries, before in self._registered:
+            if entries.keys() != before.keys():
                 return (
-                    f"the model registers or removes {sorted(changed)} in its forward pass. Call "
-                    "it once on data before, so that what it consists of is known."
+                    f"the model registers or removes {sorted(entries.keys() ^ before.keys())} in "
+                    "its forward pass. Call it once on data before, so that what it consists of "
+                    "is known."
+                )
+        for entries, before in self._layers:
+            if entries != before:
+                return (
+                    f"the model replaces layers among {list(before)} in its forward pass. {WRITES}"
                 )
         for entries, key, name, own in self._parameters:
             if entries[key] is not self.params.get(name, own):
@@ -114,30 +146,17 @@ WRITES = (
 )
 
 
-def _places(prefixes: list[str], entries: list[Entries], names: dict[int, str]) -> Iterator[Place]:
-    """The places in `entries`; `names` gets the first name of each tensor."""
-    for prefix, each in zip(prefixes, entries, strict=True):
-        for key, own in each.items():
-            if own is not None:
-                yield Place(each, key, names.setdefault(id(own), prefix + key), own)
+def carried(name: str) -> str:
+    """What is wrong with a plain attribute that a model reads and changes."""
+    return (
+        f"the model keeps a tensor from one call to the next in the attribute {name!r}, so that "
+        "tasks and inner steps would depend on those before them. Keep it as a buffer "
+        "(register_buffer), which every call starts from."
+    )
 
 
-def _computed(module: nn.Module, registered: Entries) -> Iterator[tuple[Entries, str, Any]]:
-    """Attributes of `module` that its hooks, or torch's own code, compute from its parameters.
-
-    Such as the `weight` of the old `weight_norm` and of a pruned layer, and the list of all weights
-    that recurrent layers keep.
-    """
-    attributes = vars(module)
-    if isinstance(module, nn.RNNBase):
-        kept = [name for name, value in attributes.items() if type(value) is list]
-    else:
-        kept = [
-            name.removesuffix(suffix)
-            for name in registered
-            for suffix in ("_orig", "_g")
-            if name.endswith(suffix)
-        ]
-    for name in kept:
-        if name in attributes:
-            yield attributes, name, attributes[name]
+def _add(places: list[Place], prefix: str, entries: Entries, names: dict[int, str]) -> None:
+    """Add the places in `entries` to `places`, and the first name of each tensor to `names`."""
+    for key, own in entries.items():
+        if own is not None:
+            places.append((entries, key, names.setdefault(id(own), prefix + key), own))
