@@ -22,6 +22,7 @@ def test_iteryne() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two each where nothing else runs; ivy is slow
 @pytest.mark.skipif(importlib.util.find_spec("ivy") is None, reason="ivy is not installed")
 def test_ivy(backend_name: str) -> None:
     found = reference_suites.ivy(backend_name, EVERY)

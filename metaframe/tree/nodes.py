@@ -308,7 +308,17 @@ def register_dict(
     flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
-    """`register` a subclass of dict that matches a dict with its keys, in the order of these."""
+    """`register` a subclass of dict that matches a dict with its keys, in the order of these.
+
+    >>> class Named(dict):
+    ...     pass
+    >>> def flatten_fn(named):
+    ...     keys = tuple(sorted(named))
+    ...     return [named[key] for key in keys], keys, keys
+    >>> register_dict(Named, flatten_fn, lambda keys, values: Named(zip(keys, values)))
+    >>> map(lambda a, b: a - b, {"w": 3}, Named(w=1))
+    {'w': 2}
+    """
     _dicts.add(cls)
     register(cls, flatten_fn, unflatten_fn)
 
