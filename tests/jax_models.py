@@ -14,6 +14,7 @@ import equinox as eqx
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 DOUBLE: dict[str, Any] = {"param_dtype": jnp.float64}
@@ -26,10 +27,6 @@ class Entry:
     build: Callable[[], Any]
     own: Callable[[Any, str | None, Any], Any]
     """`(model, norm, x) -> output`, without metaframe."""
-    normalised: bool = False
-    """Do its outputs differ between the policies of batch normalisation?"""
-    drops: bool = False
-    """Is it called with random numbers that come with the call?"""
 
 
 # -- flax.nnx -----------------------------------------------------------------------------------
@@ -38,7 +35,8 @@ class Entry:
 def nnx_own(model: Any, norm: str | None, x: Any) -> Any:
     copy = nnx.clone(model)
     if norm is not None:
-        copy.set_attributes(use_running_average=norm == "frozen", raise_if_not_found=False)
+        frozen = norm == "frozen"
+        copy.set_attributes(nnx.BatchNorm, use_running_average=frozen, raise_if_not_found=False)
     return copy(x)
 
 
@@ -125,7 +123,7 @@ class Adapted(nnx.Module):
     def __init__(self) -> None:
         self.body = nnx.LoRA(3, 2, 4, base_module=nnx.Linear(3, 4, **settings()), **settings(1))
         self.body.lora_b[...] = jnp.full((2, 4), 0.3)
-        self.head = nnx.LoRALinear(4, 2, lora_rank=1, **settings(2))
+        self.head = nnx.LoRALinear(4, 2, lora_rank=1, lora_param_dtype=jnp.float64, **settings(2))
 
     def __call__(self, x: Any) -> Any:
         return self.head(jnp.tanh(self.body(x)))
@@ -141,10 +139,16 @@ class Recurrent(nnx.Module):
         return self.head(self.back(self.cells(x[..., None]))[:, 0])
 
 
+def attend(query: Any, key: Any, value: Any, mask: Any = None, **_: Any) -> Any:
+    """As Flax's own, which has its softmax in float32, always."""
+    weights = nnx.nn.attention.dot_product_attention_weights(query, key, mask=mask)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+
+
 class Attending(nnx.Module):
     def __init__(self) -> None:
         self.embed = nnx.Linear(1, 4, **settings())
-        self.attend = nnx.MultiHeadAttention(2, 4, decode=False, **settings(1))
+        self.attend = nnx.MultiHeadAttention(2, 4, decode=False, attention_fn=attend, **settings(1))
         self.head = nnx.Linear(4, 2, **settings(2))
 
     def __call__(self, x: Any) -> Any:
@@ -164,7 +168,7 @@ class Stateful(nnx.Module):
         self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
         self.offset = self.Frozen(jnp.full(2, 0.5))
         self.raw = nnx.data(jnp.linspace(0.0, 1.0, 2))
-        self.table = nnx.Param(jnp.ones(2), sharding_names=None, note="kept")
+        self.table = nnx.Param(jnp.ones(2), note="kept")
 
     def __call__(self, x: Any) -> Any:
         self.calls[...] += 1
@@ -251,9 +255,11 @@ NNX = {
 
 def linen_own(model: Any, norm: str | None, x: Any) -> Any:
     module, variables = model
-    kwargs = (
-        {} if norm is None or not hasattr(module, "takes_train") else {"train": norm != "frozen"}
-    )
+    kwargs = {}
+    if norm is not None and hasattr(module, "takes_train"):
+        kwargs = {"train": norm != "frozen"}
+    if norm == "frozen" and hasattr(module, "norm"):
+        module = module.copy(norm=module.norm.copy(use_running_average=True))
     mutable = [name for name in variables if name != "params"]
     return module.apply(variables, x, mutable=mutable, **kwargs)[0]
 
@@ -415,11 +421,15 @@ LINEN: dict[str, Callable[[], Any]] = {
 
 
 def equinox_own(model: Any, norm: str | None, x: Any) -> Any:
-    del norm
-    if isinstance(model, tuple):
-        function, module = model
-        return function(module, x)
-    return jax.vmap(model)(x)
+    if not isinstance(model, tuple):
+        return model(x) if "Vmap" in type(model).__name__ else jax.vmap(model)(x)
+    first, second = model
+    if not isinstance(second, eqx.nn.State):
+        return first(second, x)
+    if norm in ("batch", "record"):  # mode "ema" takes those of the first batch as they are
+        _, second = eqx.nn.make_with_state(type(first))(first.norm.mode)
+    state = jax.tree.map(lambda x: x, second)  # a state is used up by a call
+    return mapped(eqx.nn.inference_mode(first, norm == "frozen"), x, state)[0]
 
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -438,7 +448,7 @@ class EqxShared(eqx.Module):
 
 
 class EqxMixed(eqx.Module):
-    """Static fields, functions, numbers, integers, frozen leaves and None beside parameters."""
+    """Static fields, functions, numbers, integers, NumPy arrays and None beside parameters."""
 
     layer: eqx.nn.Linear
     table: Any
@@ -452,11 +462,11 @@ class EqxMixed(eqx.Module):
     def __init__(self) -> None:
         self.layer = eqx.nn.Linear(3, 2, key=KEYS[0])
         self.table, self.offset = jnp.arange(2), {"a": [jnp.ones(2), jnp.zeros(2)]}
-        self.frozen, self.activation, self.rate = jnp.full(2, 0.4), jnp.tanh, 0.7
+        self.frozen, self.activation, self.rate = np.full(2, 0.4), jnp.tanh, 0.7
 
     def __call__(self, x: Any) -> Any:
         y = self.activation(self.layer(x)) * self.rate + self.table + self.offset["a"][1]
-        return (y * jax.lax.stop_gradient(self.frozen) + self.offset["a"][0])[: self.size]
+        return (y * self.frozen + self.offset["a"][0])[: self.size]
 
 
 class EqxCells(eqx.Module):
@@ -490,6 +500,33 @@ def eqx_mlp() -> Any:
     return eqx.nn.MLP(3, 2, 4, 1, activation=jnp.tanh, key=KEYS[0])
 
 
+class EqxStateful(eqx.Module):
+    """Batch normalisation with its running statistics in an `eqx.nn.State`."""
+
+    layer: Any
+    norm: Any
+    head: Any
+
+    def __init__(self, mode: Any) -> None:
+        self.layer = eqx.nn.Linear(3, 4, key=KEYS[0])
+        self.norm = eqx.nn.BatchNorm(4, "examples", mode=mode)
+        self.head = eqx.nn.Linear(4, 2, key=KEYS[1])
+
+    def __call__(self, x: Any, state: Any) -> Any:
+        x, state = self.norm(self.layer(x), state)
+        return self.head(jnp.tanh(x)), state
+
+
+def mapped(module: Any, x: Any, state: Any) -> Any:
+    return jax.vmap(module, axis_name="examples", in_axes=(0, None), out_axes=(0, None))(x, state)
+
+
+def stateful(mode: str) -> Any:
+    module, state = eqx.nn.make_with_state(EqxStateful)(mode)
+    _, state = mapped(module, jnp.linspace(-1.0, 2.0, 12).reshape(4, 3), state)
+    return module, state
+
+
 class EqxBatch(eqx.Module):
     """Takes a batch: the examples know each other."""
 
@@ -513,6 +550,9 @@ EQUINOX: dict[str, Callable[[], Any]] = {
     "cells and attention": EqxCells,
     "convolution": EqxConv,
     "jitted": lambda: eqx.filter_jit(eqx_mlp()),
+    "vectorised": lambda: eqx.filter_vmap(eqx_mlp()),
+    "batch norm": lambda: stateful("batch"),
+    "batch norm by averages": lambda: stateful("ema"),
     "takes a batch": lambda: (lambda module, x: module(x), EqxBatch(eqx_mlp())),
     "partitioned": eqx_partitioned,
 }

@@ -23,6 +23,8 @@ from metaframe_jax._equinox import find_equinox_adapter
 from metaframe_jax._names import filled, named, path_name, unique
 
 Params = dict[str, Array]
+REFERENCES = ("hijax", "ref")
+"""Kinds of Variables that live in mutable references."""
 
 
 def find_adapter(model: object, backend: Backend) -> ModelAdapter | None:
@@ -165,7 +167,7 @@ class _Split:
         ):
             given = [values.get(name, x) for name, x in zip(names, arrays, strict=True)]
             value = jax.tree_util.tree_unflatten(spec, given)
-            variables.append(old.replace(value) if _is_variable(old) else value)
+            variables.append(_plain(old, value) if _is_variable(old) else value)
         return _nnx().merge(self._graph, jax.tree_util.tree_unflatten(self._spec, variables))
 
 
@@ -175,6 +177,14 @@ def _nnx() -> Any:
 
 def _is_variable(x: object) -> bool:
     return isinstance(x, _nnx().Variable)
+
+
+def _plain(variable: Any, value: Any) -> Any:
+    """A Variable like this one that holds `value` itself, and no reference to it."""
+    found: Any = variable.replace(
+        value, **{k: False for k in REFERENCES if getattr(variable, k, 0)}
+    )
+    return found
 
 
 def _stored(x: Any) -> Any:
