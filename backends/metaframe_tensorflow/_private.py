@@ -34,6 +34,12 @@ RECORDS = PrivateName(
     SEEN,
     "error",
 )
+FORWARD = PrivateName(
+    "tensorflow.python.eager.forwardprop_util:pack_tangents",
+    "tasks at once where a ForwardAccumulator may be active",
+    SEEN,
+    "slower",
+)
 FLATTEN = PrivateName("tensorflow:Module._flatten", "a tf.Module", SEEN, "error")
 CONTEXT = PrivateName(
     "tensorflow.python.eager.context:context",
@@ -94,6 +100,13 @@ def may_record() -> bool:
 def records(xs: Sequence[Array]) -> bool:
     """Does a tape record any of `xs`?"""
     return bool(RECORDS.required(list(xs)))
+
+
+def forward_mode() -> bool:
+    """Is a ForwardAccumulator active? If it cannot be told, wherever anything is recorded."""
+    if not may_record():
+        return False
+    return FORWARD.found is None or bool(FORWARD.found([tf.zeros(())]).indices)
 
 
 def named_variables(module: tf.Module) -> list[tuple[tuple[Any, ...], tf.Variable]]:
