@@ -132,6 +132,7 @@ class TensorFlowBackend(Backend):
                 value, aux = fn(xs)
             grads = tape.gradient(value, xs)
             if on_disconnected is not None and all(g is None for g in grads):
+                _refuse_stopped_recording()
                 on_disconnected()
             return value, aux, tuple(map(_dense, grads, xs))
 
@@ -203,6 +204,10 @@ class TensorFlowBackend(Backend):
         def call(xs: Arrays) -> Arrays:
             if not tf.executing_eagerly():
                 return tuple(mapped(*xs))
+            if _private.forward_mode():
+                # Forward mode over the gradient of a graph function fails with an InternalError.
+                rows = [fn(tuple(x[i] for x in xs)) for i in range(xs[0].shape[0])]
+                return tuple(map(tf.stack, zip(*rows, strict=True)))
             # vectorized_map makes a graph even for one eager call, and warns of it from the
             # fifth call on. In a function of our own, traced by hand, it does so silently.
             graph = tf.function(mapped, autograph=False)
@@ -302,6 +307,18 @@ def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:
         f"the model makes the variable {kwargs.get('name') or 'Variable'!r} when it is called, too "
         "late for it to be adapted. Call it once on data before."
     )
+
+
+def _refuse_stopped_recording() -> None:
+    x = tf.constant(1.0)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = 2 * x
+    if tape.gradient(y, x) is None:
+        raise InputError(
+            "no gradient can be taken where TensorFlow records nothing, such as within "
+            'tf.recompute_grad. Leave it out; mode="remat" recomputes inner steps.'
+        )
 
 
 def _address(capsule: Any) -> int:

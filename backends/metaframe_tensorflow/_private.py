@@ -34,11 +34,11 @@ RECORDS = PrivateName(
     SEEN,
     "error",
 )
-TANGENTS = PrivateName(
+FORWARD = PrivateName(
     "tensorflow.python.eager.forwardprop_util:pack_tangents",
-    "an error of ours where tf.autodiff.ForwardAccumulator meets a mode that runs steps again",
+    "tasks at once where a ForwardAccumulator may be active",
     SEEN,
-    "public",
+    "slower",
 )
 CONTEXT = PrivateName(
     "tensorflow.python.eager.context:context",
@@ -103,9 +103,9 @@ def records(xs: Sequence[Array]) -> bool:
 
 def has_tangents(xs: Sequence[Array]) -> bool:
     """Does a ForwardAccumulator have a tangent of any of `xs`?"""
-    if TANGENTS.found is None:
+    if FORWARD.found is None:
         return False
-    return bool(TANGENTS.found([tf.convert_to_tensor(x) for x in xs]).tangents)
+    return bool(FORWARD.found([tf.convert_to_tensor(x) for x in xs]).tangents)
 
 
 def in_gradient_of_loop() -> bool:
@@ -122,6 +122,13 @@ def as_captured(x: Array) -> Array:
     """
     graph = tf.compat.v1.get_default_graph()
     return graph.capture(x) if hasattr(graph, "capture") else x
+
+
+def forward_mode() -> bool:
+    """Is a ForwardAccumulator active? If it cannot be told, wherever anything is recorded."""
+    if not may_record():
+        return False
+    return FORWARD.found is None or bool(FORWARD.found([tf.zeros(())]).indices)
 
 
 def tell_cluster(text: str) -> None:
