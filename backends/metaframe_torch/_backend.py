@@ -23,10 +23,12 @@ from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, Sca
 from metaframe.errors import BackendError
 from metaframe.workers import ALONE, Place, Workers
 from metaframe_torch import _private, _tape
+from metaframe_torch._calls import InExactForms
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+from metaframe_torch._refusals import in_our_words
 
 
 class TorchBackend(Backend):
@@ -123,6 +125,7 @@ class TorchBackend(Backend):
 
         recorded = torch.func.grad(checked, has_aux=True)
 
+        @in_our_words()
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             if not _tape.transforming():
                 return _tape.value_and_grad(fn, xs, on_disconnected)
@@ -273,6 +276,10 @@ class TorchBackend(Backend):
     def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
         return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
+    def differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return InExactForms(fn)
+
+    @in_our_words()
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:
@@ -324,7 +331,7 @@ class _Rule(torch.autograd.Function):
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-    return lambda xs: tuple(mapped(*xs))
+    return in_our_words()(lambda xs: tuple(mapped(*xs)))
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

@@ -100,6 +100,8 @@ class Learner:
             )
         if not callable(support_loss) and self.config.norm == "support":
             raise InputError("norm='support' needs adapt_on, or a function passed to adapt.")
+        if callable(support_loss):
+            support_loss = self._adapter.backend.differentiable(support_loss)
         return self._step(support_loss)
 
     def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
@@ -115,6 +117,7 @@ class Learner:
             InputError: fewer steps than one; otherwise as `adapt`.
         """
         checks.function(loss_fn, "loss_fn")
+        loss_fn = self._adapter.backend.differentiable(loss_fn)
         steps = self.config.steps(steps, at_least=1)
         support = self._support(loss_fn, x, y)
         if self._method.begin is not None and (self._start is None or steps == 0):
