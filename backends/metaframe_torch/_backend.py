@@ -25,10 +25,12 @@ from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
 from metaframe_torch import _foreign, _private, _tape
 from metaframe_torch._ambient import Ambient
+from metaframe_torch._calls import InExactForms
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+from metaframe_torch._refusals import in_our_words
 from metaframe_torch._roots import with_finite_roots
 
 T = TypeVar("T")
@@ -136,6 +138,7 @@ class TorchBackend(Backend):
 
         recorded = torch.func.grad(checked, has_aux=True)
 
+        @in_our_words()
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             _tape.refuse_script_trace()
             if not _tape.transforming() and not _tape.has_tangents():
@@ -307,6 +310,10 @@ class TorchBackend(Backend):
     def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
         return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
+    def differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return InExactForms(fn)
+
+    @in_our_words()
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:
@@ -373,7 +380,7 @@ class _Rule(torch.autograd.Function):
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-    return lambda xs: tuple(mapped(*xs))
+    return in_our_words()(lambda xs: tuple(mapped(*xs)))
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

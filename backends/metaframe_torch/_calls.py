@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ class Exact(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self._forms.get(func, func)(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class InExactForms:
+    """`fn`, its calls into torch in exact forms; equal to another around the same function."""
+
+    fn: Function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of `fn`."""
+        with Exact(_kernels.exact()):
+            return self.fn(*args, **kwargs)
 
 
 class ModelCalls(Exact):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaframe_torch import _private, _tape
+from metaframe_torch._losses import ctc_loss, multi_margin_loss, multilabel_margin_loss
 from metaframe_torch._recurrent import of_a_cell, of_a_layer, pack, pad
 
 Function = Callable[..., Any]
@@ -56,7 +57,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-# -- distances and margins ------------------------------------------------------------------------
+# -- distances ------------------------------------------------------------------------------------
 
 
 def cdist(
@@ -81,53 +82,6 @@ def _length(x: Tensor, p: float) -> Tensor:
     zero = (x == 0).all(-1, keepdim=True)
     norm = torch.linalg.vector_norm(torch.where(zero, 1.0, x), p, dim=-1)
     return torch.where(zero.squeeze(-1), 0.0, norm)
-
-
-def multi_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    p: int = 1,
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`F.multi_margin_loss`."""
-    x, chosen = input.reshape(-1, input.shape[-1]), target.reshape(-1, 1)
-    terms = torch.relu(margin - x.gather(1, chosen) + x) ** p
-    if weight is not None:
-        terms = terms * weight[chosen]
-    others = chosen != torch.arange(x.shape[1], device=x.device)
-    losses = torch.where(others, terms, 0.0).mean(1)
-    return _reduced(losses.reshape(target.shape), reduction, size_average, reduce)
-
-
-def multilabel_margin_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """`F.multilabel_margin_loss`; labels end at the first negative one."""
-    x, labels = (y.reshape(-1, y.shape[-1]) for y in (input, target))
-    valid = (labels >= 0).long().cumprod(1) > 0
-    labels = torch.where(valid, labels, 0)
-    classes = torch.arange(x.shape[1], device=x.device)
-    hit = ((labels.unsqueeze(-1) == classes) & valid.unsqueeze(-1)).any(1)
-    terms = torch.relu(1 - x.gather(1, labels).unsqueeze(-1) + x.unsqueeze(1))
-    counted = valid.unsqueeze(-1) & ~hit.unsqueeze(1)
-    losses = torch.where(counted, terms, 0.0).sum((1, 2)) / x.shape[1]
-    return _reduced(losses.reshape(input.shape[:-1]), reduction, size_average, reduce)
-
-
-def _reduced(
-    losses: Tensor, reduction: str, size_average: bool | None, reduce: bool | None
-) -> Tensor:
-    if size_average is not None or reduce is not None:  # what `reduction` was in older versions
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-    return losses if reduction == "none" else getattr(losses, reduction)()
 
 
 # -- embeddings -----------------------------------------------------------------------------------
@@ -265,7 +219,7 @@ def without_fused_attention(func: Function) -> Function:
 
 
 def always() -> Forms:
-    """The forms whose values are torch's, bit for bit, at next to no cost."""
+    """The forms that compute what torch does at next to no cost."""
     return _forms(False, *(name.found for name in _NAMES))
 
 
@@ -288,6 +242,7 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
     own: tuple[Function, ...] = (weight_norm, pack, pad, lambda x, mask: False)
     forms: dict[Function, Function] = {
         **{f: form for f, form in zip(private, own, strict=True) if f is not None},
+        F.hardsigmoid: hardsigmoid,  # torch has the factor 1 / 6 in single precision
         F.embedding: embedding,
         F.embedding_bag: dense_embedding_bag,
         F.one_hot: one_hot,
@@ -300,13 +255,13 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
     attentions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     if exact:
         forms |= {
-            F.hardsigmoid: hardsigmoid,
             F.rrelu: rrelu,
             F.embedding_bag: embedding_bag,
             torch.cdist: cdist,
             F.pdist: pdist,
             F.multi_margin_loss: multi_margin_loss,
             F.multilabel_margin_loss: multilabel_margin_loss,
+            F.ctc_loss: ctc_loss,
             **{f: without_fused_attention(f) for f in attentions},
         }
     return forms

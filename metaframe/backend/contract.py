@@ -406,6 +406,14 @@ class Backend(Required):
         del optimizer
         return None
 
+    def differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` by operations with a second derivative and a batching rule, as far as there are any.
+
+        For a framework some of whose own operations have none. What it returns is equal to another
+        for the same function.
+        """
+        return fn
+
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:

@@ -220,6 +220,8 @@ class Learner:
             )
         if not callable(support_loss) and self.config.norm == "support":
             raise InputError("norm='support' needs adapt_on, or a function passed to adapt.")
+        if callable(support_loss):
+            support_loss = self._adapter.backend.differentiable(support_loss)
         return self._step(support_loss)
 
     def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
@@ -235,6 +237,7 @@ class Learner:
             InputError: fewer steps than one; otherwise as `adapt`.
         """
         arguments.function(loss_fn, "loss_fn")
+        loss_fn = self._adapter.backend.differentiable(loss_fn)
         steps = self.config.steps(steps, at_least=1)
         x, y = self._converted((x, y))
         support = self._support(loss_fn, x, y)

@@ -389,6 +389,7 @@ class MetaLearner(Wrapper):
         arguments.function(loss_fn, "loss_fn")
         config = self._adapting
         steps = config.steps(steps, at_least=0)
+        loss_fn = self.backend.differentiable(loss_fn)
         return Setting(self._adapter, config, self._method, loss_fn, steps, mode, metric)
 
     def _run(self, fn: Program, tasks: Task | Sequence[Task], compiled: bool | None) -> Any:
