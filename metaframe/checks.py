@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -47,23 +47,41 @@ def function(value: Any, name: str) -> None:
         raise InputTypeError(f"{name} must be a function, received {type(value).__name__}.")
 
 
-def learning_rate(lr: Any) -> Any:
-    """Numbers are finite and not negative; arrays are not looked at, they may be traced.
+def learning_rate(lr: Any, name: str = "lr") -> Any:
+    """Numbers are finite and not negative; arrays of a framework are real, and may be traced.
 
-    Returns the rates, those of NumPy as Python numbers.
+    Args:
+        lr: a number, an array, or a structure of them.
+        name: the argument that it is, for errors.
+
+    Returns:
+        The rates, those of NumPy without axes as Python numbers.
     """
     if type(lr) is float and 0 <= lr < math.inf:
         return lr  # the common case, which eager steps ask for every time
+    if isinstance(lr, Mapping) and tree.is_leaf(lr):
+        lr = dict(lr)
     for i, rate in enumerate(tree.leaves(lr)):
-        if isinstance(rate, bool) or not (is_neutral(rate) or owner(rate)):
+        if not _is_real(rate):
+            kind = owner(rate)
+            found = f"an array of {kind.dtype_name(rate)}" if kind else repr(rate)
             raise InputTypeError(
-                f"{_rate_name(lr, i)} must be a number or an array, received {rate!r}."
+                f"{_rate_name(lr, i, name)} must be a number or an array of numbers, received "
+                f"{found}."
             )
         if is_neutral(rate) and not np.all(np.isfinite(rate) & (np.asarray(rate) >= 0)):
             raise InputError(
-                f"{_rate_name(lr, i)} must be finite and not negative, received {rate!r}."
+                f"{_rate_name(lr, i, name)} must be finite and not negative, received {rate!r}."
             )
     return plain_numbers(lr)
+
+
+def _is_real(x: Any) -> bool:
+    """A real number, or an array of them; booleans are not numbers."""
+    if (backend := owner(x)) is not None:
+        return not backend.dtype_name(x).startswith(("bool", "complex"))
+    kind = np.asarray(x).dtype
+    return is_neutral(x) and (kind.kind in "iuf" or kind.name == "bfloat16")
 
 
 def plain_numbers(lr: Any) -> Any:
@@ -75,9 +93,9 @@ def plain_numbers(lr: Any) -> Any:
     return tree.map(plain, lr)
 
 
-def _rate_name(lr: Any, leaf: int) -> str:
+def _rate_name(lr: Any, leaf: int, name: str) -> str:
     chain = tree.key_chains(lr)[leaf]
-    return f"learning rate {chain!r}" if chain else "the learning rate"
+    return f"{name}: " + (f"learning rate {chain!r}" if chain else "the learning rate")
 
 
 def variables(

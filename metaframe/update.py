@@ -1,19 +1,25 @@
-"""What an inner step may be given as update rule, brought to one form.
+"""The update rule of an inner step, brought to one form.
 
 Three kinds are accepted: our `optim.Optimizer`, a foreign pair with `init` and `update` (an optax
 `GradientTransformation`), and a function `update(v, grads, lr, stop_gradients=...)` that returns
-new variables.
+new variables. Whatever it is, the variables and the state that it returns have the structure,
+shapes and dtypes of those that it got.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from metaframe import optim, tree
+import numpy as np
+
+from metaframe import optim, rates, tree
+from metaframe.backend import owner
 from metaframe.errors import InputError, InputTypeError
 from metaframe.optim import Optimizer, Params, Rate, State
+
+RETURNED = "what the inner update returned"
 
 
 class UpdateRule(NamedTuple):
@@ -22,6 +28,11 @@ class UpdateRule(NamedTuple):
     init: Callable[[Params], State]
     apply: Callable[[Params, Params, State, Rate], tuple[Params, State, Params]]
     """`(v, grads, state, lr) -> (new v, new state, what was added)`."""
+    rate: Callable[..., Rate]
+    """`rate(lr, v, name=..., known=...)`: what `apply` takes as `lr`, or an error about it.
+
+    The arguments as of `rates.spread`.
+    """
 
 
 def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
@@ -34,7 +45,7 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
         # As a pair it also says what it added, without the rounding of a difference.
         update = optim.sgd()
     if isinstance(update, Optimizer):
-        return _pair(update.init, update.update)
+        return _pair(update.init, update.update, _rate_of(update), "grads, state, v, lr")
     if hasattr(update, "init") and hasattr(update, "update"):
         return _foreign_pair(update)
     if callable(update):
@@ -45,41 +56,150 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
     )
 
 
-def _pair(init: Any, update: Any) -> UpdateRule:
-    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        updates, state = update(grads, state, v, lr)
-        return optim.apply_updates(v, updates), state, updates
+def _pair(init: Any, update: Any, rate: Callable[..., Rate], arguments: str) -> UpdateRule:
+    _check_signature(init, "init(v)", None)
+    _check_signature(update, f"update({arguments})", *arguments.split(","))
 
-    return UpdateRule(init, apply)
+    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
+        given = (grads, state, v, lr)
+        result = update(*given[: arguments.count(",") + 1])
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputTypeError(
+                "the inner update is a pair whose update returns (updates, new state), received "
+                f"{type(result).__name__}."
+            )
+        updates, new_state = result
+        tree.same_structure(updates, tree.structure(v), what=RETURNED)
+        new = optim.apply_updates(v, updates)
+        _check_variables(new, v)
+        _check_state(new_state, state)
+        return new, new_state, updates
+
+    return UpdateRule(init, apply, rate)
+
+
+def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
+    """For a rule of ours a rate for every variable; another one has its own idea of a rate."""
+    if optim.rule(optimizer) is None:
+        return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
+
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        own = optim.one_rate(optimizer.learning_rate, lr)
+        if lr is not None:
+            return rates.spread(lr, v, name=name, known=known)
+        rates.spread(own, v, name="the optimizer's learning_rate", known=known)
+        return None
+
+    return rate
 
 
 def _foreign_pair(pair: Any) -> UpdateRule:
-    def update(grads: Params, state: State, v: Params, lr: Rate) -> tuple[Params, State]:
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        del v, known
         if lr is not None:
             raise InputError(
                 "this update rule brings its own learning rate (it is no optim.Optimizer); "
-                f"pass None as the inner learning rate, received {lr!r}."
+                f"pass None as {name}, the inner learning rate, received {lr!r}."
             )
-        updates, state = pair.update(grads, state, v)
-        return updates, state
+        return None
 
-    return _pair(pair.init, update)
+    def update(grads: Params, state: State, v: Params) -> Any:
+        result = pair.update(grads, state, v)
+        if not isinstance(result, tuple) or len(result) != 2:
+            return result
+        # As optax applies them: in the dtype of the variables, whatever it accumulates in.
+        tree.same_structure(result[0], tree.structure(v), what=RETURNED)
+        return tree.map(_in_dtype_of, result[0], v), result[1]
+
+    _check_signature(pair.update, "update(grads, state, v)", None, None, None)
+    return _pair(pair.init, update, rate, "grads, state, v")
+
+
+def _in_dtype_of(x: Any, like: Any) -> Any:
+    backend = owner(like)
+    if backend is None or not backend.owns(x) or backend.dtype_name(x) == backend.dtype_name(like):
+        return x
+    return backend.ops.astype(x, backend.dtype_name(like))
 
 
 def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule:
+    _check_signature(
+        update,
+        "update(v, grads, lr, stop_gradients=...)",
+        None,
+        None,
+        None,
+        stop_gradients=stop_gradients,
+    )
+
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        if lr is None or not rates.is_structure(lr):
+            return rates.arrays(lr, v)
+        return rates.spread(lr, v, name=name, known=known)
+
+    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
+        new = update(v, grads, lr, stop_gradients=stop_gradients)
+        _check_variables(new, v)
+        return new, state, tree.map(lambda n, o: n - o, new, v)
+
+    return UpdateRule(lambda v: (), apply, rate)
+
+
+def _check_signature(fn: Any, form: str, *args: Any, **kwargs: Any) -> None:
     try:
-        inspect.signature(update).bind(None, None, None, stop_gradients=stop_gradients)
+        inspect.signature(fn).bind(*args, **kwargs)
     except TypeError as error:
         raise InputTypeError(
-            "the inner update function is called as update(v, grads, lr, stop_gradients=...): "
-            f"{error}."
+            f"the inner update function is called as {form}: {error}. Take these arguments."
         ) from None
     except ValueError:
         pass  # written in C, and without a signature
 
-    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        new = update(v, grads, lr, stop_gradients=stop_gradients)
-        tree.same_structure(new, tree.structure(v), what="what the inner update returned")
-        return new, state, tree.map(lambda n, o: n - o, new, v)
 
-    return UpdateRule(lambda v: (), apply)
+def _check_variables(new: Params, v: Params) -> None:
+    """New variables are arrays of the structure, shapes and dtypes of the old ones."""
+    spec = tree.structure(v)
+    found = tree.same_structure(new, spec, what=RETURNED)
+    for i, (x, like) in enumerate(zip(found, tree.leaves(v), strict=True)):
+        if (problem := _difference(x, like)) is not None:
+            name = tree.key_chains(v)[i]
+            where = f" for {name!r}" if name else ""
+            raise InputError(
+                f"the inner update returned {problem[0]}{where}, whose variable is {problem[1]}. "
+                "Return new variables of the shapes and dtypes of the old ones."
+            )
+
+
+def _check_state(new: State, state: State) -> None:
+    """A new state is arrays of the structure, shapes and dtypes of the old one."""
+    what = "the state that the inner update returned"
+    for i, (x, like) in enumerate(
+        zip(tree.same_structure(new, tree.structure(state), what=what), tree.leaves(state), strict=True)
+    ):
+        problem = _difference(x, like)
+        if problem is not None:
+            raise InputError(
+                f"{what} has {problem[0]} at {tree.key_chains(state)[i]!r}, where it had "
+                f"{problem[1]}. A state consists of arrays whose shapes and dtypes stay; count in "
+                "an array, such as ops.sum(ops.zeros_like(w))."
+            )
+
+
+def _difference(x: Any, like: Any) -> tuple[str, str] | None:
+    """What `x` is and what `like` is, where one cannot stand in the place of the other."""
+    backend = owner(like)
+    if backend is None:
+        same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
+        return None if same else (_described(x), _described(like))
+    if backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like):
+        shapes = tuple(x.shape), tuple(like.shape)
+        if len(shapes[0]) == len(shapes[1]) and rates.broadcasts(*shapes) and rates.broadcasts(*shapes[::-1]):
+            return None
+    return _described(x), _described(like)
+
+
+def _described(x: Any) -> str:
+    backend = owner(x)
+    if backend is None:
+        return f"{x!r:.60} ({type(x).__name__})"
+    return f"{backend.dtype_name(x)} of shape {tuple(x.shape)} ({backend.name})"
