@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from metaframe.learners import inner_step as inner_step
     from metaframe.learners import named_buffers as named_buffers
     from metaframe.learners import named_params as named_params
+    from metaframe.tasks import SinusoidTaskSampler as SinusoidTaskSampler
+    from metaframe.tasks import Task as Task
+    from metaframe.tasks import TaskSampler as TaskSampler
     from metaframe.training import History as History
     from metaframe.training import MetaTrainer as MetaTrainer
     from metaframe.training import evaluate as evaluate
@@ -78,6 +81,7 @@ _LATER = {
         "named_buffers",
         "named_params",
     ),
+    "metaframe.tasks": ("SinusoidTaskSampler", "Task", "TaskSampler"),
     "metaframe.training": ("History", "MetaTrainer", "evaluate"),
 }
 _HOME = {name: module for module, names in _LATER.items() for name in names}

@@ -39,6 +39,7 @@ from metaframe.errors import (
     UnknownKeyError,
     nearest,
 )
+from metaframe.wrappers import PLAIN, Node, node_finders
 
 ENTRY_POINT_GROUP = "metaframe.backends"
 FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -139,9 +140,14 @@ def backends_in_use() -> tuple[Backend, ...]:
     not suffer from it.
     """
     # None in sys.modules marks a module that must not be imported.
-    imported = (name for name in sorted(known_backends()) if sys.modules.get(name) is not None)
-    found = map(_unless_broken, imported)
-    return tuple(backend for backend in found if backend is not None)
+    imported = tuple(name for name in known_backends() if sys.modules.get(name) is not None)
+    if imported not in _in_use:
+        found = map(_unless_broken, sorted(imported))
+        _in_use[imported] = tuple(backend for backend in found if backend is not None)
+    return _in_use[imported]
+
+
+_in_use: dict[tuple[str, ...], tuple[Backend, ...]] = {}
 
 
 def _unless_broken(name: str) -> Backend | None:
@@ -172,7 +178,8 @@ def register_with_frameworks(cls: type, flatten: Any, unflatten: Any) -> None:
 
 def owner(x: object) -> Backend | None:
     """The backend whose array `x` is, or None. Imports no framework."""
-    if (hit := _by_type.get(type(x))) is not None:
+    hit = _by_type.get(type(x))  # no assignment expression, which AutoGraph cannot read
+    if hit is not None:
         return hit
     if type(x) in _NEVER_ARRAYS:
         return None
@@ -182,6 +189,17 @@ def owner(x: object) -> Backend | None:
             _by_type[type(x)] = backend
             return backend
     return None
+
+
+def _node_of(x: object) -> Node | None:
+    """How a framework in use takes `x` apart; None for a leaf."""
+    if is_neutral(x) or owner(x) is not None:
+        PLAIN.add(type(x))  # not asked again
+        return None
+    return next(filter(None, (backend.node(x) for backend in backends_in_use())), None)
+
+
+node_finders.append(_node_of)
 
 
 def is_neutral(x: object) -> bool:
@@ -226,6 +244,18 @@ def refuse_mixed(*arrays: object) -> None:
 def _not_an_array(x: object) -> str:
     kind = type(x)
     found = f"{kind.__module__}.{kind.__qualname__} is neither an array of a loaded framework"
+    if any(backend.adapter(x) is not None for backend in backends_in_use()):
+        return (
+            f"{found} nor a number: it is a model. Pass its parameters, "
+            "metaframe.named_params(model), and call it with metaframe.functional_forward; or wrap "
+            "it, metaframe.MAML(model)."
+        )
+    if callable(x):
+        return (
+            f"{found} nor a number. Keep functions out of the variables: of an Equinox module, "
+            "params, static = equinox.partition(module, equinox.is_inexact_array), and in the cost "
+            "equinox.combine(params, static)."
+        )
     if kind.__module__ == "builtins":
         return f"{found} nor a number: {x!r:.60}. Pass an array."
     return (
@@ -297,6 +327,13 @@ def following(types: Iterable[type]) -> Iterator[None]:
     selection = None
     if _followed and current_selection() is None:
         selection = next((_followed[cls]() for cls in types if cls in _followed), None)
+    with selected(selection):
+        yield
+
+
+@contextmanager
+def selected(selection: Selection | None) -> Iterator[None]:
+    """A block of code that runs with `selection`; with None, as it is."""
     if selection is None:
         yield
         return
@@ -385,11 +422,8 @@ def use_backend(
     'jax'
     """
     selection = _select(name, device, dtype)
-    token = _scoped_selection.set(selection)
-    try:
+    with selected(selection):
         yield selection.backend
-    finally:
-        _scoped_selection.reset(token)
 
 
 def current_backend(*arrays: object) -> Backend:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from metaframe.errors import BackendError, InputTypeError
 from metaframe.required import Required
 from metaframe.workers import ALONE, Place, Workers
+from metaframe.wrappers import Node
 
 if TYPE_CHECKING:
     from metaframe.models.adapter import ModelAdapter, NamedParameters
     from metaframe.optable import NNTable, OpsTable
 
+T = TypeVar("T")
 Array = Any
 Arrays = tuple[Array, ...]
 ArraysFn = Callable[[Arrays], Arrays]
@@ -155,6 +157,13 @@ class Backend(Required):
     def stop_gradient(self, x: Array) -> Array:
         """`x` as a constant."""
 
+    def alias(self, x: Array) -> Array:
+        """`x` as a value that is differentiated into `x` and has flags of its own.
+
+        Freezing it must not freeze `x`. Default: `x`, for a framework whose arrays have no flags.
+        """
+        return x
+
     @abc.abstractmethod
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
@@ -234,6 +243,37 @@ class Backend(Required):
         It is traced before this returns, so that an error in it is raised here.
         """
 
+    def ambient(self) -> Hashable:
+        """The state of the framework that `compile` builds into a program, as far as it may change.
+
+        Such as a default dtype, autocast, or whether operations are recorded. Every call of a
+        compiled function asks for it. The default says that there is none.
+        """
+        return None
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        """True where a compiled function of `xs` has to run as it is.
+
+        That is, where a transform or a trace from outside is active that a compiled program would
+        not be part of. False if programs can be transformed like other functions.
+        """
+        del xs
+        return False
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of ours, for a framework that translates Python code: to be left alone.
+
+        Every call of a public function asks for it.
+        """
+        return fn
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of the user's, as it is where a framework translates Python code.
+
+        Our own code around it is not translated, which must not keep the user's from being so.
+        """
+        return fn
+
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:
         """Was `error` raised because traced code asked an array for its value?"""
@@ -302,6 +342,11 @@ class Backend(Required):
         """Let the framework's own transforms take `cls` apart, if it has such a registry."""
         del cls, flatten, unflatten
 
+    def node(self, x: object) -> Node | None:
+        """How the framework's own transforms take `x` apart; None if `x` is a leaf to them."""
+        del x
+        return None
+
     def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The state of the framework's hidden random streams, for a checkpoint."""
         return {}
@@ -335,6 +380,16 @@ class Backend(Required):
         """`model` behind the neutral interface; None if it is no model of this framework."""
         del model
         return None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        """`run()`, which calls a model of another library that computes with this framework.
+
+        With `twice` its result can be differentiated twice. What comes with the result are the
+        framework's own trainable variables that were read meanwhile; none for a framework whose
+        parameters are arrays like others.
+        """
+        del twice
+        return run(), ()
 
     def live(self, values: dict[str, Array]) -> NamedParameters | None:
         """`values` as parameters that the framework's own optimizers can update, if it has such."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -110,10 +110,29 @@ def variables(
             f"{name} chooses none of the variables {list(tree.key_chains(v))}. Choose at least one."
         )
     for i, (leaf, flag) in enumerate(zip(leaves, chosen, strict=True)):
-        if flag and not backend.is_floating(leaf):
+        if flag and not is_learnable(leaf, backend):
             raise InputTypeError(
                 f"variable {tree.key_chains(v)[i]!r} is {backend.dtype_name(leaf)}; gradients need "
-                f"a float dtype. Convert it, or leave it out through {name}."
+                f"a float dtype of 16 bits or more. Convert it, or leave it out through {name}."
+            )
+
+
+def is_learnable(x: Array, backend: Backend) -> bool:
+    """Can `x` be updated by gradients? Not complex numbers, integers, or floats of 8 bits."""
+    narrow = ("float8_", "float6_", "float4_")  # no framework computes in them
+    return backend.is_floating(x) and not backend.dtype_name(x).startswith(narrow)
+
+
+def learnable(params: Mapping[str, Array], names: Iterable[str], backend: Backend) -> None:
+    """Every one of these parameters, which are to be learned, can be."""
+    for name in names:
+        if not is_learnable(params[name], backend):
+            raise InputTypeError(
+                f"parameter {name!r} is {backend.dtype_name(params[name])}; gradients need a float "
+                "dtype of 16 bits or more. Make it one, such as the real and the imaginary part of "
+                "a complex number, or freeze it: requires_grad_(False) on torch, trainable=False "
+                "on TensorFlow, on JAX another kind of variable than a parameter, or outside the "
+                "parameters."
             )
 
 
@@ -180,16 +199,17 @@ def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callab
 
 
 def scalar(value: Any, name: str, backend: Backend) -> Array:
-    """`value`, what `name` returned, is a scalar array of `backend`."""
+    """`value`, what `name` returned, as a scalar array of `backend`; one of shape (1,) counts."""
     value = tree.unwrapped(value)
     if not backend.owns(value):
         other = owner(value)
         kind = f"an array of {other.name!r}" if other else type(value).__name__
         raise InputTypeError(f"{name} returned {kind}, need a scalar array of {backend.name!r}.")
-    if len(value.shape) != 0:
-        raise InputError(
-            f"{name} returned shape {tuple(value.shape)}, need a scalar; did you forget a mean?"
-        )
+    shape = tuple(value.shape)
+    if shape == (1,):
+        return backend.ops.reshape(value, ())
+    if shape:
+        raise InputError(f"{name} returned shape {shape}, need a scalar; did you forget a mean?")
     return value
 
 

@@ -29,9 +29,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from metaframe import checks, modes, ops, optim, tree
+from metaframe import checks, modes, ops, optim, rates, tree
 from metaframe.backend import Array, Arrays, backend_of
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
+from metaframe.inputs import arrays_of
 from metaframe.update import update_rule
 
 Cost = Callable[..., Array]
@@ -40,6 +42,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Order = Literal[1, 2]
 
 
+@entrance
 def inner_loop(
     cost: Cost,
     v: tree.Tree,
@@ -58,15 +61,19 @@ def inner_loop(
     Args:
         cost: `cost(batch, v) -> scalar`, pure.
         v: variables, any structure of floating arrays.
-        batch: the task's data, any structure of arrays, handed to `cost` as it is.
+        batch: the task's data, any structure of arrays, handed to `cost` as it is; NumPy arrays
+            as arrays of the selected backend.
         steps: number of steps K, 0 or more.
-        lr: a number, an array, or one rate a variable in the structure of the adapted variables;
-            differentiable if it is an array. `None` if `update` brings its own rate.
+        lr: a number, an array, or a structure that names the adapted variables or parts of them,
+            such as layers, with a rate for each; differentiable if it is an array. A rate is taken
+            in the dtype of its variable and broadcasts to its shape. `None` if `update` brings its
+            own. An `optim.Optimizer` of your own gets it as it is.
         update: an `optim.Optimizer`, on JAX also an optax `GradientTransformation`, or a function
             `update(v, grads, lr, stop_gradients=...)` that returns new variables.
         order: 2, or 1 for gradients that take the adaptation for a constant shift.
-        mode: how the loop is differentiated, see the module. With "remat" and "mixed"
-            everything differentiable has to be in `v`, `batch` or `lr`.
+        mode: how the loop is differentiated, see the module. With "remat" and "mixed" put
+            everything differentiable in `v`, `batch` or `lr`: what `cost` closes over is
+            differentiated too on JAX and TensorFlow, and is an error on torch.
         inner_v: which variables adapt, as for `maml_step`; all by default.
         keep_inner_v: False inverts `inner_v`.
 
@@ -85,6 +92,7 @@ def inner_loop(
     {'w': tensor(2.)}
     """
     settings = InnerSettings(lr, update, order, mode)
+    v, batch, _ = arrays_of(v, batch, keep_numbers=True)
     chosen = tree.chosen(v, inner_v, keep_inner_v)
     checks.integer(steps, "steps", at_least=0)
     return InnerLoop(cost, v, batch, chosen, settings).run(steps).variables
@@ -100,7 +108,7 @@ class InnerSettings:
     `scale` multiplies the gradients, not the cost: a cost that averages over a task axis of the
     variables becomes each task's own gradient when it is multiplied by the number of tasks.
     `batch_of_step(batch, k)` is what the cost of step k = 0 .. K-1 gets, in the structure of
-    `batch`; by default the batch.
+    `batch`; by default the batch. `lr_name` is the argument that `lr` is, for errors.
     """
 
     lr: optim.Rate
@@ -110,11 +118,12 @@ class InnerSettings:
     scale: float = 1
     stop_gradients: bool = False
     batch_of_step: BatchOfStep | None = None
+    lr_name: str = "lr"
 
     def __post_init__(self) -> None:
         checks.choice(self.order, "order", (1, 2))
         checks.choice(self.mode, "mode", MODES)
-        object.__setattr__(self, "lr", checks.learning_rate(self.lr))
+        object.__setattr__(self, "lr", checks.learning_rate(self.lr, self.lr_name))
 
 
 class StepView(NamedTuple):
@@ -166,10 +175,13 @@ class InnerLoop:
         checks.variables(v, chosen, self._backend)
         self._call_cost = checks.scalar_cost(cost, "cost", self._backend)
         self._chosen = tuple(chosen)
-        self._inner_spec = tree.structure(tree.prune(v, chosen))
+        adapted = tree.prune(v, chosen)
+        self._inner_spec = tree.structure(adapted)
         self._start, others = self._divide(leaves)
-        self._context = tree.Packed((others, batch, settings.lr), self._backend.owns)
         self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
+        known = tree.key_chains(v) if rates.is_structure(settings.lr) else ()
+        lr = self._rule.rate(settings.lr, adapted, name=settings.lr_name, known=known)
+        self._context = tree.Packed((others, batch, lr), self._backend.owns)
         self._settings = settings
 
     def run(self, steps: int, observe: Observer | None = None) -> InnerResult:

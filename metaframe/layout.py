@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from metaframe import checks, tree
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
-from metaframe.meta import Execution, Strategy, arrays_of
+from metaframe.inputs import arrays_of
+from metaframe.meta import Execution, Strategy
 
 Batched = bool | Literal["vmap", "scan"]
 _WhichTasks = Literal["first", "all"]

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from metaframe import checks, tree
-from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral, following
+from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.sharding import sharded
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
+from metaframe.inputs import arrays_of
 from metaframe.workers import Share
 
 Strategy = Literal["vmap", "scan", "loop"]
@@ -121,6 +123,7 @@ def meta_value_and_grad(
     checks.function(task_cost, "task_cost")
     how = Execution(task_map, chunk_size, distributed)
 
+    @entrance
     def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
         count = checks.tasks(tasks, num_tasks)
         v, tasks, backend = arrays_of(v, tasks)
@@ -194,6 +197,7 @@ def map_tasks(
     checks.choice(task_map, "task_map", get_args(Strategy))
     how = Execution(task_map, chunk_size)
 
+    @entrance
     def call(*tasks: tree.Tree) -> tree.Tree:
         checks.tasks(tasks, None)
         leaves, spec = tree.flatten(tasks)
@@ -251,17 +255,6 @@ def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
         return task_map
     convolutional = any(len(x.shape) >= 4 for x in variables)
     return "scan" if convolutional and backend_of(*variables).on_cpu(variables[0]) else "vmap"
-
-
-def arrays_of(v: tree.Tree, batch: tree.Tree) -> tuple[tree.Tree, tree.Tree, Backend]:
-    """Both structures with every leaf an array of one backend, and that backend."""
-    v_leaves, v_spec = tree.flatten(v)
-    batch_leaves, batch_spec = tree.flatten(batch)
-    with following(tree.node_types(v_spec, batch_spec)):
-        backend = backend_of(*v_leaves, *batch_leaves)
-        v_arrays = convert_neutral(v_leaves, backend)
-        batch_arrays = convert_neutral(batch_leaves, backend)
-    return tree.unflatten(v_spec, v_arrays), tree.unflatten(batch_spec, batch_arrays), backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

@@ -26,7 +26,7 @@ class PrivateName:
         use: what metaframe needs it for, to complete the sentence "... needs it".
         seen: the versions of the framework it was used with, the first and the last.
         without: the consequence where it is missing: the same result by a "public" way, the same
-            but "slower", or an "error" at the call that needs it.
+            but "slower", an "error" of ours at the call that needs it, or an error of "theirs".
 
     >>> name = PrivateName("torch:_secret", "`metaframe.secret`", ("2.13.0",), "error")
     >>> name.found is None
@@ -39,7 +39,7 @@ class PrivateName:
     path: str
     use: str
     seen: tuple[str, ...]
-    without: Literal["public", "slower", "error"]
+    without: Literal["public", "slower", "error", "theirs"]
 
     @cached_property
     def found(self) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import checks, tree
-from metaframe.backend import Array, Backend, owner
+from metaframe.backend import Array, Backend, is_neutral, owner
 from metaframe.errors import InputError, InputTypeError, nearest
 
 Rate = Any
@@ -181,11 +181,42 @@ def arrays(rate: Rate, variables: tree.Tree) -> Rate:
     return rate if rate is None else tree.map(convert, rate)
 
 
+def only(own: Rate, given: Rate) -> Rate:
+    """The rate that an optimizer has or that its loop gives, one of the two.
+
+    Raises:
+        InputError: both are given, or neither.
+    """
+    if own is not None and given is not None:
+        raise InputError(
+            "the learning rate is given twice: to the optimizer and to the loop that uses it. "
+            "Leave it out of one: optim.adam() takes the loop's; with a loop rate of None the "
+            "optimizer's counts."
+        )
+    if own is None and given is None:
+        raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
+    return checks.plain_numbers(given if own is None else own)
+
+
 def refuse_zero(rate: Rate, name: str, user: str) -> None:
     """Raise `InputError` for a rate of 0, as far as values are known, by which `user` divides."""
     for chain, x in zip(tree.key_chains(rate), tree.leaves(rate), strict=True):
-        if checks.is_neutral(x) and not np.all(x):
+        if is_neutral(x) and not np.all(x):
             raise InputError(
-                f"{user} divides by the inner learning rate, received {label(name, chain)}={x!r}. "
+                f"{label(name, chain)}: {user} divides by the inner learning rate, received {x!r}. "
                 "Give a rate above 0."
             )
+
+
+def divided(variables: tree.Tree, rate: Rate) -> tree.Tree:
+    """`variables` divided by their rates, as `spread` returns them; None for 1.
+
+    >>> divided({"w": 3.0, "b": 2.0}, {"w": 1.5, "b": 1.0})
+    {'w': 2.0, 'b': 2.0}
+    """
+    if rate is None:
+        return variables
+    if is_structure(rate):
+        return tree.map(lambda x, r: x / r, variables, rate)
+    single = tree.unwrapped(rate)
+    return tree.map(lambda x: x / single, variables)

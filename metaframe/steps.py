@@ -17,17 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from metaframe import checks, tree
+from metaframe import checks, rates, tree
 from metaframe.backend import Array, Arrays, Backend
 from metaframe.distributed.agreement import agree
+from metaframe.entrance import entrance
 from metaframe.errors import InputError
 from metaframe.inner import Cost, InnerSettings, Mode
 from metaframe.layout import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
 from metaframe.meta import Execution, MetaResult, accumulate, meta_value_and_grad, weighed
 from metaframe.objectives import AdaptedCost, BatchFn, ReptileTask
-from metaframe.optim import Rate, gradient_descent_update, is_rate_tree
+from metaframe.optim import Rate, gradient_descent_update
+
+LR = "inner_learning_rate"
+"""The name of the argument, for errors."""
 
 
+@entrance
 def maml_step(
     batch: tree.Tree,
     inner_cost_fn: Cost,
@@ -66,8 +71,8 @@ def maml_step(
         outer_cost_fn: the cost at the adapted variables; `None` for the inner one.
         variables: structure of floating arrays; with `batched=True` each with a leading task axis.
         inner_grad_steps: inner steps K, 0 or more.
-        inner_learning_rate: a number, an array, or one rate for each variable that adapts, in their
-            structure; `None` if the update rule brings its own.
+        inner_learning_rate: a number, an array, or a structure that names the variables that adapt
+            or parts of them, with a rate for each; `None` if the update rule brings its own.
         inner_optimization_step: an `optim.Optimizer`, on JAX also an optax transformation, or a
             function `(v, grads, lr, stop_gradients=...) -> new v`.
         inner_batch_fn: applied to a task's data before `inner_cost_fn`, such as taking the
@@ -119,7 +124,12 @@ def maml_step(
         outer_cost_fn,
         inner_grad_steps,
         InnerSettings(
-            inner_learning_rate, inner_optimization_step, order=2, mode=mode, scale=layout.scale
+            inner_learning_rate,
+            inner_optimization_step,
+            order=2,
+            mode=mode,
+            scale=layout.scale,
+            lr_name=LR,
         ),
         inner_batch_fn,
         outer_batch_fn,
@@ -131,6 +141,7 @@ def maml_step(
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
 
+@entrance
 def fomaml_step(
     batch: tree.Tree,
     inner_cost_fn: Cost,
@@ -187,6 +198,7 @@ def fomaml_step(
             order=1,
             scale=layout.scale,
             stop_gradients=stop_gradients,
+            lr_name=LR,
         ),
         inner_batch_fn,
         outer_batch_fn,
@@ -200,6 +212,7 @@ def fomaml_step(
     return layout.cost(cost), grads, layout.inner(adapted, return_inner_v)
 
 
+@entrance
 def reptile_step(
     batch: tree.Tree,
     cost_fn: Cost,
@@ -257,7 +270,6 @@ def reptile_step(
     checks.choice(direction, "direction", ("gradients", "displacement"))
     checks.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
     checks.choice(return_inner_v, "return_inner_v", RETURN_INNER)
-    divisor = _divisor(inner_learning_rate, inner_optimization_step)
     how = execution(batched, chunk_size, distributed, stop_gradients)
     layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
     settings = InnerSettings(
@@ -266,7 +278,9 @@ def reptile_step(
         order=1,
         scale=layout.scale,
         stop_gradients=stop_gradients,
+        lr_name=LR,
     )
+    divisor = _divisor(settings, layout)
     task = ReptileTask(layout, cost_fn, inner_grad_steps, settings, direction, return_inner_v)
     leaves, spec = tree.flatten(layout.batch)
 
@@ -286,7 +300,7 @@ def reptile_step(
     mean, (costs, *adapted) = accumulate(layout.backend, of_task, of_chunk, leaves, like, how)
     v_spec = tree.structure(layout.variables)
     grads = tree.unflatten(v_spec, [layout.without_task_axis(x, "mean") for x in mean])
-    grads = _divided(grads, divisor)
+    grads = rates.divided(grads, divisor)
     if check_finite:
         checks.finite(costs, layout.backend, tiled=layout.tiled)
         checks.finite_leaves(grads, layout.backend)
@@ -381,19 +395,11 @@ def _frozen(
     return call
 
 
-def _divisor(lr: Rate, update: Any) -> Rate:
-    """What Reptile's direction is divided by, `None` for nothing."""
+def _divisor(settings: InnerSettings, layout: Layout) -> Rate:
+    """What Reptile's direction is divided by, for one task's variables; `None` for nothing."""
+    update, lr = settings.update, settings.lr
     rate = getattr(update, "learning_rate", None) if lr is None else lr
-    for leaf in tree.leaves(rate):
-        if isinstance(leaf, (int, float)) and leaf == 0:
-            raise InputError("reptile_step divides by the inner learning rate, received 0.")
-    return rate
-
-
-def _divided(grads: tree.Tree, divisor: Rate) -> tree.Tree:
-    if divisor is None:
-        return grads
-    if is_rate_tree(divisor):
-        return tree.map(lambda g, r: g / r, grads, divisor)
-    rate = tree.unwrapped(divisor)
-    return tree.map(lambda g: g / rate, grads)
+    name = "the optimizer's learning_rate" if lr is None else LR
+    rates.refuse_zero(rate, name, "reptile_step")
+    v = tree.map(lambda x: x[0], layout.variables) if layout.tiled else layout.variables
+    return rates.spread(rate, v, name=name)

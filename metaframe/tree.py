@@ -3,7 +3,8 @@
 The rules, for every backend alike:
 
 - dict, `Container`, list, tuple, namedtuple, OrderedDict, deque and registered classes are
-  nodes; anything else is a leaf;
+  nodes, and so are classes that JAX takes apart, such as Equinox modules, `FrozenDict` and
+  `nnx.State`; anything else is a leaf;
 - dict and `Container` entries are visited in sorted key order;
 - `None` is an empty subtree, never a leaf;
 - another library's array wrapper is a leaf to read and to choose, and the array in it is what
@@ -26,7 +27,14 @@ import optree
 
 from metaframe.errors import InputError, UnknownKeyError, nearest
 from metaframe.wrappers import NAMESPACE as NAMESPACE
-from metaframe.wrappers import Inside, adapt_imported_libraries, adapters, is_wrapper
+from metaframe.wrappers import (
+    Inside,
+    adapt_imported_libraries,
+    adapters,
+    is_wrapper,
+    learn_nodes,
+    register_class,
+)
 from metaframe.wrappers import register_wrapper as register_wrapper
 from metaframe.wrappers import unwrapped as unwrapped
 from metaframe.wrappers import wrapped_as as wrapped_as
@@ -49,6 +57,8 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
     if adapters:
         adapt_imported_libraries()
     leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    while learn_nodes(leaves):
+        leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
 
 
@@ -77,9 +87,7 @@ def structure(tree: Tree) -> TreeSpec:
     >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
     True
     """
-    if adapters:
-        adapt_imported_libraries()
-    return optree.tree_structure(tree, namespace=NAMESPACE)
+    return flatten(tree)[1]
 
 
 def is_leaf(node: Tree) -> bool:
@@ -90,7 +98,9 @@ def is_leaf(node: Tree) -> bool:
     """
     if adapters:
         adapt_imported_libraries()
-    return is_wrapper(node) or optree.tree_is_leaf(node, namespace=NAMESPACE)
+    if is_wrapper(node):
+        return True
+    return optree.tree_is_leaf(node, namespace=NAMESPACE) and not learn_nodes((node,))
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -116,12 +126,21 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
     found, found_spec = flatten(tree)
     if found_spec == spec:
         return found
+    if not _dicts.isdisjoint(node_types(found_spec, spec)):
+        found, found_spec = flatten(_with_dicts(tree))
+        if found_spec == structure(_with_dicts(unflatten(spec, range(spec.num_leaves)))):
+            return found
     want, have = set(_chains_of(spec)), set(_chains_of(found_spec))
     missing, extra = sorted(want - have), sorted(have - want)
     parts = [f"missing {missing}"] if missing else []
     parts += [f"unexpected {extra}"] if extra else []
-    detail = "; ".join(parts) or f"expected {spec}, received {found_spec}"
+    detail = "; ".join(parts) or _other_nodes(found_spec, spec)
     raise InputError(f"{what} has another structure: {detail}. Return the same keys and nesting.")
+
+
+def _other_nodes(found: TreeSpec, expected: TreeSpec) -> str:
+    have, want = ({cls.__name__ for cls in node_types(spec)} for spec in (found, expected))
+    return f"the keys agree, but it is made of {sorted(have)} and not of {sorted(want)}"
 
 
 def key_chains(tree: Tree) -> tuple[str, ...]:
@@ -193,10 +212,14 @@ def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
     if all(child is None for child in kept):
         return None
     result = unflatten(spec, kept)
-    if isinstance(result, MutableMapping):
-        for key, child in zip(spec.entries(), kept, strict=True):
-            if child is None:
-                del result[key]
+    if not isinstance(result, Mapping):
+        return result
+    dropped = [key for key, child in zip(spec.entries(), kept, strict=True) if child is None]
+    if not isinstance(result, MutableMapping):
+        frozen: Any = type(result)
+        return frozen({key: value for key, value in result.items() if key not in dropped})
+    for key in dropped:
+        del result[key]
     return result
 
 
@@ -266,14 +289,30 @@ def register(
     >>> key_chains({"p": Pair(1, 2)})
     ('p/a', 'p/b')
     """
-    register_node: Any = optree.register_pytree_node  # typed for collections, takes any class
-    register_node(
-        cls,
-        flatten_fn,
-        unflatten_fn,
-        path_entry_type=optree.MappingEntry,
-        namespace=NAMESPACE,
-    )
+    register_class(cls, flatten_fn, unflatten_fn, optree.MappingEntry)
+
+
+_dicts: set[type] = set()
+
+
+def register_dict(
+    cls: type[T],
+    flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
+    unflatten_fn: Callable[[Any, Iterable[Any]], T],
+) -> None:
+    """`register` a subclass of dict that matches a dict with its keys, in the order of these."""
+    _dicts.add(cls)
+    register(cls, flatten_fn, unflatten_fn)
+
+
+def _with_dicts(node: Tree) -> Tree:
+    """The same with plain dicts in the places of nodes of `register_dict`."""
+    if type(node) in _dicts:
+        return {key: _with_dicts(value) for key, value in node.items()}
+    if node is None or is_leaf(node):
+        return node
+    below, spec = _one_level(node)
+    return unflatten(spec, [_with_dicts(child) for child in below])
 
 
 def node_types(*specs: TreeSpec) -> Iterator[type]:
@@ -286,6 +325,20 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
         if spec.type is not None:  # no leaf
             yield spec.type
             yield from node_types(*spec.children())
+
+
+def keyed_by_names(spec: TreeSpec) -> bool:
+    """Are the keys of all mappings strings? Structures with the keys 1 and True are equal.
+
+    >>> keyed_by_names(structure({"a": [0, 0]})), keyed_by_names(structure({1: 0}))
+    (True, False)
+    """
+    return all(
+        isinstance(entry.entry, str)
+        for accessor in spec.accessors()
+        for entry in accessor
+        if isinstance(entry, optree.MappingEntry)
+    )
 
 
 def register_dataclass(cls: type[T]) -> type[T]:
@@ -342,6 +395,12 @@ class Packed:
         self.places: tuple[int, ...] = tuple(places)
         """Where among the leaves the arrays are."""
         self._aside = aside
+
+    @property
+    def others(self) -> Leaves:
+        """The leaves that are no arrays."""
+        places = frozenset(self.places)
+        return tuple(x for i, x in enumerate(self._aside) if i not in places)
 
     def template(self) -> Packed:
         """The structure alone, to keep without the arrays."""

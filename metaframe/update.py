@@ -45,7 +45,10 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
         # As a pair it also says what it added, without the rounding of a difference.
         update = optim.sgd()
     if isinstance(update, Optimizer):
-        return _pair(update.init, update.update, _rate_of(update), "grads, state, v, lr")
+        if optim.rule(update) is None:
+            _check_signature(update.init, "init(v)", None)
+            _check_signature(update.update, "update(grads, state, v, lr)", None, None, None, None)
+        return _pair(update.init, update.update, _rate_of(update))
     if hasattr(update, "init") and hasattr(update, "update"):
         return _foreign_pair(update)
     if callable(update):
@@ -56,13 +59,9 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
     )
 
 
-def _pair(init: Any, update: Any, rate: Callable[..., Rate], arguments: str) -> UpdateRule:
-    _check_signature(init, "init(v)", None)
-    _check_signature(update, f"update({arguments})", *arguments.split(","))
-
+def _pair(init: Any, update: Any, rate: Callable[..., Rate]) -> UpdateRule:
     def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        given = (grads, state, v, lr)
-        result = update(*given[: arguments.count(",") + 1])
+        result = update(grads, state, v, lr)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputTypeError(
                 "the inner update is a pair whose update returns (updates, new state), received "
@@ -84,7 +83,7 @@ def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
         return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
 
     def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
-        own = optim.one_rate(optimizer.learning_rate, lr)
+        own = rates.only(optimizer.learning_rate, lr)
         if lr is not None:
             return rates.spread(lr, v, name=name, known=known)
         rates.spread(own, v, name="the optimizer's learning_rate", known=known)
@@ -103,7 +102,8 @@ def _foreign_pair(pair: Any) -> UpdateRule:
             )
         return None
 
-    def update(grads: Params, state: State, v: Params) -> Any:
+    def update(grads: Params, state: State, v: Params, lr: Rate) -> Any:
+        del lr
         result = pair.update(grads, state, v)
         if not isinstance(result, tuple) or len(result) != 2:
             return result
@@ -112,7 +112,7 @@ def _foreign_pair(pair: Any) -> UpdateRule:
         return tree.map(_in_dtype_of, result[0], v), result[1]
 
     _check_signature(pair.update, "update(grads, state, v)", None, None, None)
-    return _pair(pair.init, update, rate, "grads, state, v")
+    return _pair(pair.init, update, rate)
 
 
 def _in_dtype_of(x: Any, like: Any) -> Any:
@@ -161,7 +161,8 @@ def _check_variables(new: Params, v: Params) -> None:
     spec = tree.structure(v)
     found = tree.same_structure(new, spec, what=RETURNED)
     for i, (x, like) in enumerate(zip(found, tree.leaves(v), strict=True)):
-        if (problem := _difference(x, like)) is not None:
+        problem = _difference(x, like) if owner(like) is not None else None
+        if problem is not None:
             name = tree.key_chains(v)[i]
             where = f" for {name!r}" if name else ""
             raise InputError(
@@ -173,9 +174,8 @@ def _check_variables(new: Params, v: Params) -> None:
 def _check_state(new: State, state: State) -> None:
     """A new state is arrays of the structure, shapes and dtypes of the old one."""
     what = "the state that the inner update returned"
-    for i, (x, like) in enumerate(
-        zip(tree.same_structure(new, tree.structure(state), what=what), tree.leaves(state), strict=True)
-    ):
+    found = tree.same_structure(new, tree.structure(state), what=what)
+    for i, (x, like) in enumerate(zip(found, tree.leaves(state), strict=True)):
         problem = _difference(x, like)
         if problem is not None:
             raise InputError(
@@ -192,10 +192,14 @@ def _difference(x: Any, like: Any) -> tuple[str, str] | None:
         same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
         return None if same else (_described(x), _described(like))
     if backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like):
-        shapes = tuple(x.shape), tuple(like.shape)
-        if len(shapes[0]) == len(shapes[1]) and rates.broadcasts(*shapes) and rates.broadcasts(*shapes[::-1]):
+        if _same_size(tuple(x.shape), tuple(like.shape)):
             return None
     return _described(x), _described(like)
+
+
+def _same_size(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    # TensorFlow has None where a size is not known yet.
+    return len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
 
 
 def _described(x: Any) -> str:

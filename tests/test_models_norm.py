@@ -238,15 +238,9 @@ def _adapted(maml: MAML, task: Any, backend: Backend) -> Learner:
     return maml.clone().adapt_on(nn.mse, x, y)
 
 
-def test_support_statistics_make_queries_independent(
-    name: str, model: Any, backend: Backend
-) -> None:
+def test_support_statistics_make_queries_independent(model: Any, backend: Backend) -> None:
     task = zoo.tasks(1)[0]
     maml = MAML(model, 0.0, norm="support")
-    if name == "keras":
-        with pytest.raises(InputError, match="not available for Keras"):
-            _adapted(maml, task, backend)
-        return
     query = backend.asarray(task.query_x)
     with pytest.raises(InputError, match="which this learner has not seen"):
         maml.clone()(query)
@@ -396,12 +390,13 @@ EXACT: dict[str, tuple[str, Any]] = {
     **{f"pair-{name}": (name, functools.partial(_pair, name)) for name in zoo.PAIRS},
 }
 POLICIES = ("batch", "frozen", "support", "per-step")
-LACKING = {("keras", "support"), ("keras", "per-step"), ("equinox", "per-step")}
+LACKING = {("equinox", "per-step")}
 # Under the other policies it is Flax that meets its single precision, with a warning.
 LACKING |= {("nnx-single", policy) for policy in POLICIES if policy != "support"}
 QUICK = {("torch", policy) for policy in POLICIES} | {
     ("nnx", "support"),
     ("nnx-single", "support"),
+    ("keras", "support"),
     ("pair-jax", "support"),
 }
 

@@ -17,7 +17,7 @@ import pytest
 from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import use_backend
-from metaframe.learners.objective import array_like
+from metaframe.learners.functional import array_like
 from metaframe.tasks import Task
 from metaframe.testing.conformance.cases import slope
 
@@ -110,7 +110,12 @@ def differences(fn: Callable[[Values], float], at: Values) -> Values:
 
 
 def check_along_a_line(
-    maml: Any, loss_fn: Any, tasks: list[Task], hows: Sequence[dict[str, Any]], seed: int = 0
+    maml: Any,
+    loss_fn: Any,
+    tasks: list[Task],
+    hows: Sequence[dict[str, Any]],
+    seed: int = 0,
+    step: float = 2e-4,
 ) -> list[Any]:
     """The meta-gradients computed by `hows`, against differences of the cost by the first of them.
 
@@ -131,7 +136,7 @@ def check_along_a_line(
         return float(backend.to_numpy(maml.meta_value_and_grad(loss_fn, tasks, **hows[0]).cost))
 
     results = [maml.meta_value_and_grad(loss_fn, tasks, **how) for how in hows]
-    expected = slope(along, 2e-4)
+    expected = slope(along, step)
     maml.assign(at(0.0))
     for result in results:
         found = sum((backend.to_numpy(g) * line[n]).sum() for n, g in result.grads.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,10 +17,12 @@ from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
 from metaframe.workers import Place, Workers
+from metaframe.wrappers import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
+from metaframe_jax._nodes import node_of
 from metaframe_jax._ops import JaxOps
 
 UNROLL_AT_MOST = 8
@@ -32,11 +34,13 @@ keeps what was to be computed again.
 """
 
 
+_KIND = operator.attrgetter("aval", "sharding")
+
+
 class JaxBackend(Backend):
     """The backend boundary on JAX."""
 
     name = "jax"
-    signature = operator.attrgetter("aval", "sharding")
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -188,6 +192,19 @@ class JaxBackend(Backend):
         final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
         return final
 
+    def signature(self, x: Array) -> Hashable:
+        try:
+            return _KIND(x)
+        except AttributeError:  # a tracer is nowhere
+            return x.aval
+
+    def ambient(self) -> Hashable:
+        return _private.settings()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        # Programs are transformed like other functions, but not where jax.jit does nothing.
+        return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
+
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
         from metaframe_jax import _distributed
 
@@ -216,6 +233,9 @@ class JaxBackend(Backend):
             return list(zip(named, children, strict=True)), metadata
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
+
+    def node(self, x: object) -> Node | None:
+        return node_of(x)
 
     def workers(self) -> Workers:
         from metaframe_jax import _distributed

@@ -106,6 +106,8 @@ class JaxWorkers(Workers):
     def leave_word(self, text: str) -> None:
         _left.set()
         client = _private.client()
+        if client is None:
+            return
         with suppress(jax.errors.JaxRuntimeError):  # the first one may be gone, or was faster
             client.key_value_set(LAST_WORD, text)
 
@@ -163,12 +165,27 @@ def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     Such a program takes and returns arrays that lie on all those devices. Outside of it everyone
     goes on with arrays of its own process.
     """
-    jitted = jax.jit(fn)
+    jitted = jax.jit(lambda xs: fn(xs))  # a function of its own, with which its trace goes
     _spanning.clear()
     # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
     # than that of a compiled stage and finds the trace again.
-    jitted.trace(examples)
+    if _private.captures_tracers(jitted.trace(examples)):
+        return _once_each(fn, jitted)
     return _across(jitted) if any(_spanning) else jitted
+
+
+def _once_each(fn: ArraysFn, first: ArraysFn) -> ArraysFn:
+    """`fn`, which closes over arrays of an outer transform, traced anew for each call.
+
+    Those of one call would be an error in the next, and the trace of the first is not kept.
+    """
+    traced = [first]
+
+    def call(xs: Arrays) -> Arrays:
+        out: Arrays = (traced.pop() if traced else jax.jit(lambda xs: fn(xs)))(xs)
+        return out
+
+    return call
 
 
 def _across(jitted: Callable[..., Arrays]) -> ArraysFn:

@@ -5,9 +5,11 @@ Importing this module looks none of them up.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,6 +22,15 @@ TRACER = PrivateName("jax.core:Tracer", "the quick test for tracers", SEEN, "slo
 TRACE = PrivateName(
     "jax.core:Tracer._trace",
     "telling without another trace whether a loss depends on what it is differentiated by",
+    SEEN,
+    "slower",
+)
+SETTINGS = PrivateName(
+    "jax._src.config:trace_context", "the quick look at JAX's settings", SEEN, "slower"
+)
+CAPTURED = PrivateName(
+    "jax.stages:Traced._consts",
+    "keeping a program that was traced under an outer transform",
     SEEN,
     "slower",
 )
@@ -67,6 +78,32 @@ def transforming() -> bool:
     return False
 
 
+_KNOWN_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_device",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_prng_impl",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+
+
+def settings() -> Hashable:
+    """The settings that a program is traced under, those of context managers included."""
+    if SETTINGS.found is not None:
+        return tuple(SETTINGS.found())
+    return tuple(getattr(jax.config, name, None) for name in _KNOWN_SETTINGS)
+
+
+def captures_tracers(traced: Any) -> bool:
+    """Does a `jax.stages.Traced` close over arrays of an outer transform?"""
+    if CAPTURED.found is None:
+        return transforming()  # the safe answer: it is not kept
+    return any(map(is_tracer, CAPTURED.found.__get__(traced)))
+
+
 def recorded_by_jit() -> bool:
     """Is the innermost transform jit?"""
     return isinstance(CURRENT_TRACE.required.trace, JIT_TRACE.required)
@@ -103,6 +140,10 @@ def connected(fn: ScalarFn, xs: Arrays) -> bool:
     program = jax.make_jaxpr(derivative)(xs, xs).jaxpr
     reached: set[Any] = set(program.invars[len(xs) :])
     for equation in program.eqns:
-        if not reached.isdisjoint(v for v in equation.invars if not hasattr(v, "val")):
+        if any(_is_among(x, reached) for x in equation.invars):
             reached.update(equation.outvars)
-    return program.outvars[0] in reached
+    return _is_among(program.outvars[0], reached)
+
+
+def _is_among(x: Any, variables: set[Any]) -> bool:
+    return not isinstance(x, jax.extend.core.Literal) and x in variables

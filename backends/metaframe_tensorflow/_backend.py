@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +20,8 @@ from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 from metaframe_tensorflow._rule import traced_closures, with_rule
+
+T = TypeVar("T")
 
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
@@ -128,7 +130,7 @@ class TensorFlowBackend(Backend):
         return tuple(map(_dense, grads, xs))
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
-        # identity: the gradient graph of a loop captures tensors of the loop without their tangents.
+        # The gradient graph of a loop captures tensors of the loop without their tangents.
         xs = tuple(tf.identity(x) for x in xs)
         with (
             exact_moments(),
@@ -245,6 +247,12 @@ class TensorFlowBackend(Backend):
 
     def adapter(self, model: object) -> ModuleAdapter | None:
         return ModuleAdapter(model, self) if isinstance(model, tf.Module) else None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        del twice
+        with tf.GradientTape() as tape:
+            result = run()
+        return result, tape.watched_variables()
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)

@@ -14,7 +14,7 @@ import tensorflow as tf
 from metaframe.backend import Array, Backend
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
-from metaframe.models._keras_private import is_layer, layers_in
+from metaframe.models._keras_call import is_layer, layers_of
 from metaframe.models.flags import Flags
 from metaframe_tensorflow import _private
 
@@ -51,7 +51,10 @@ class ModuleAdapter(ModelAdapter):
             if isinstance(x, tf.Module):
                 yield x
             elif is_layer(x):
-                yield from layers_in(x)
+                yield from layers_of(x)
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        return name.endswith("variables") and hasattr(tf.Module, name)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         values = {**params, **state}
@@ -87,7 +90,7 @@ class ModuleAdapter(ModelAdapter):
 
     def _output(self, copy: Any, inputs: Inputs) -> Any:
         try:
-            return copy(*inputs.args, **inputs.kwargs)
+            return (inputs.call or type(copy).__call__)(copy, *inputs.args, **inputs.kwargs)
         except AttributeError as error:
             if not (isinstance(error.obj, tf.Tensor) and hasattr(tf.Variable, error.name or "")):
                 raise

@@ -9,10 +9,10 @@ gradient to a graph and compiles that).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from torch.utils.dlpack import from_dlpack
 from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
 from metaframe.errors import BackendError
 from metaframe.workers import ALONE, Place, Workers
-from metaframe_torch import _private, _tape
+from metaframe_torch import _foreign, _private, _tape
+from metaframe_torch._ambient import Ambient
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+
+T = TypeVar("T")
 
 
 class TorchBackend(Backend):
@@ -35,6 +38,7 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    signature = operator.attrgetter("shape", "dtype", "device", "layout")
     # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
     forward_needs_tangents = True
 
@@ -108,6 +112,12 @@ class TorchBackend(Backend):
 
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
+
+    def alias(self, x: Array) -> Array:
+        if not isinstance(x, torch.nn.Parameter) and not x.requires_grad:
+            return x  # no parameter to anyone
+        with torch.enable_grad():  # a view made without a graph would not lead back to `x`
+            return x.view_as(x)
 
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
@@ -210,10 +220,25 @@ class TorchBackend(Backend):
 
         return compile_traced(fn, examples)
 
+    def ambient(self) -> Hashable:
+        return Ambient.now()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        return (
+            _tape.transforming()
+            or _tape.has_tangents()
+            or _private.modes_active()
+            or torch.jit.is_tracing()
+            or not _PLAIN.issuperset(map(type, xs))
+        )
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return _tape.uncompiled(fn)
+
     def needed_a_value(self, error: Exception) -> bool:
-        # torch has no class for it, only these words of vmap, of torch.func and of the tracer.
-        words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
-        return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+        if type(error).__name__ in _private.VALUE_NEEDED:
+            return True
+        return isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_VALUE)
 
     def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
         streams = {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -262,6 +287,9 @@ class TorchBackend(Backend):
     def adapter(self, model: object) -> TorchAdapter | None:
         return TorchAdapter(model, self) if isinstance(model, torch.nn.Module) else None
 
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        return _foreign.run_foreign(run, twice=twice)
+
     def live(self, values: dict[str, Array]) -> LearnedAdapter:
         return LearnedAdapter(values, self)
 
@@ -280,6 +308,17 @@ class TorchBackend(Backend):
         return tape_gradient(loss, xs, first_order=first_order)
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_NO_VALUE = (
+    "data-dependent control flow",
+    "on a Tensor inside",
+    "not supported for tensor subclasses",
+    "data pointer of Tensor",
+    "data is not allocated yet",
+    "for 'meta' device type",
+)
+"""torch's words where a value is asked for that is not known, as far as it has no class for it:
+those of vmap, of torch.func and of tensors without memory."""
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
 """torch's words for it; there is no class of error."""
 

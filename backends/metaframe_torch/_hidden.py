@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from metaframe.backend import Arrays, ArraysFn
 from metaframe_torch import _private, _tape
+from metaframe_torch._ambient import outside
 
-RandomState = Callable[[], dict[str, np.ndarray]]
+RandomState = Callable[[], dict[str, np.ndarray[Any, Any]]]
 
 
 def hidden_effect(fn: ArraysFn, xs: Arrays, random_state: RandomState) -> str:
@@ -32,8 +33,4 @@ def hidden_effect(fn: ArraysFn, xs: Arrays, random_state: RandomState) -> str:
 
 
 def _bytes(random_state: RandomState) -> dict[str, bytes]:
-    # A new tensor belongs to the transforms that are active, and these do not show its values. In
-    # another thread none is.
-    with ThreadPoolExecutor(1) as elsewhere:
-        states = elsewhere.submit(random_state).result()
-    return {name: state.tobytes() for name, state in states.items()}
+    return {name: state.tobytes() for name, state in outside(random_state).items()}

@@ -14,10 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from metaframe.private import PrivateName
 
 SEEN = ("2.13.0",)
+
+
+class OfModules(PrivateName):
+    """An attribute of every module."""
+
+    @functools.cached_property
+    def found(self) -> Any:
+        """What a new module has there."""
+        return getattr(nn.Module(), self.path.rpartition(".")[2], None)
+
 
 # Transforms and traces.
 PEEK = PrivateName(
@@ -63,6 +74,21 @@ PROXY_MODE = PrivateName(
     SEEN,
     "error",
 )
+DISPATCH_MODES = PrivateName(
+    "torch._C:_len_torch_dispatch_stack",
+    "telling whether a mode sees every operation, and compiling where none does,",
+    SEEN,
+    "slower",
+)
+FUNCTION_MODES = PrivateName(
+    "torch.overrides:_get_current_function_mode_stack",
+    "telling whether a mode sees every operation, and compiling where none does,",
+    SEEN,
+    "slower",
+)
+DEFAULT_DEVICE = PrivateName(
+    "torch.utils._device:DeviceContext", "compiling under a default device", SEEN, "slower"
+)
 WITHOUT_PROXY_MODE = PrivateName(
     "torch.fx.experimental.proxy_tensor:disable_proxy_modes_tracing",
     "forward mode, or a message to other processes, while `metaframe.compile` traces",
@@ -80,15 +106,33 @@ INDUCTOR = PrivateName(
 INDUCTOR_CONFIG = PrivateName(
     "torch._inductor:config", "our settings of the compiler", SEEN, "slower"
 )
-# These three keep a program for later processes.
-FAKE_TENSORS = PrivateName("torch._subclasses:FakeTensorMode", "the program cache", SEEN, "slower")
-SHAPES = PrivateName(
-    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "the program cache", SEEN, "slower"
+FAKE_TENSORS = PrivateName(
+    "torch._subclasses:FakeTensorMode", "`metaframe.compile` on torch", SEEN, "error"
 )
+SHAPES = PrivateName(
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv", "`metaframe.compile` on torch", SEEN, "error"
+)
+FUNCTORCH_CONFIG = PrivateName(
+    "torch._functorch:config", "`metaframe.compile` on torch", SEEN, "error"
+)
+STORAGE = PrivateName("torch:UntypedStorage._cdata", "`metaframe.compile` on torch", SEEN, "error")
+# These two keep a program for later processes.
 TRACING = PrivateName("torch._guards:tracing", "the program cache", SEEN, "slower")
 TRACING_CONTEXT = PrivateName("torch._guards:TracingContext", "the program cache", SEEN, "slower")
 
 # Models.
+PARAMETERS = OfModules("torch.nn:Module._parameters", "running a model", SEEN, "error")
+BUFFERS = OfModules("torch.nn:Module._buffers", "running a model", SEEN, "error")
+MODULES = OfModules("torch.nn:Module._modules", "running a model", SEEN, "error")
+BACKWARD_HOOKS = OfModules(
+    "torch.nn:Module._backward_hooks",
+    "refusing backward hooks, which torch.func leaves out or refuses in its own words",
+    SEEN,
+    "public",
+)
+BACKWARD_PRE_HOOKS = OfModules(
+    "torch.nn:Module._backward_pre_hooks", BACKWARD_HOOKS.use, SEEN, "public"
+)
 WEIGHT_NORM = PrivateName(
     "torch:_weight_norm",
     "a model with torch's weight norm, whose own second derivative is wrong,",
@@ -105,11 +149,29 @@ BATCH_NORM = PrivateName("torch:native_batch_norm", "the fused batch normalisati
 BATCH_NORM_BACKWARD = PrivateName(
     "torch:ops.aten.native_batch_norm_backward", "the fused batch normalisation", SEEN, "slower"
 )
+PACK_PADDED = PrivateName(
+    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "error"
+)
+PAD_PACKED = PrivateName(
+    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "error"
+)
+LEFT_ALIGNED = PrivateName(
+    "torch:_nested_tensor_from_mask_left_aligned",
+    "a transformer in eval mode with a padding mask under `vmap`",
+    SEEN,
+    "error",
+)
+CACHED_PARAMETRIZATIONS = PrivateName(
+    "torch.nn.utils.parametrize:_cache",
+    "running a model within `torch.nn.utils.parametrize.cached()`",
+    SEEN,
+    "error",
+)
 REGISTER_NODE = PrivateName(
     "torch.utils:_pytree.register_pytree_node",
     "passing a Container or a Task to a transform of torch.func",
     SEEN,
-    "error",
+    "theirs",
 )
 
 # Several processes.
@@ -213,7 +275,9 @@ def writes() -> Iterator[Callable[[], bool]]:
         if _memory(x for name, x in named.items() if _is_written(func, name, named)) - made:
             found.append(func.name())
         result = func(*args, **(kwargs or {}))
-        made.update(_memory([result]) - (before - made if "lift_fresh" not in func.name() else set()))
+        made.update(
+            _memory([result]) - (before - made if "lift_fresh" not in func.name() else set())
+        )
         return result
 
     mode = type("Writes", (DISPATCH_MODE.required,), {"__torch_dispatch__": dispatch})
@@ -262,16 +326,113 @@ def untraced() -> AbstractContextManager[Any]:
     return WITHOUT_PROXY_MODE.required() if tracing() else nullcontext()
 
 
+def modes_active() -> bool:
+    """Does anything see every operation, default devices left out? True if it cannot be told."""
+    if FUNCTION_MODES.found is None or DISPATCH_MODES.found is None:
+        return True
+    if DISPATCH_MODES.found():
+        return True
+    default = DEFAULT_DEVICE.found or ()
+    return not all(isinstance(mode, default) for mode in FUNCTION_MODES.found())
+
+
+def may_have_default_device() -> bool:
+    """Is a default device set, which torch finds among its function modes?"""
+    return FUNCTION_MODES.found is None or bool(FUNCTION_MODES.found())
+
+
+def fake_tensors() -> Any:
+    """A mode whose tensors have a shape, a dtype and a device, and no memory to read a value of.
+
+    An output may have a shape that depends on values, as that of `x[x > 0]`.
+    """
+    shapes = SHAPES.required(allow_scalar_outputs=False)
+    with FUNCTORCH_CONFIG.required.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FAKE_TENSORS.required(allow_non_fake_inputs=True, shape_env=shapes)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Is it a tensor of such a mode, or of a transform?"""
+    return type(x).__name__ == "FakeTensor" or is_wrapped(x)
+
+
+VALUE_NEEDED = frozenset(
+    {
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+        "GuardOnDataDependentSymNode",
+    }
+)
+"""The errors of tensors without memory where a value is asked for."""
+
+
+def memory(x: Tensor) -> object:
+    """What two tensors that share memory have in common, those without values too."""
+    return STORAGE.required.__get__(x.untyped_storage())
+
+
 def batch_norm_classes() -> Any:
     """The classes of layers that normalise by batches, for `isinstance`."""
     documented = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
     return BATCH_NORM_BASE.found or documented
 
 
-def refuse_weight_norm(model: nn.Module) -> None:
-    """An error where a model normalises weights and torch's function for it cannot be told."""
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Was a hook registered that runs in the backward pass of `module`?"""
+    hooks = (BACKWARD_HOOKS, BACKWARD_PRE_HOOKS)
+    return any(name.found is not None and _of(module, name) for name in hooks)
+
+
+def entries(
+    modules: list[nn.Module],
+) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """What is registered in each module: its parameters, its buffers, its modules."""
+    for name in (PARAMETERS, BUFFERS, MODULES):
+        _ = name.required
+    return [(module._parameters, module._buffers, module._modules) for module in modules]
+
+
+def _of(module: nn.Module, name: OfModules) -> Any:
+    return getattr(module, name.path.rpartition(".")[2])
+
+
+@contextmanager
+def parametrizations_computed() -> Iterator[None]:
+    """A block in which nothing that `parametrize.cached` kept is used, and nothing is kept."""
+    if CACHED_PARAMETRIZATIONS.found is None:
+        yield
+        return
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Did torch.compile make something of it?"""
+    found = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+    return bool(found)
+
+
+def _refuse_cached_parametrizations(model: nn.Module) -> None:
+    """An error within `parametrize.cached()`, where what it keeps is not to be found."""
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        for name in module.parametrizations:
+            if getattr(module, name) is getattr(module, name):
+                _ = CACHED_PARAMETRIZATIONS.required
+
+
+def refuse_missing(model: nn.Module) -> None:
+    """An error where a model needs a name that is missing and nothing else would say so.
+
+    One that normalises weights, whose function cannot be told; and one within
+    `parametrize.cached()`, where what that keeps is not to be found.
+    """
     if WEIGHT_NORM.found is None and any(map(_normalises_weights, model.modules())):
         _ = WEIGHT_NORM.required
+    if CACHED_PARAMETRIZATIONS.found is None:
+        _refuse_cached_parametrizations(model)
 
 
 def _normalises_weights(module: nn.Module) -> bool:
@@ -280,28 +441,28 @@ def _normalises_weights(module: nn.Module) -> bool:
 
 
 def inductor(graph: Any, examples: list[Tensor], settings: dict[str, Any]) -> Callable[..., Any]:
-    """`graph`, which make_fx made, compiled for tensors like `examples`.
+    """`graph`, which make_fx made of `examples` without values, compiled.
 
     Settings that this torch lacks are left out. Without inductor's own function `torch.compile`
     does the same more slowly.
     """
     known = {name: value for name, value in settings.items() if _is_setting(name)}
     patched = INDUCTOR_CONFIG.required.patch(known) if known else nullcontext()
-    with torch.no_grad(), patched:
+    with torch.no_grad(), patched, _kept_for_later(examples):
         if INDUCTOR.found is None:
             compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False)
-            compiled(*examples)
-        elif all(x.found is not None for x in (FAKE_TENSORS, SHAPES, TRACING, TRACING_CONTEXT)):
-            # Inductor keeps a program for later processes only if shapes have an environment, as
-            # those of `torch.compile` do. Here they are all fixed.
-            mode = FAKE_TENSORS.found(shape_env=SHAPES.found())
-            shapes = [mode.from_tensor(x, static_shapes=True) for x in examples]
-            with TRACING.found(TRACING_CONTEXT.found(mode)):
-                compiled = INDUCTOR.found(graph, shapes)
         else:
             compiled = INDUCTOR.found(graph, examples)
     result: Callable[..., Any] = compiled
     return result
+
+
+def _kept_for_later(examples: list[Tensor]) -> AbstractContextManager[Any]:
+    """Inductor keeps a program for later processes only if it is told the mode of its shapes."""
+    if TRACING.found is None or TRACING_CONTEXT.found is None or not examples:
+        return nullcontext()
+    mode: Any = examples[0]
+    return TRACING.found(TRACING_CONTEXT.found(mode.fake_mode))
 
 
 def _is_setting(name: str) -> bool:

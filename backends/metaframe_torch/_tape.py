@@ -11,6 +11,7 @@ layers are silently wrong there. A caller may do so all the same, by a transform
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,16 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
-from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn, current_selection, selected
 from metaframe.errors import InputError
 from metaframe_torch import _private
+from metaframe_torch._ambient import Ambient, Streams
 
+CLOSES_OVER = (
+    "a function of one task, or a compiled one, uses tensors that require grad and are not among "
+    "its arguments. So that their gradient is right, tasks run one by one and nothing is compiled. "
+    "Detach them, pass them as variables, or call this under torch.no_grad()."
+)
 _requires_grad = operator.attrgetter("requires_grad")
 _inside = ContextVar("inside", default=False)
 """Is a gradient by the tape being taken?"""
@@ -57,6 +64,23 @@ def value_and_grad(
     pairs = zip(found, xs, strict=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
     return (value, aux, grads) if recorded else (value.detach(), detached(aux), grads)
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as it is, also within a `torch.compile`, which would lose second-order terms of a cost.
+
+    `torch.compile` goes on after it, and with `fullgraph=True` refuses it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes a second
+        return fn
+    disabled: Callable[..., Any] = torch.compiler.disable(fn, reason=NOT_COMPILED)
+    return disabled
+
+
+NOT_COMPILED = (
+    "metaframe takes gradients of its own, of which torch.compile would lose some. Compile the "
+    "whole step by metaframe.compile, or do without fullgraph=True"
+)
 
 
 def refuse_inference_mode() -> None:
@@ -126,15 +150,16 @@ def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
         if not torch.is_grad_enabled():
             return quick(xs)
         wanted = any(map(_requires_grad, xs))
+        before = Streams.now() if wanted else None
         found = quick(detached(xs) if wanted else xs)
-        if any(map(_requires_grad, found)):
-            warnings.warn(
-                "a function of one task, or a compiled one, uses tensors that require grad and are "
-                "not among its arguments. So that their gradient is right, tasks run one by one "
-                "and nothing is compiled. Detach them, pass them as variables, or call this under "
-                "torch.no_grad().",
-                stacklevel=2,
-            )
+        closes_over = any(map(_requires_grad, found))
+        if closes_over:
+            warnings.warn(CLOSES_OVER, stacklevel=2)
+        if before is not None and before != Streams.now():
+            # Going back, `exact` would draw others. It is recorded as it draws the same ones.
+            before.restore()
+            return exact(xs)
+        if closes_over:
             return exact(xs)
         if not wanted:
             return found
@@ -149,7 +174,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, exact: ArraysFn, found: Arrays, *xs: Array) -> Arrays:
-        ctx.exact = exact
+        ctx.exact, ctx.ambient, ctx.selection = exact, Ambient.now(), current_selection()
         ctx.save_for_backward(*xs)
         ctx.mark_non_differentiable(*(y for y in found if not y.is_floating_point()))
         ctx.set_materialize_grads(False)
@@ -158,7 +183,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Array | None) -> tuple[Array | None, ...]:
         again = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with selected(ctx.selection), ctx.ambient.resumed(), torch.enable_grad():
             # Aliases: the gradient stops at them, and a further one goes on to what they stand for.
             xs = tuple(x.view_as(x) if again else x.detach() for x in ctx.saved_tensors)
             wanted = [

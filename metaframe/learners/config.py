@@ -34,6 +34,7 @@ class AdaptConfig:
             one set for each number of inner steps taken.
         update: the update rule; what it learns, by name, comes as its learning rate.
         twice: will a support loss be differentiated twice? Default: not with `first_order`.
+        every: adapt parameters too that are trained by now and were frozen when this was made.
     """
 
     names: tuple[str, ...]
@@ -44,6 +45,7 @@ class AdaptConfig:
     norm: Norm
     update: Any
     twice: bool | None = None
+    every: bool = False
 
     def __post_init__(self) -> None:
         checks.integer(self.inner_steps, "inner_steps", at_least=0)

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from metaframe import checks, ops, optim, tree
 from metaframe.backend import Array, Backend, backend_of
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
+from metaframe.models.adapter import is_inexact
 from metaframe.update import UpdateRule, update_rule
 
 Params = dict[str, Array]
@@ -94,8 +97,8 @@ def inner_step(
         loss: a function of `params`; on torch also a loss computed from them.
         lr: one step size, or one for each adapted parameter by name.
         first_order: take the gradients for constants.
-        adapt_names: parameters to update, by default all floating ones; the others are passed on
-            as the same objects.
+        adapt_names: parameters to update, by default all but integers and booleans; the others
+            are passed on as the same objects.
         allow_unused: leave adapted parameters that the loss does not depend on as they are.
 
     Returns:
@@ -104,7 +107,8 @@ def inner_step(
     Raises:
         InputError: an unknown name, nothing to adapt, or a loss that depends on none of it.
         UnusedParameterError: an unused parameter, with `allow_unused=False`.
-        InputTypeError: a loss that is an array, where operations are not recorded.
+        InputTypeError: a loss that is an array, where operations are not recorded, or a parameter
+            to update that is complex.
 
     >>> import torch
     >>> params = {"w": torch.tensor(1.0, requires_grad=True)}
@@ -113,7 +117,9 @@ def inner_step(
     """
     params = dict(params)
     backend = backend_of(*params.values())
-    names = adapted_names(_floating(params, backend), adapt_names)
+    known = tuple(name for name, x in params.items() if is_inexact(x, backend))
+    names = adapted_names(known, adapt_names)
+    checks.learnable(params, names, backend)
     grads = gradients(backend, params, names, loss, first_order, allow_unused)
     return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names, params))[0]
 
@@ -263,8 +269,13 @@ def rate_for(
     return checks.learning_rate({name: lr[name] for name in names})
 
 
-def _floating(params: Params, backend: Backend) -> tuple[str, ...]:
-    return tuple(name for name, x in params.items() if backend.is_floating(x))
+def array_like(x: Any, like: Params, backend: Backend) -> Array:
+    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
+    example = next(p for p in like.values() if backend.is_floating(p))
+    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
+    return backend.asarray(
+        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
+    )
 
 
 def _known(values: Mapping[str, Array], known: Mapping[str, Array], what: str) -> dict[str, Array]:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from metaframe import checks, optim, tree
 from metaframe.backend import Array, Backend, is_neutral
 from metaframe.errors import InputTypeError
 from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
 from metaframe.learners.config import AdaptConfig
-from metaframe.learners.functional import Params, gradients
+from metaframe.learners.functional import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
 from metaframe.models import Forward, Inputs, ModelAdapter
@@ -68,7 +66,7 @@ class TaskRun:
         self.schedule = constants["schedule"]
         """What changes from one call to the next and is not differentiated."""
         self._state = constants["state"]
-        self._learned = meta["learned"]
+        self._learned = {**constants["learned"], **meta["learned"]}
         self.support = Support(
             task.support_x,
             task.support_y,
@@ -104,7 +102,7 @@ class TaskRun:
         """The loss on the query set, after this many steps; by default after all."""
         self.prediction = self.predict(params, self.task.query_x, step)
         """What the last query loss was computed from."""
-        return self.setting.loss_fn(self.prediction, self.task.query_y)
+        return self._loss(self.prediction, self.task.query_y)
 
     def predict(self, params: Params, x: Any, step: Array | None = None) -> Any:
         """The model's output for examples that it did not adapt on, all in one batch."""
@@ -160,7 +158,11 @@ class TaskRun:
         x, y, *step = batch
         state = at_step(self._state, *step) if step else self._state
         output, _ = self._call(self.ordered(params), state, self._support_forward(), x)
-        return self.setting.loss_fn(output, y)
+        return self._loss(output, y)
+
+    def _loss(self, prediction: Any, target: Any) -> Array:
+        loss = self.setting.loss_fn(prediction, target)
+        return checks.scalar(loss, "loss_fn", self.setting.adapter.backend)
 
     def _support_forward(self) -> Forward:
         forward = self.setting.config.forward("support")
@@ -216,12 +218,3 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
 
     batch: Task = tree.map(convert, stacked)
     return batch
-
-
-def array_like(x: Any, like: Params, backend: Backend) -> Array:
-    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
-    example = next(p for p in like.values() if backend.is_floating(p))
-    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
-    return backend.asarray(
-        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
-    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metaframe.backend import Array
+from metaframe.constants import Settled
 from metaframe.errors import MetaframeError
 from metaframe.inner import first_index
 from metaframe.learners.functional import Params
@@ -32,7 +33,7 @@ NOT_VECTORISED = (
 
 
 @dataclass(frozen=True)
-class MetaGradient:
+class MetaGradient(Settled):
     """`(meta, constants, batch) -> (cost, grads, aux)`.
 
     `meta` and `constants` are what a learner's `meta_arrays` and `constants` return; `grads` are
@@ -86,7 +87,7 @@ class Adapted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Settled):
     """The inner loop of one task, taken apart.
 
     Training differentiates through the whole loop and looks at its end. An evaluation looks at

@@ -1,97 +1,271 @@
 """Keras 3, whichever framework it computes with.
 
-Keras is asked for nothing but `stateless_call`, which is why this needs neither Keras nor a
-framework to be imported. It comes before the frameworks' own adapters: with Keras on torch a
-Keras model is an `nn.Module` too, but `torch.func.functional_call` does not reach its variables.
+A model is called as its user calls it, see `_keras_call.py`. The adapter comes before the
+frameworks' own: with Keras on torch a Keras model is an `nn.Module` too, but
+`torch.func.functional_call` does not reach its variables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import inspect
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from metaframe.backend import backend_of
+from metaframe import ops
+from metaframe.backend import Backend, backend_of, known_backends, load_backend
 from metaframe.errors import InputError
-from metaframe.models._keras_private import is_layer, layers_in
-from metaframe.models.adapter import Inputs, ModelAdapter, Params
+from metaframe.models._keras_call import (
+    Call,
+    call_layer,
+    is_layer,
+    keras,
+    layers_of,
+    not_built,
+    unbuilt,
+)
+from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 from metaframe.models.flags import Flags
+
+CHANGING = frozenset(
+    [
+        "build",
+        "compile",
+        "evaluate",
+        "export",
+        "fit",
+        "load_weights",
+        "predict",
+        "predict_on_batch",
+        "quantize",
+        "save",
+        "save_weights",
+        "set_weights",
+        "test_on_batch",
+        "train_on_batch",
+    ]
+)
+"""Methods that Keras gives every model, and that run, change or save the one it is."""
 
 
 class KerasAdapter(ModelAdapter):
-    """A built Keras layer or model; names are the variables' paths.
+    """A Keras layer or model whose weights are made; names are the variables' paths.
 
     `training=` is one switch for batch normalisation and dropout in Keras. It follows the
-    normalisation policy unless the caller passes it.
+    normalisation policy, for every layer that the caller or the model does not tell otherwise. A
+    BatchNormalization with `trainable=False` uses its moving statistics under any policy, as in
+    Keras. Losses that layers add, such as those of regularizers, belong to the loss function:
+    `call=lambda model, x: (model(x), model.losses)` returns them with the output.
     """
 
+    switchable = True
+
     def __init__(self, model: Any) -> None:
-        if not model.built:
-            raise InputError(
-                f"Keras model {model.name!r} has no weights yet. Call it once on data, or "
-                "model.build(input_shape)."
-            )
         self.model = model
         self._flags = Flags()
-        self._paths = _paths(model.variables)
-        values = [v.value for v in (*model.trainable_variables, *model.non_trainable_variables)]
-        self.backend = backend_of(*values)
+        self._paths: tuple[str, ...] = ()
+        self._check_built()
+        self._check_layers()
+        self.backend = self._check_framework()
+
+    def _check_built(self) -> None:
+        missing = [layer.name for layer in unbuilt(self._layers())]
+        has_weights = bool(self.model.variables)
+        if self.model.built and (has_weights or not missing):
+            return  # a layer that is missing may be one that no call reaches
+        if missing or not has_weights:
+            raise InputError(not_built(self.model, missing))
+
+    def _check_layers(self) -> None:
+        for layer in self._layers():
+            if isinstance(layer, keras().layers.TorchModuleWrapper):
+                raise InputError(
+                    f"Keras model {self.model.name!r} holds the torch module "
+                    f"{type(layer.module).__qualname__} in layer {layer.name!r}. It runs on its "
+                    "own parameters, where other values cannot be put. Write the whole in torch "
+                    "or the whole in Keras."
+                )
+
+    def _check_framework(self) -> Backend:
+        name = keras().config.backend()
+        if name not in known_backends():
+            raise InputError(
+                f"Keras computes with {name!r} here, which has no backend. Known: "
+                f"{', '.join(sorted(known_backends()))}. Set the environment variable "
+                "KERAS_BACKEND before Keras is imported."
+            )
+        values = [variable.value for variable in self._variables().values()]
+        return backend_of(*values) if values else load_backend(name)
 
     def params(self) -> Params:
         """The values of the trainable variables."""
-        return self._values(self.model.trainable_variables)
+        return {name: variable.value for name, variable in self.variables().items()}
 
     def state(self) -> Params:
         """Everything else: moving statistics, frozen weights, seed generators."""
-        return self._values(self.model.non_trainable_variables)
+        learned = self.variables()
+        return {n: v.value for n, v in self._variables().items() if n not in learned}
 
     def aliases(self) -> Mapping[str, str]:
         """Paths without the name of the model, which most start with."""
         return {name.removeprefix(f"{self.model.name}/"): name for name in self.params()}
 
     def signature(self) -> Hashable:
-        """Plain attributes of all layers, such as the rate of a dropout."""
-        return self._flags.of(self._layers)
+        """Plain attributes of all layers, such as the rate of a dropout, and what is frozen."""
+        layers = self._layers()
+        return self._flags.of(lambda: layers), *((x.trainable, x.compute_dtype) for x in layers)
 
-    def _layers(self) -> Sequence[Any]:
-        return layers_in(self.model)
+    def batch_norms(self) -> tuple[BatchNorm, ...]:
+        """Those that are not frozen: these normalise by the statistics of a batch."""
+        names = {id(variable): name for name, variable in self._variables().items()}
+        learned = self.variables()
+
+        def affine(variable: Any) -> str | None:
+            name = names.get(id(variable))
+            return name if name in learned else None
+
+        return tuple(
+            BatchNorm(
+                *(names[id(variable)] for variable in (x.moving_mean, x.moving_variance)),
+                *(affine(variable) for variable in (x.gamma, x.beta)),
+            )
+            for x in self._norms()
+        )
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        """`model.stateless_call`, with `training=` as the policy says."""
-        norm, kwargs = inputs.forward.norm, dict(inputs.kwargs)
-        if norm == "record":
-            raise InputError(
-                "norm='support' is not available for Keras models, which do not say what the "
-                "statistics of one batch were. Use norm='batch' or norm='frozen'."
-            )
-        if norm is not None:
-            kwargs = {"training": norm == "batch", **kwargs}
-        # By name: a structure that was flattened and built again does not keep the order.
-        names = list(self.state())
-        with self._flags.called(self._layers):
-            output, after = self.model.stateless_call(
-                [self.backend.asarray(params[name]) for name in self.params()],
-                [self.backend.asarray(state[name]) for name in names],
-                *inputs.args,
-                **kwargs,
-            )
-        return output, dict(zip(names, after, strict=True))
+        """The model's own call, with `training` as the policy says."""
+        norm, variables = inputs.forward.norm, self._variables()
+        momenta = self._recorded() if norm == "record" else {}
+        values = self._values({**params, **state}, variables, momenta)
+        called = self._called(inputs, variables, values, momenta)
+        if norm != "record":
+            return called.output, {name: called.value(variables[name]) for name in state}
+        found = {name: called.recorded(variables[name]) for name in momenta}
+        seen = {n: x / (1 - momenta[n]) for n, x in found.items() if x is not None}
+        return called.output, {**state, **seen}
 
-    def _values(self, variables: Sequence[Any]) -> Params:
-        every = self.model.variables
-        if len(every) != len(self._paths):  # some were added, such as those of metrics
+    def read(self, value: Any) -> Any:
+        """The value of a variable, which is the model's own again after the call."""
+        return value.value if isinstance(value, keras().Variable) else value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Methods that train, save or change a model."""
+        return name in CHANGING and isinstance(owner, keras().layers.Layer)
+
+    def _called(
+        self, inputs: Inputs, variables: Params, values: Params, recorded: Iterable[str]
+    ) -> Call:
+        norm, training, layers = inputs.forward.norm, inputs.forward.training, self._layers()
+        if training is None and norm is not None:
+            training = norm != "frozen"
+        run = self._run(inputs, training)
+
+        def call() -> Call:
+            pairs = [(variables[name], value) for name, value in values.items()]
+            kept = [variables[name] for name in recorded]
+            return call_layer(run, layers, pairs, training=training, recorded=kept)
+
+        with self._flags.called(lambda: layers):
+            called, read = self.backend.run_foreign(call, twice=inputs.forward.twice)
+        given = set(map(id, values.values()))
+        self._check_own(called, [x for x in read if id(x) not in given])
+        return called
+
+    def _run(self, inputs: Inputs, training: bool | None) -> Any:
+        model, args, kwargs = self.model, inputs.args, dict(inputs.kwargs)
+        if inputs.call is not None:
+            return lambda: inputs.call(model, *args, **kwargs)
+        if training is not None and _has_to_be_told(model, args, kwargs):
+            kwargs["training"] = training
+        return lambda: model(*args, **kwargs)
+
+    def _values(self, given: Params, variables: Params, momenta: Mapping[str, float]) -> Params:
+        values = {name: self.backend.asarray(given[name]) for name in variables}
+        for name, variable in variables.items():
+            if tuple(values[name].shape) != tuple(variable.shape):
+                raise InputError(
+                    f"variable {name!r} has shape {tuple(variable.shape)}, received a value of "
+                    f"shape {tuple(values[name].shape)}."
+                )
+        # A moving average of zeros becomes (1 - momentum) times the statistics of the examples.
+        return {n: ops.zeros_like(x) if n in momenta else x for n, x in values.items()}
+
+    def _recorded(self) -> dict[str, float]:
+        """The momentum of every statistic that is recorded, by the statistic's name."""
+        momenta = {}
+        for layer, names in zip(self._norms(), self.batch_norms(), strict=True):
+            if layer.momentum == 1 or getattr(layer, "renorm", False):
+                raise InputError(
+                    f"norm='support' needs the statistics of a batch, which {layer.name!r} does "
+                    "not say with momentum=1 or renorm=True. Use norm='batch' or norm='frozen'."
+                )
+            momenta |= dict.fromkeys((names.mean, names.var), layer.momentum)
+        return momenta
+
+    def _check_own(self, called: Call, read: Sequence[Any]) -> None:
+        """What the call depended on and changed is the model's own."""
+        foreign, assigned = called.foreign()
+        frozen = {id(x.value) for x in foreign if not x.trainable}
+        learned = [x for x in foreign if x.trainable]
+        known = {id(x.value) for x in learned}
+        learned += [x for x in read if id(x) not in frozen | known]
+        if learned:
+            raise InputError(
+                f"Keras model {self.model.name!r} depends on the trainable variables "
+                f"{_named(learned)} from outside its own: those of a layer in a closure, a Lambda "
+                "or another object, or variables of the framework itself. Keep the layer in an "
+                "attribute of the model, make variables with add_weight, or freeze what is not to "
+                "learn with trainable=False."
+            )
+        metrics = set(map(id, self.model.metrics_variables)) if assigned else set()
+        if changed := [x for x in assigned if id(x) not in metrics]:
+            raise InputError(
+                f"Keras model {self.model.name!r} changes the variables {_named(changed)}, which "
+                "are not among its own. Keep them in attributes of the model. Random numbers "
+                "without a seed come from a generator of Keras's own: give the model one, "
+                "self.seed = keras.random.SeedGenerator(0), and pass seed=self.seed."
+            )
+
+    def _layers(self) -> list[Any]:
+        return layers_of(self.model)
+
+    def _norms(self) -> list[Any]:
+        kind = keras().layers.BatchNormalization
+        return [x for x in self._layers() if isinstance(x, kind) and x.built and x.trainable]
+
+    def _variables(self) -> dict[str, Any]:
+        """All variables by name, each once; a generator of seeds may be listed twice."""
+        every = list({id(variable): variable for variable in self.model.variables}.values())
+        if len(every) != len(self._paths):
             self._paths = _paths(every)
         # By place, since a copy of a model has the same variables under other paths.
-        names = {id(variable): name for name, variable in zip(self._paths, every, strict=True)}
-        return {names[id(variable)]: variable.value for variable in variables}
+        return dict(zip(self._paths, every, strict=True))
 
     def variables(self) -> dict[str, Any]:
         """Keras variables, which its optimizers want on every framework but TensorFlow."""
-        return dict(zip(self.params(), self.model.trainable_variables, strict=True))
+        learned = set(map(id, self.model.trainable_variables))
+        return {name: v for name, v in self._variables().items() if id(v) in learned}
 
     def write(self, params: Params) -> None:
         """Assign the trainable variables."""
-        for variable, value in zip(self.model.trainable_variables, params.values(), strict=True):
-            variable.assign(value)
+        for name, variable in self.variables().items():
+            variable.assign(params[name])
+
+
+def _has_to_be_told(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `call` takes `training`, without a default, and is not given it."""
+    signature = inspect.signature(model.call)
+    parameter = signature.parameters.get("training")
+    if parameter is None or parameter.default is not parameter.empty:
+        return False
+    return "training" not in signature.bind_partial(*args, **kwargs).arguments
+
+
+def _named(variables: Sequence[Any]) -> list[str]:
+    def name(x: Any) -> str:
+        known = getattr(x, "path", None) or getattr(x, "name", None)
+        return known or f"one of shape {tuple(x.shape)}"
+
+    return [name(x) for x in variables]
 
 
 def _paths(variables: Sequence[Any]) -> tuple[str, ...]:

@@ -1,45 +1,17 @@
-"""The private names of Keras that are used, and what happens where one is missing."""
+"""The private name of Keras that is used, and what happens where it is missing."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from metaframe.private import PrivateName
 
-SEEN = ("3.11.0", "3.15.1")
+def forget_losses(layers: Sequence[Any], losses: Sequence[Any]) -> None:
+    """Let `layers` forget losses that were added in a scope, and are nobody's any more.
 
-LAYERS = PrivateName(
-    "keras:layers.Layer._flatten_layers", "the quick list of a model's layers", SEEN, "slower"
-)
-
-
-def is_layer(x: object) -> bool:
-    """Is `x` a layer or model of Keras? Imports nothing."""
-    # Half imported while Keras itself is being imported.
-    layer = getattr(getattr(sys.modules.get("keras"), "layers", None), "Layer", None)
-    return layer is not None and isinstance(x, layer)
-
-
-def layers_in(layer: Any) -> list[Any]:
-    """`layer` and all layers inside of it."""
-    if LAYERS.found is not None:
-        return list(layer._flatten_layers())
-    found: dict[int, Any] = {}
-    _collect(layer, found)
-    return list(found.values())
-
-
-def _collect(x: object, found: dict[int, Any]) -> None:
-    """The layers in attributes, lists, tuples, sets and mappings."""
-    inside: Iterable[Any] = ()
-    if is_layer(x) and id(x) not in found:
-        found[id(x)] = x
-        inside = vars(x).values()
-    elif isinstance(x, Mapping):
-        inside = x.values()
-    elif isinstance(x, (list, tuple, set)):
-        inside = x
-    for y in inside:
-        _collect(y, found)
+    A layer knows them by `id`, in `_loss_ids` (Keras 3.0 to 3.15). Left there, the numbers could be
+    those of later losses; a Keras without the attribute has nothing to clear.
+    """
+    gone = set(map(id, losses))
+    for layer in layers if gone else ():
+        getattr(layer, "_loss_ids", set()).difference_update(gone)

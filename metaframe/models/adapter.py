@@ -33,6 +33,9 @@ class Forward:
             then avoided.
         repeated: will the call be run again in a backward pass? A model that draws numbers from a
             hidden stream is then an error, since the second draw would be another.
+        training: training or evaluation mode, for everything but batch normalisation, such as
+            dropout; None leaves it to the model. For models that are `switchable`. Keras has one
+            switch for both, and this is it.
 
     >>> Forward(norm="batch").twice
     True
@@ -41,6 +44,7 @@ class Forward:
     norm: Norm | None = None
     twice: bool = True
     repeated: bool = False
+    training: bool | None = None
 
     def __post_init__(self) -> None:
         checks.choice(self.norm, "norm", (None, "batch", "frozen", "record"))
@@ -101,8 +105,11 @@ class NamedParameters(abc.ABC):
         """Make `params`, which are complete and of the right shapes, the model's parameters."""
 
     def trainable(self) -> tuple[str, ...]:
-        """Names of the parameters to differentiate. Default: every floating one."""
-        return tuple(n for n, x in self.params().items() if self.backend.is_floating(x))
+        """Names of the parameters to learn. Default: all but integers and booleans.
+
+        A complex one is among them, so that it is refused and not left out.
+        """
+        return tuple(name for name, x in self.params().items() if is_inexact(x, self.backend))
 
     def variables(self) -> dict[str, Any]:
         """What the framework's own optimizers update. Default: the parameters."""
@@ -126,6 +133,18 @@ class NamedParameters(abc.ABC):
         self.write({**params, **values})
 
 
+def is_inexact(x: Array, backend: Backend) -> bool:
+    """Is `x` of real or complex numbers, and not of integers or booleans?
+
+    >>> import torch
+    >>> from metaframe.backend import load_backend
+    >>> [is_inexact(torch.ones(1, dtype=dtype), load_backend("torch"))
+    ...  for dtype in (torch.bfloat16, torch.complex64, torch.int64)]
+    [True, True, False]
+    """
+    return backend.is_floating(x) or backend.dtype_name(x).startswith("complex")
+
+
 class ModelAdapter(NamedParameters):
     """A model of any framework.
 
@@ -139,6 +158,8 @@ class ModelAdapter(NamedParameters):
 
     output_first: bool = False
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
+    switchable: bool = False
+    """Whether `call` follows `Forward.training`."""
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
@@ -173,6 +194,22 @@ class ModelAdapter(NamedParameters):
         Default: there are none.
         """
         return {}
+
+    def read(self, value: Any) -> Any:
+        """`value`, an attribute of the model, as its user has it outside of the call.
+
+        Asked while other values are in place of the model's own. Default: itself.
+        """
+        return value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Whether an attribute of `owner`, the model or a part of it, is of no use to a learner.
+
+        Such are what the framework gives every model to change it, or to list its own parameters.
+        Default: none.
+        """
+        del owner, name
+        return False
 
     def signature(self) -> Hashable:
         """What, besides arrays, decides what `call` computes, such as a training flag."""

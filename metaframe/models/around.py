@@ -20,6 +20,7 @@ class Around(ModelAdapter):
         self.inner = inner
         self.backend = inner.backend
         self.output_first = inner.output_first
+        self.switchable = inner.switchable
 
     @property
     def model(self) -> Any:
@@ -53,6 +54,14 @@ class Around(ModelAdapter):
     def aliases(self) -> Mapping[str, str]:
         """The model's."""
         return self.inner.aliases()
+
+    def read(self, value: Any) -> Any:
+        """The model's."""
+        return self.inner.read(value)
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """The model's."""
+        return self.inner.withholds(owner, name)
 
     def signature(self) -> Hashable:
         """The model's."""

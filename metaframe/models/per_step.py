@@ -134,6 +134,11 @@ class StepAffine(_PerStep):
         """The model's, with tables in the places of scales and shifts."""
         return {**self.inner.params(), **self.tables.params()}
 
+    def trainable(self) -> tuple[str, ...]:
+        """The model's, without tables that were frozen."""
+        frozen = {*self.tables.params()}.difference(self.tables.trainable())
+        return tuple(name for name in self.inner.trainable() if name not in frozen)
+
     def adaptable(self) -> tuple[str, ...]:
         """The model's, without scales and shifts."""
         tables = self.tables.params()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from metaframe import checks, tree
@@ -47,7 +48,7 @@ class _Narrow(Around):
         )
         everything = (params, state, inputs.args, dict(inputs.kwargs))
         params, narrow, args, kwargs = (_cast(x, self._dtype, self.backend) for x in everything)
-        output, after = self.inner.call(params, narrow, Inputs(args, kwargs, inputs.forward))
+        output, after = self.inner.call(params, narrow, replace(inputs, args=args, kwargs=kwargs))
         restored = {n: _like(x, state[n], self.backend) for n, x in after.items()}
         return _cast(output, wide, self.backend), restored
 

@@ -18,8 +18,8 @@ class ValuesAdapter(NamedParameters):
         return dict(self.model)
 
     def write(self, params: Params) -> None:
-        """Replace the values."""
-        self.model = dict(params)
+        """Replace the values, in the mapping that its users have."""
+        self.model.update(params)
 
 
 def live(values: Params, backend: Backend) -> NamedParameters:

@@ -12,8 +12,8 @@ import numpy as np
 
 from metaframe.backend import Array
 from metaframe.compile import compile
+from metaframe.learners.functional import array_like
 from metaframe.learners.meta_learner import MetaLearner
-from metaframe.learners.objective import array_like
 from metaframe.training.callbacks import Run
 from metaframe.training.interrupt import Interrupt
 from metaframe.workers import AllSum

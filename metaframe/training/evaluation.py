@@ -265,7 +265,8 @@ class Evaluator:
         at_once = max(1, EXAMPLES_AT_ONCE // (1 + tree.leaves(task.support_x)[0].shape[0]))
         chunk_size = min(at_once, self._settings.chunk_size or at_once)
         output = map_tasks(alone, task_map=how, chunk_size=chunk_size)(task.query_x)
-        return (self._metric or self._loss_fn)(output, task.query_y)
+        name = "loss_fn" if self._metric is None else "metric"
+        return self._scalar(self._metric or self._loss_fn, name, output, task)
 
 
 class _View(NamedTuple):
