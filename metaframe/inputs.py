@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Array, Backend, backend_of, convert_neutral, following
+from metaframe.backend import (
+    Array,
+    Backend,
+    backend_of,
+    convert_neutral,
+    current_selection,
+    following,
+)
 
 
 def arrays_of(
@@ -25,6 +34,15 @@ def arrays_of(
             for x in batch_leaves
         )
     return tree.unflatten(v_spec, v_arrays), tree.unflatten(batch_spec, batch_arrays), backend
+
+
+def converted(params: Mapping[str, Array]) -> dict[str, Array]:
+    """`params` with NumPy arrays as arrays of the selected backend, if one is selected."""
+    selection = current_selection()
+    if selection is None or not any(isinstance(x, np.ndarray) for x in params.values()):
+        return dict(params)
+    arrays = convert_neutral(tuple(params.values()), backend_of(*params.values()))
+    return dict(zip(params, arrays, strict=True))
 
 
 def _array(x: object, backend: Backend) -> Array:

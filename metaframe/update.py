@@ -191,9 +191,9 @@ def _difference(x: Any, like: Any) -> tuple[str, str] | None:
     if backend is None:
         same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
         return None if same else (_described(x), _described(like))
-    if backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like):
-        if _same_size(tuple(x.shape), tuple(like.shape)):
-            return None
+    alike = backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like)
+    if alike and _same_size(tuple(x.shape), tuple(like.shape)):
+        return None
     return _described(x), _described(like)
 
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, ops, optim, tree
+from metaframe import checks, ops, optim, rates, tree
 from metaframe.backend import Array, Backend, backend_of
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
+from metaframe.inputs import converted
 from metaframe.models import Inputs, adapter_of
 from metaframe.models.adapter import is_inexact
 from metaframe.update import UpdateRule, update_rule
 
 Params = dict[str, Array]
 LearningRate = float | Array | Mapping[str, Array]
-"""One rate for all parameters, or one for each by name."""
+"""One rate for all parameters, or one for each by its name or that of a part of the model."""
 Loss = Array | Callable[[Params], Array]
 """A loss, or a function from parameters to a loss."""
 GRADIENT_DESCENT = update_rule(optim.sgd(), stop_gradients=False)
@@ -76,6 +77,7 @@ def functional_forward(
     tensor([[3.]])
     """
     adapter = adapter_of(model)
+    params = converted(params)
     values = {**adapter.params(), **_known(params, adapter.params(), "params")}
     state = {**adapter.state(), **_known(buffers or {}, adapter.state(), "buffers")}
     return adapter.call(values, state, Inputs(args, kwargs))[0]
@@ -95,7 +97,7 @@ def inner_step(
     Args:
         params: parameters by name, the point at which the loss is.
         loss: a function of `params`; on torch also a loss computed from them.
-        lr: one step size, or one for each adapted parameter by name.
+        lr: one step size, or one for each adapted parameter, by its name or that of its layer.
         first_order: take the gradients for constants.
         adapt_names: parameters to update, by default all but integers and booleans; the others
             are passed on as the same objects.
@@ -115,13 +117,15 @@ def inner_step(
     >>> inner_step(params, (params["w"] - 3.0) ** 2, lr=0.25)
     {'w': tensor(2., grad_fn=<AddBackward0>)}
     """
-    params = dict(params)
+    params = converted(params)
     backend = backend_of(*params.values())
     known = tuple(name for name, x in params.items() if is_inexact(x, backend))
     names = adapted_names(known, adapt_names)
     checks.learnable(params, names, backend)
+    adapted = {name: params[name] for name in names}
+    rate = GRADIENT_DESCENT.rate(rate_for(lr, names, params), adapted)
     grads = gradients(backend, params, names, loss, first_order, allow_unused)
-    return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names, params))[0]
+    return descend(params, grads, GRADIENT_DESCENT, (), rate)[0]
 
 
 def adapt(
@@ -238,7 +242,10 @@ def descend(
     state: Any,
     rate: optim.Rate,
 ) -> tuple[Params, Any]:
-    """`params` after one update, and the rule's new state; unused ones stay the same objects."""
+    """`params` after one update, and the rule's new state; unused ones stay the same objects.
+
+    `rate` is what `rule.rate` returns.
+    """
     current = {name: params[name] for name in grads}
     filled = {n: ops.zeros_like(current[n]) if g is None else g for n, g in grads.items()}
     changed, state, _ = rule.apply(current, filled, state, rate)
@@ -246,27 +253,28 @@ def descend(
 
 
 def rate_for(
-    lr: LearningRate, names: Sequence[str], known: Collection[str] | None = None
+    lr: LearningRate,
+    names: Sequence[str],
+    known: Collection[str] | None = None,
+    *,
+    name: str = "lr",
 ) -> optim.Rate:
-    """`lr` in the structure of the adapted parameters, or the one rate for all.
+    """`lr` by name for the adapted parameters, or the one rate for all.
 
-    A mapping may have rates for other parameters as well, if they are among those `known`.
+    A mapping may have rates for other parameters as well, if they are among those `known`, and for
+    parts of a model, such as a layer: the rate at "layer1" is that of all of its parameters.
     """
-    if not isinstance(lr, Mapping):
-        if not tree.is_leaf(lr):
-            raise InputTypeError(
-                "the learning rate is a number or an array, or a mapping from the names of "
-                f"parameters to such; received {lr!r}."
-            )
-        return checks.learning_rate(lr)
-    if missing := [name for name in names if name not in lr]:
-        raise InputError(f"lr has no rate for the adapted parameters {missing}.")
-    for name in lr:
-        if known is not None and name not in known:
-            raise InputError(
-                f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
-            )
-    return checks.learning_rate({name: lr[name] for name in names})
+    if not isinstance(lr, Mapping) and not tree.is_leaf(lr):
+        raise InputTypeError(
+            f"{name} is a number or an array, or a mapping from the names of parameters to such; "
+            f"received {lr!r}."
+        )
+    lr = checks.learning_rate(lr, name)
+    if not rates.is_structure(lr):
+        return lr
+    others = None if known is None else tuple(known)
+    found = rates.matched(lr, names, name=name, known=others, noun="parameter")
+    return dict(zip(names, found, strict=True))
 
 
 def array_like(x: Any, like: Params, backend: Backend) -> Array:

@@ -136,6 +136,7 @@ class TaskRun:
             1 if config.first_order else 2,
             self.setting.mode,
             batch_of_step=_with_step if stepwise else None,
+            lr_name="inner_lr",
         )
         chosen = tree.leaves({name: name in config.names for name in start})
         return InnerLoop(

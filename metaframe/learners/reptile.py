@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, ops, optim
+from metaframe import checks, ops, optim, rates
 from metaframe.backend import Array, Arrays
 from metaframe.errors import InputError
 from metaframe.inner import StepView
 from metaframe.learners.config import Norm
-from metaframe.learners.functional import Params
+from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
 from metaframe.learners.objective import TaskRun
@@ -32,7 +32,7 @@ class Reptile(MAML):
 
     Args:
         module: see `MAML`.
-        inner_lr: alpha, a positive number.
+        inner_lr: alpha, positive; see `MAML`.
         inner_steps: K. With one step the direction is a plain gradient of the mean support loss.
         adapt_names: see `MAML`; the direction is zero for the others.
         allow_unused: see `MAML`.
@@ -52,7 +52,7 @@ class Reptile(MAML):
     def __init__(
         self,
         module: Any,
-        inner_lr: float = 0.01,
+        inner_lr: LearningRate = 0.01,
         inner_steps: int = 5,
         adapt_names: Iterable[str] | None = None,
         allow_unused: bool = True,
@@ -60,12 +60,11 @@ class Reptile(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.learning_rate(inner_lr)
-        if not isinstance(inner_lr, (int, float)) or inner_lr == 0:
+        if inner_lr is None:
             raise InputError(
-                f"Reptile divides by inner_lr, which has to be a positive number; received "
-                f"{inner_lr!r}."
+                "Reptile divides by inner_lr, which has to be positive; received None."
             )
+        rates.refuse_zero(checks.learning_rate(inner_lr, "inner_lr"), "inner_lr", "Reptile")
         super().__init__(
             module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
         )
@@ -80,11 +79,12 @@ def displacement(run: TaskRun) -> Array:
         )
     result = run.adapted(_updates)
     cost = ops.stop_gradient(run.query_loss(result.variables))
-    config = run.setting.config
-    for name, moved in zip(sorted(config.names), result.total, strict=True):
+    moved = dict(zip(sorted(run.setting.config.names), result.total, strict=True))
+    rate = rates.spread(run.rate, {name: run.start[name] for name in moved}, name="inner_lr")
+    for name, direction in rates.divided(moved, rate).items():
         # Zero, with the constant factor as its gradient.
         offset = run.start[name] - ops.stop_gradient(run.start[name])
-        cost = cost - ops.sum(offset * ops.stop_gradient(moved) / config.inner_lr)
+        cost = cost - ops.sum(offset * ops.stop_gradient(direction))
     return cost
 
 
