@@ -109,23 +109,6 @@ def _own(learning_rate: Rate) -> Rate:
     return checks.learning_rate(learning_rate, "learning_rate")
 
 
-def _setting(name: str, value: Any, within: str = "[0, inf)") -> None:
-    """A setting of an optimizer is in this interval; arrays are not looked at, they may be traced.
-
-    Raises:
-        InputTypeError: neither a number nor an array.
-        InputError: out of the interval.
-    """
-    if owner(value) is not None:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputTypeError(f"{name} must be a number, received {value!r}.")
-    upper, closed = float(within[1:-1].partition(",")[2]), within.endswith("]")
-    number = float(value)
-    if not (0 <= number < upper or (closed and number == upper)):
-        raise InputError(f"{name} has to be in {within}, received {value!r}.")
-
-
 def _no_state(params: Params) -> State:
     del params
     return ()
@@ -160,7 +143,7 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
     -0.3
     """
     learning_rate = _own(learning_rate)
-    _setting("decay", decay)
+    checks.setting("decay", decay)
     arguments.choice(nesterov, "nesterov", (False, True))
     update = functools.partial(_momentum, own=learning_rate, decay=decay, nesterov=nesterov)
     return Optimizer(_zeros, update, learning_rate)
@@ -251,9 +234,9 @@ def adamw(
     for name, decay in (("b1", b1), ("b2", b2)):
         if owner(decay) is not None:  # its logarithm is taken in Python
             raise InputTypeError(f"{name} must be a Python number, received an array.")
-        _setting(name, decay, "[0, 1)")
-    _setting("eps", eps)
-    _setting("weight_decay", weight_decay)
+        checks.setting(name, decay, "[0, 1)")
+    checks.setting("eps", eps)
+    checks.setting("weight_decay", weight_decay)
     learning_rate = _own(learning_rate)
     settings = {"own": learning_rate, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     return Optimizer(_adam_state, functools.partial(_adam, **settings), learning_rate)
@@ -304,8 +287,8 @@ def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -
     -0.2
     """
     learning_rate = _own(learning_rate)
-    _setting("decay", decay, "[0, 1]")
-    _setting("eps", eps)
+    checks.setting("decay", decay, "[0, 1]")
+    checks.setting("eps", eps)
     update = functools.partial(_rmsprop, own=learning_rate, decay=decay, eps=eps)
     return Optimizer(_zeros, update, learning_rate)
 
@@ -341,8 +324,8 @@ def adagrad(
     -0.0707
     """
     learning_rate = _own(learning_rate)
-    _setting("initial_accumulator", initial_accumulator)
-    _setting("eps", eps)
+    checks.setting("initial_accumulator", initial_accumulator)
+    checks.setting("eps", eps)
     init = functools.partial(_filled, value=initial_accumulator)
     update = functools.partial(_adagrad, own=learning_rate, eps=eps)
     return Optimizer(init, update, learning_rate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -71,6 +72,23 @@ def plain_numbers(lr: Any) -> Any:
 def _rate_name(lr: Any, leaf: int, name: str) -> str:
     chain = tree.key_chains(lr)[leaf]
     return f"{name}: " + (f"learning rate {chain!r}" if chain else "the learning rate")
+
+
+def setting(name: str, value: Any, within: str = "[0, inf)") -> None:
+    """A setting of an optimizer is in this interval; arrays are not looked at, they may be traced.
+
+    Raises:
+        InputTypeError: neither a number nor an array.
+        InputError: out of the interval.
+    """
+    if owner(value) is not None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputTypeError(f"{name} must be a number, received {value!r}.")
+    upper, closed = float(within[1:-1].partition(",")[2]), within.endswith("]")
+    number = float(value)
+    if not (0 <= number < upper or (closed and number == upper)):
+        raise InputError(f"{name} has to be in {within}, received {value!r}.")
 
 
 def variables(leaves: Arrays, part: tree.Part, backend: Backend, name: str) -> None:

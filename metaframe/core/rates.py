@@ -207,8 +207,8 @@ def refuse_zero(rate: Rate, name: str, user: str) -> None:
     for chain, x in zip(tree.key_chains(rate), tree.leaves(rate), strict=True):
         if is_neutral(x) and not np.all(x):
             raise InputError(
-                f"{label(name, chain)}: {user} divides by the inner learning rate, received {x!r}. "
-                "Give a rate above 0."
+                f"{label(name, chain)}: {user} divides by the inner learning rate, a positive "
+                f"number; received {x!r}."
             )
 
 

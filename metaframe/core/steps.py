@@ -82,8 +82,8 @@ def maml_step(
         outer_cost_fn: the cost at the adapted variables; `None` for the inner one.
         variables: structure of floating arrays; with `batched=True` each with a leading task axis.
         inner_grad_steps: inner steps K, 0 or more.
-        inner_learning_rate: a number, an array, or one rate for each variable that adapts, in their
-            structure; `None` if the update rule brings its own.
+        inner_learning_rate: a number, an array, or a structure that names the variables that adapt
+            or parts of them, with a rate for each; `None` if the update rule brings its own.
         inner_optimization_step: an `optim.Optimizer`, on JAX also an optax transformation, or a
             function `(v, grads, lr, stop_gradients=...) -> new v`.
         inner_batch_fn: applied to a task's data before `inner_cost_fn`, such as taking the

@@ -15,16 +15,16 @@ import numpy as np
 from metaframe import arguments, ops, optim, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.model import is_inexact
-from metaframe.backend.selection import backend_of
+from metaframe.backend.selection import backend_of, convert_neutral, current_selection
 from metaframe.backend.types import Array
-from metaframe.core import checks
+from metaframe.core import checks, rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
 
 Params = dict[str, Array]
 LearningRate = float | Array | Mapping[str, Array]
-"""One rate for all parameters, or one for each by name."""
+"""One rate for all parameters, or one for each by its name or that of a part of the model."""
 Loss = Array | Callable[[Params], Array]
 """A loss, or a function from parameters to a loss."""
 GRADIENT_DESCENT = update_rule(optim.sgd(), stop_gradients=False)
@@ -79,6 +79,7 @@ def functional_forward(
     tensor([[3.]])
     """
     adapter = adapter_of(model)
+    params = _converted(params)
     values = {**adapter.params(), **_known(params, adapter.params(), "params")}
     state = {**adapter.state(), **_known(buffers or {}, adapter.state(), "buffers")}
     return adapter.call(values, state, Inputs(args, kwargs))[0]
@@ -98,7 +99,7 @@ def inner_step(
     Args:
         params: parameters by name, the point at which the loss is.
         loss: a function of `params`; on torch also a loss computed from them.
-        lr: one step size, or one for each adapted parameter by name.
+        lr: one step size, or one for each adapted parameter, by its name or that of its layer.
         first_order: take the gradients for constants.
         adapt_names: parameters to update, by default all but integers and booleans; the others
             are passed on as the same objects.
@@ -118,13 +119,15 @@ def inner_step(
     >>> inner_step(params, (params["w"] - 3.0) ** 2, lr=0.25)
     {'w': tensor(2., grad_fn=<AddBackward0>)}
     """
-    params = dict(params)
+    params = _converted(params)
     backend = backend_of(*params.values())
     known = tuple(name for name, x in params.items() if is_inexact(x, backend))
     names = adapted_names(known, adapt_names)
     checks.learnable(params, names, backend)
+    adapted = {name: params[name] for name in names}
+    rate = GRADIENT_DESCENT.rate(rate_for(lr, names, params), adapted)
     grads = gradients(backend, params, names, loss, first_order, allow_unused)
-    return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names, params))[0]
+    return descend(params, grads, GRADIENT_DESCENT, (), rate)[0]
 
 
 def adapt(
@@ -241,7 +244,10 @@ def descend(
     state: Any,
     rate: optim.Rate,
 ) -> tuple[Params, Any]:
-    """`params` after one update, and the rule's new state; unused ones stay the same objects."""
+    """`params` after one update, and the rule's new state; unused ones stay the same objects.
+
+    `rate` is what `rule.rate` returns.
+    """
     current = {name: params[name] for name in grads}
     filled = {n: ops.zeros_like(current[n]) if g is None else g for n, g in grads.items()}
     changed, state, _ = rule.apply(current, filled, state, rate)
@@ -249,36 +255,37 @@ def descend(
 
 
 def rate_for(
-    lr: LearningRate, names: Sequence[str], known: Collection[str] | None = None
+    lr: LearningRate,
+    names: Sequence[str],
+    known: Collection[str] | None = None,
+    *,
+    name: str = "lr",
 ) -> optim.Rate:
-    """`lr` in the structure of the adapted parameters, or the one rate for all.
+    """`lr` by name for the adapted parameters, or the one rate for all.
 
-    A key of a mapping is the name of a parameter or of a part of the model, such as "0" for
-    "0.weight" and "0.bias"; the longest that fits counts. A mapping may have rates for other
-    parameters as well, if they are among those `known`.
+    A mapping may have rates for other parameters as well, if they are among those `known`, and for
+    parts of a model, such as a layer: the rate at "layer1" is that of all of its parameters.
     """
-    if not isinstance(lr, Mapping):
-        if not tree.is_leaf(lr):
-            raise InputTypeError(
-                "the learning rate is a number or an array, or a mapping from the names of "
-                f"parameters to such; received {lr!r}."
-            )
-        return checks.learning_rate(lr)
-    keys = {name: _longest_part(name, lr) for name in names}
-    if missing := [name for name, key in keys.items() if key is None]:
-        raise InputError(f"lr has no rate for the adapted parameters {missing}.")
-    for key in lr:
-        if known is not None and not any(_is_part(key, name) for name in known):
-            raise InputError(f"lr has {key!r}, which is no parameter. {nearest(key, tuple(known))}")
-    return checks.learning_rate({name: lr[key] for name, key in keys.items() if key is not None})
+    if not isinstance(lr, Mapping) and not tree.is_leaf(lr):
+        raise InputTypeError(
+            f"{name} is a number or an array, or a mapping from the names of parameters to such; "
+            f"received {lr!r}."
+        )
+    lr = checks.learning_rate(lr, name)
+    if not rates.is_structure(lr):
+        return lr
+    others = None if known is None else tuple(known)
+    found = rates.matched(lr, names, name=name, known=others, noun="parameter")
+    return dict(zip(names, found, strict=True))
 
 
-def _longest_part(name: str, keys: Iterable[str]) -> str | None:
-    return max((key for key in keys if _is_part(key, name)), key=len, default=None)
-
-
-def _is_part(key: str, name: str) -> bool:
-    return name == key or name.startswith((f"{key}.", f"{key}/"))
+def _converted(params: Mapping[str, Array]) -> Params:
+    """`params` with NumPy arrays as arrays of the selected backend, if one is selected."""
+    selection = current_selection()
+    if selection is None or not any(isinstance(x, np.ndarray) for x in params.values()):
+        return dict(params)
+    arrays = convert_neutral(tuple(params.values()), backend_of(*params.values()))
+    return dict(zip(params, arrays, strict=True))
 
 
 def array_like(x: Any, like: Params, backend: Backend) -> Array:

@@ -274,9 +274,10 @@ class Learner:
             config.first_order,
             config.allow_unused,
         )
-        self.params, self._rule_state = descend(
-            self.params, grads, config.rule, self._rule_state, config.rate(self._learned)
-        )
+        adapted = {name: self.params[name] for name in config.names}
+        rule = config.rule
+        rate = rule.rate(config.rate(self._learned), adapted, name="inner_lr")
+        self.params, self._rule_state = descend(self.params, grads, rule, self._rule_state, rate)
         self._taken += 1
         if config.norm == "support":
             self._see_support(support_loss)

@@ -24,8 +24,9 @@ class MAML(MetaLearner):
 
     Args:
         module: the model, see `metaframe.models`; its parameters are the meta-parameters.
-        inner_lr: inner step size, or one for each adapted parameter by name; `None` if `update`
-            brings its own.
+        inner_lr: inner step size, or one for each adapted parameter, by its name or that of a part
+            of the model, such as a layer; a rate may be an array that broadcasts to the shape of
+            its parameter. `None` if `update` brings its own.
         inner_steps: default number of inner steps, at least 1.
         first_order: take the inner gradients for constants (FOMAML).
         adapt_names: names of the parameters to adapt; default: all trainable ones, at the time of
@@ -80,7 +81,8 @@ class MAML(MetaLearner):
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
         if inner_lr is not None:
-            rate_for(inner_lr, names, {*adapter.params(), *adapter.adaptable()})
+            known = {*adapter.params(), *adapter.adaptable()}
+            rate_for(inner_lr, names, known, name="inner_lr")
         config = AdaptConfig(
             names,
             inner_lr,
@@ -91,6 +93,7 @@ class MAML(MetaLearner):
             update,
             every=adapt_names is None,
         )
+        config.check_rate(adapter.params())
         super().__init__(adapter, config, Method())
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ class MAMLPlusPlus(MAML):
 
     Args:
         module: see `MAML`.
-        inner_lr: where every rate starts.
+        inner_lr: where every rate starts, see `MAML`; an array has one number a step.
         inner_steps: K; the paper takes 5.
         first_order: see `MAML`; for all epochs.
         adapt_names: see `MAML`.
@@ -108,14 +107,8 @@ class MAMLPlusPlus(MAML):
         self._second_order_from = second_order_from
         if learn_rates:
             params, steps = self._adapter.params(), (inner_steps,)
-            self.rates = self._learn(
-                {
-                    n: self.config.rate_of(n) + ops.zeros(steps, like=params[n])
-                    for n in self.config.names
-                }
-            )
-        # One object, since another method is another program.
-        self._multi_step = Method(partial(multi_step_loss, inner_steps=inner_steps))
+            like = {n: ops.zeros(steps, like=params[n]) for n in self.config.names}
+            self.rates = self._learn(self.config.starting_rates(like))
         self._follow(self._phase)
 
     def _phase(self, epoch: int) -> Phase:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from metaframe import ops
 from metaframe.backend.types import Array
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
@@ -23,7 +22,7 @@ class MetaSGD(MAML):
 
     Args:
         module: the model, see `MAML`.
-        inner_lr: where every rate starts: a number, or one for each adapted parameter by name.
+        inner_lr: where every rate starts, see `MAML`.
         inner_steps: see `MAML`.
         first_order: see `MAML`. With one inner step the rates get their
             exact gradient either way; with more the part that goes through later gradients is
@@ -57,7 +56,7 @@ class MetaSGD(MAML):
         )
         params = self._adapter.params()
         self.lrs: Mapping[str, Array] = self._learn(
-            {n: self.config.rate_of(n) * ops.ones_like(params[n]) for n in self.config.names}
+            self.config.starting_rates({n: params[n] for n in self.config.names})
         )
         """The live rates, by the names of the parameters that they are for."""
 

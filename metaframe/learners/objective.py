@@ -140,6 +140,7 @@ class ModelOnTask:
             1 if config.first_order else 2,
             self.setting.mode,
             context_of_step=_at_step if STEP in self._state else None,
+            lr_name="inner_lr",
         )
         spec = tree.structure(dict.fromkeys(self._adapting, 0))
         return InnerLoop(self.setting.adapter.backend, self._inner_cost, spec, settings)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from metaframe import arguments, optim
+from metaframe import arguments, ops, optim
 from metaframe.backend.types import Array
+from metaframe.core import rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, rate_for
+from metaframe.learners.functional import LearningRate, Params, rate_for
 from metaframe.models import Forward
 
 Norm = Literal["batch", "frozen", "support", "per-step"]
@@ -51,7 +51,7 @@ class AdaptConfig:
         arguments.integer(self.inner_steps, "inner_steps", at_least=0)
         arguments.choice(self.norm, "norm", NORMS)
         if self.inner_lr is not None:
-            rate_for(self.inner_lr, self.names)
+            rate_for(self.inner_lr, self.names, name="inner_lr")
         update_rule(self.update, stop_gradients=False)
 
     @property
@@ -68,15 +68,29 @@ class AdaptConfig:
             raise InputError(f"this algorithm takes no inner steps, received steps={given}.")
         return given
 
-    def rate_of(self, name: str) -> Any:
-        """Where a learned rate of this parameter starts.
+    def check_rate(self, params: Params) -> None:
+        """The rates fit `params`, as far as these are known.
 
         Raises:
-            InputError: no learning rate to start from.
+            InputError, InputTypeError: naming `inner_lr`.
+        """
+        known = {name: params[name] for name in self.names if name in params}
+        rate = self.rate({})
+        if known:
+            part = {name: rate[name] for name in known} if isinstance(rate, dict) else rate
+            self.rule.rate(part, known, name="inner_lr")
+
+    def starting_rates(self, like: Params) -> Params:
+        """Where learned rates of these shapes start.
+
+        Raises:
+            InputError: no learning rate to start from, or one of another shape.
         """
         if self.inner_lr is None:
             raise InputError("learned rates start from inner_lr, received None.")
-        return self.inner_lr[name] if isinstance(self.inner_lr, Mapping) else self.inner_lr
+        given = rates.spread(self.rate({}), like, name="inner_lr")
+        by_name = given if isinstance(given, dict) else dict.fromkeys(like, given)
+        return {name: by_name[name] * ops.ones_like(x) for name, x in like.items()}
 
     def rate(self, learned: dict[str, Array]) -> optim.Rate:
         """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
@@ -84,7 +98,7 @@ class AdaptConfig:
             return {name: learned[name] for name in self.names}
         if learned or self.inner_lr is None:
             return learned or None
-        return rate_for(self.inner_lr, self.names)
+        return rate_for(self.inner_lr, self.names, name="inner_lr")
 
     def forward(self, phase: Literal["support", "query"]) -> Forward:
         """How the model is called on the examples of this phase."""

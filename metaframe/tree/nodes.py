@@ -133,8 +133,13 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
     missing, extra = sorted(want - have), sorted(have - want)
     parts = [f"missing {missing}"] if missing else []
     parts += [f"unexpected {extra}"] if extra else []
-    detail = "; ".join(parts) or f"expected {spec}, received {found_spec}"
+    detail = "; ".join(parts) or _other_nodes(found_spec, spec)
     raise InputError(f"{what} has another structure: {detail}. Return the same keys and nesting.")
+
+
+def _other_nodes(found: TreeSpec, expected: TreeSpec) -> str:
+    have, want = ({cls.__name__ for cls in node_types(spec)} for spec in (found, expected))
+    return f"the keys agree, but it is made of {sorted(have)} and not of {sorted(want)}"
 
 
 def key_chains(tree: Tree) -> tuple[str, ...]:
