@@ -102,12 +102,10 @@ def test_the_documented_versions_are_those_that_ci_runs() -> None:
             )
 
 
-@pytest.mark.parametrize("package", ["torch", "jax", "tensorflow", "keras"])
+@pytest.mark.parametrize("package", ["torch", "jax", "tensorflow"])
 def test_private_names_say_the_versions_that_ci_runs(package: str) -> None:
     """The first and the last of those in which a name was seen."""
     source = ROOT / f"backends/metaframe_{package}/_private.py"
-    if package == "keras":
-        source = ROOT / "metaframe/models/_keras_private.py"
     seen = re.findall(r"^SEEN = (.*)$", source.read_text(), re.M)
     assert [Version(v) for v in ast.literal_eval(seen[0])] == versions_run(package)
 

@@ -84,7 +84,7 @@ class EquinoxAdapter(ModelAdapter):
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         module = _in_mode(_holding(self.model, {**params, **state}), inputs.forward.training)
         call = functools.partial(inputs.call or self._function or _called, module)
-        if self._of_one_example and inputs.args:  # without any, an attribute is read
+        if self._of_one_example and inputs.call is None:
             return over_examples(call, inputs), state
         return call(*inputs.args, **inputs.kwargs), state
 

@@ -34,6 +34,12 @@ RECORDS = PrivateName(
     SEEN,
     "error",
 )
+EAGER = PrivateName(
+    "tensorflow:__internal__.EagerTensor",
+    "telling tensors with a value from symbols",
+    SEEN,
+    "public",
+)
 FORWARD = PrivateName(
     "tensorflow.python.eager.forwardprop_util:pack_tangents",
     "tasks at once where a ForwardAccumulator may be active",
@@ -163,3 +169,10 @@ def translated(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _enabled(scope: Any) -> bool:
     return str(getattr(scope, "status", None)).endswith("ENABLED")
+
+
+def is_eager(x: object) -> bool:
+    """Whether `x` is a tensor that has a value; without the name, one that is no symbol."""
+    if EAGER.found is not None:
+        return isinstance(x, EAGER.found)
+    return tf.is_tensor(x) and hasattr(x, "numpy")

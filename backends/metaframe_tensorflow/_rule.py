@@ -82,7 +82,7 @@ def _is_differentiable(x: Any) -> bool:
 
 
 def _is_eager(x: Any) -> bool:
-    return isinstance(x, (tf.Variable, tf.__internal__.EagerTensor))
+    return isinstance(x, tf.Variable) or _private.is_eager(x)
 
 
 def _closure_gradients(

@@ -54,7 +54,7 @@ def one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`v` in the length `g`."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    return v * (g / _private.norm_except_dim(v, dim))
 
 
 # -- distances ------------------------------------------------------------------------------------

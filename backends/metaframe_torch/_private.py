@@ -61,6 +61,9 @@ UNWRAPPED = PrivateName(
     SEEN,
     "slower",
 )
+NORM_EXCEPT_DIM = PrivateName(
+    "torch:norm_except_dim", "the norm of a weight norm, to the last bit", SEEN, "public"
+)
 RUN_AGAIN = 'on torch a mode that runs steps again, every one but "reverse",'
 IS_BATCHED = PrivateName("torch._C._functorch:is_batchedtensor", RUN_AGAIN, SEEN, "error")
 BATCH_AXIS = PrivateName("torch._C._functorch:maybe_get_bdim", RUN_AGAIN, SEEN, "error")
@@ -489,3 +492,19 @@ def _is_setting(name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def norm_except_dim(v: Tensor, dim: int) -> Tensor:
+    """The Euclidean norm over all axes but `dim`, which stay with length 1; over all for -1."""
+    if NORM_EXCEPT_DIM.found is not None:
+        norm: Tensor = NORM_EXCEPT_DIM.found(v, 2, dim)
+        return norm
+    if dim == -1:
+        return torch.linalg.vector_norm(v)
+    over = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    return torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()
+
+
+def schema(func: Any) -> Any:
+    """The schema of an operation, which says what it writes to; None if it has none."""
+    return getattr(func, "_schema", None)

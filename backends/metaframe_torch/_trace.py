@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaframe.backend.types import Array, ArraysFn
 from metaframe.errors import CompileError
@@ -86,7 +85,7 @@ _READING = frozenset(
 """The methods of a tensor that return something of its values, and no tensor."""
 
 
-class _Pure(TorchDispatchMode):
+class _Pure(_private.DISPATCH_MODE.required):  # type: ignore[misc]
     """Sees each operation, and refuses what is no function of the inputs alone."""
 
     supports_higher_order_operators = True
@@ -100,7 +99,7 @@ class _Pure(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)
+        schema = _private.schema(func)
         if schema is not None and schema.is_mutable:
             for argument, value in zip(schema.arguments, args, strict=False):
                 if argument.is_write:

@@ -42,7 +42,7 @@ from metaframe.errors import CompileError, InputError, InputTypeError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("metaframe.compile")
 
 
 def compile(fn: Callable[P, R]) -> Compiled[P, R]:
@@ -231,7 +231,7 @@ def _untraceable(fn: Callable[..., Any], error: Exception) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     standard = sysconfig.get_paths()["stdlib"]
     libraries = (str(here), str(here.parent / "backends"), "<frozen", standard)
     return filename.startswith(libraries) or "site-packages" in filename

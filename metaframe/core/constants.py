@@ -185,7 +185,7 @@ def arrays_in(x: object) -> Iterator[Any]:
 
     >>> import torch
     >>> scale = torch.tensor(2.0)
-    >>> list(arrays_in(lambda x: scale * x))
+    >>> list(arrays_in(lambda x, scale=scale: scale * x))
     [tensor(2.)]
     """
     ahead, seen = [x], dict[int, object]()

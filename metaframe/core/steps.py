@@ -354,9 +354,8 @@ class _TaskOfStep:
                     lambda at, index: (outer_cost(at, context)[0], ()),
                 )
             )
-            cost = found.report[0] if self.reported else found.cost
             adapted = inner.merge(found.params, others) if self.returns_inner else ()
-            return weighed(backend, found.cost, weight), (cost, *adapted)
+            return weighed(backend, found.cost, weight), (*found.report, *adapted)
 
         return objective
 
@@ -395,15 +394,17 @@ def _step(
     run = gradient_of(
         backend, objectives[0] if len(objectives) == 1 else objectives, wanted, held, how
     )
-    _, (costs, *adapted), grads = averaged(backend, run, layout.batch.arrays, wanted, how)
+    costs, rows, grads = averaged(backend, run, layout.batch.arrays, wanted, how)
     gradient = tree.Flat(
         layout.without_task_axis(grads, reduce), differentiated.structure(layout.variables.arrays)
     )
     if check_finite:
         checks.finite(costs, backend, tiled=layout.tiled)
         checks.finite_leaves(gradient, backend)
+    if task.reported:
+        costs, rows = rows[0], rows[1:]
     cost = layout.cost(backend.ops.mean(costs))
-    return cost, gradient.build(gradient.arrays), layout.inner(tuple(adapted), return_inner_v)
+    return cost, gradient.build(gradient.arrays), layout.inner(rows, return_inner_v)
 
 
 def _divisor(settings: InnerSettings, layout: Layout) -> Rate:

@@ -134,6 +134,17 @@ class Learner:
         other.params = dict(self.params)
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A learner of a copied model, whose parameters are detached from this one's."""
+        stop = self._adapter.backend.stop_gradient
+        other = copy.copy(self)
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            if name in ("params", "_given", "_start") and value is not None:
+                value = {n: stop(self._adapter.backend.asarray(x)) for n, x in value.items()}
+            vars(other)[name] = copy.deepcopy(value, memo)
+        return other
+
     def train(self, mode: bool = True) -> Self:
         """Call the model in training mode from here on, or in evaluation mode.
 

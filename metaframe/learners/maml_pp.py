@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,8 @@ class MAMLPlusPlus(MAML):
             params, steps = self._adapter.params(), (inner_steps,)
             like = {n: ops.zeros(steps, like=params[n]) for n in self.config.names}
             self.rates = self._learn(self.config.starting_rates(like))
+        # One object, since another method is another program.
+        self._multi_step = Method(partial(multi_step_loss, inner_steps=inner_steps))
         self._follow(self._phase)
 
     def _phase(self, epoch: int) -> Phase:

@@ -17,7 +17,7 @@ from metaframe.core.constants import Settled
 from metaframe.core.inner_loop import first_index
 from metaframe.core.meta_gradient import MetaResult, meta_value_and_grad
 from metaframe.core.task_map import Execution
-from metaframe.errors import MetaframeError
+from metaframe.errors import BackendError, MetaframeError
 from metaframe.learners.functional import Params
 from metaframe.learners.objective import Meta, ModelOnTask, Setting
 
@@ -67,10 +67,9 @@ class MetaGradient(Settled):
         )
         try:
             return transformed(meta, batch)
-        except MetaframeError:
-            raise
         except Exception as error:
-            if self.how.task_map in ("auto", "vmap"):
+            ours = isinstance(error, MetaframeError) and not isinstance(error, BackendError)
+            if self.how.task_map in ("auto", "vmap") and not ours:
                 error.add_note(NOT_VECTORISED)
             raise
 

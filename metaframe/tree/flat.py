@@ -12,7 +12,7 @@ from metaframe.tree.nodes import Leaves, Tree, TreeSpec, flatten, prune, structu
 class Flat(NamedTuple):
     """A tree taken apart once, at the door of a public function.
 
-    >>> flat = Flat(*flatten({"b": 2, "a": 1}))
+    >>> flat = Flat(*flatten({"a": 1, "b": 2}))
     >>> flat.arrays, flat.build((10, 20))
     ((1, 2), {'a': 10, 'b': 20})
     """
@@ -32,7 +32,7 @@ class Returned:
     those of the transform's result together.
 
     >>> returned = Returned()
-    >>> arrays = returned.flatten({"b": 2, "a": 1})
+    >>> arrays = returned.flatten({"a": 1, "b": 2})
     >>> returned.build(10 * x for x in arrays)
     {'a': 10, 'b': 20}
     """
@@ -111,6 +111,7 @@ class Packed:
 class Part:
     """Some of the leaves of a structure: taken out, and put back among the others.
 
+    >>> from metaframe.tree import flags
     >>> leaves, spec = flatten({"a": 1, "b": 2, "c": 3})
     >>> part = Part(spec, flags(spec, ["a", "c"]))
     >>> part.divide(leaves)
