@@ -111,7 +111,7 @@ def test_key_chains_do_not_mention_the_wrapper() -> None:
 def followed(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A library that has selected each backend in turn, and metaframe nothing."""
     selection = selection_module.Selection(backends.load_backend(backend_name), by="bags")
-    monkeypatch.setattr(backends, "_followed", {Bag: lambda: selection})
+    monkeypatch.setattr(selection_module, "_followed", {Bag: lambda: selection})
     return backend_name
 
 
