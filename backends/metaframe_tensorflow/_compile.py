@@ -3,6 +3,8 @@
 XLA fuses the many small operations of a dense network and its derivatives, which makes a step up
 to a fifth faster. Its convolutions on a CPU are nine times slower than TensorFlow's own, and it
 cannot compile the loops that `vectorized_map` falls back to, so a graph with either is left alone.
+So is one that draws numbers from a seed, which XLA would have others of: a mask of dropout is the
+same in every way to run a step.
 """
 
 from __future__ import annotations
@@ -19,6 +21,15 @@ logger = logging.getLogger("metaframe.compile")
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
+_OTHER_NUMBERS_WITH_XLA = (
+    "RandomIndexShuffle",
+    "StatelessMultinomial",
+    "StatelessParameterized",
+    "StatelessRandom",
+    "StatelessShuffle",
+    "StatelessTruncated",
+)
+"""Random operations whose numbers follow from a seed, and from the compiler that XLA is."""
 _TENSORS = frozenset({tf.__internal__.EagerTensor})
 
 
@@ -30,7 +41,8 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     # The replicas of a strategy lie on several devices, XLA's program on one.
     divided = tf.distribute.has_strategy() or _any(found, _IMPOSSIBLE_WITH_XLA)
     on_cpu = not tf.config.list_physical_devices("GPU")
-    if divided or (on_cpu and _any(found, _BETTER_WITHOUT_XLA)):
+    better = on_cpu and _any(found, _BETTER_WITHOUT_XLA)
+    if divided or better or _any(found, _OTHER_NUMBERS_WITH_XLA):
         return _caller(graph)
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
     try:
