@@ -434,6 +434,17 @@ def test_a_seed_that_is_listed_twice() -> None:
     np.testing.assert_array_equal(run(model), own(model, keras.ops.array(x), True))
 
 
+def test_a_compiled_program_drops_what_the_model_drops() -> None:
+    """The numbers of a seed are other ones in a program of XLA."""
+    model = called(layer("Dropout", 0.5, seed=1), layer("Dense", 2))
+    rng = np.random.default_rng(0)
+    task = Task(*(rng.normal(size=(8, n)).astype("float32") for n in (3, 2, 3, 2)))
+    expected = np.mean((to_np(own(model, task.query_x, True)) - task.query_y) ** 2)
+    for how in ({}, {"task_map": "scan"}, {"compiled": False}):
+        cost = MAML(model).meta_value_and_grad(nn.mse, [task], steps=0, **how).cost
+        assert float(cost) == pytest.approx(expected, rel=1e-5)
+
+
 # -- names -------------------------------------------------------------------------------------
 
 

@@ -247,8 +247,6 @@ def ways(name: str) -> list[dict[str, Any]]:
         return [{"task_map": "vmap"}, *eagerly]
     if name in ("keras-gru", "keras-lstm"):
         return [{"task_map": "scan"}]
-    if name == "keras-dropout":  # a compiled loop draws another mask
-        return [{"task_map": "vmap"}]
     return [{"task_map": "vmap"}, {"task_map": "scan"}]
 
 

@@ -20,7 +20,7 @@ from metaframe.models._keras_call import call_layer, is_layer, is_variable, laye
 from metaframe.models.attributes import Flags
 from metaframe_tensorflow import _private
 from metaframe_tensorflow._remarks import without_remarks
-from metaframe_tensorflow._substitution import Held, Substitution, walk
+from metaframe_tensorflow._substitution import Held, Substitution, leaves, walk
 
 T = TypeVar("T")
 Params = dict[str, Array]
@@ -123,7 +123,7 @@ class ModuleAdapter(ModelAdapter):
                         output = _private.translated(module)(*inputs.args, **inputs.kwargs)
                     else:
                         output = inputs.call(module, *inputs.args, **inputs.kwargs)
-                if any(isinstance(x, Held) for x in tf.nest.flatten(output)):
+                if any(isinstance(x, Held) for _, x in leaves(output)):
                     return tf.nest.map_structure(self.read, output)
                 return output
             except AttributeError as error:

@@ -35,7 +35,7 @@ def walk(module: Any) -> Iterator[tuple[Path, Any]]:
         seen.add(id(module))
         inner = []
         for name, value in sorted(attributes(module).items()):
-            for where, leaf in _leaves(value, (*path, name)):
+            for where, leaf in leaves(value, (*path, name)):
                 yield where, leaf
                 if isinstance(leaf, tf.Module):
                     inner.append((where, leaf))
@@ -62,9 +62,10 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
-def _leaves(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """What containers hold that is none itself."""
     for key, value in _items(node):
-        yield from _leaves(value, (*path, str(key)))
+        yield from leaves(value, (*path, str(key)))
     if not isinstance(node, (Mapping, list, tuple)):
         yield path, node
 

@@ -9,9 +9,11 @@ come from anywhere and `params` is any structure of arrays, such as
 - An Equinox module takes one example, as is the convention there, and is vectorised over the
   leading axis of its inputs. A module that takes a batch comes with a function that says so:
   `(lambda module, x: module(x), module)`.
-- A Keras model has to be built, and lazy layers of torch called once.
-- A `tf.Module` may hold frozen Keras layers. One that learns is refused: its variables are not
-  among those of the module.
+- A Keras model has to be built, and lazy layers of torch called once. It runs by its own
+  `__call__`, with `training` as the normalisation policy says. Losses that its layers add, such as
+  those of regularizers, are part of the loss function and of no call.
+- A `tf.Module` learns with the Keras layers it holds. Variables that it makes when it is called
+  have to be made before, and those of a closure are refused.
 """
 
 from metaframe.backend.model import BatchNorm as BatchNorm

@@ -55,8 +55,8 @@ class KerasAdapter(ModelAdapter):
     `training=` is one switch for batch normalisation and dropout in Keras. It follows the
     normalisation policy, for every layer that the caller or the model does not tell otherwise. A
     BatchNormalization with `trainable=False` uses its moving statistics under any policy, as in
-    Keras. Losses that layers add, such as those of regularizers, belong to the loss function:
-    `call=lambda model, x: (model(x), model.losses)` returns them with the output.
+    Keras. Losses that layers add, such as those of regularizers, belong to the loss function: a
+    model may return them, `return y, self.losses`.
     """
 
     switchable = True
