@@ -196,7 +196,7 @@ class JaxBackend(Backend):
         try:
             return _KIND(x)
         except AttributeError:  # a tracer is nowhere
-            return x.aval
+            return x.aval  # type: ignore[no-any-return]
 
     def ambient(self) -> Hashable:
         return _private.settings()

@@ -135,7 +135,7 @@ def connected(fn: ScalarFn, xs: Arrays) -> bool:
         return True
 
     def derivative(xs: Arrays, tangents: Arrays) -> Array:
-        return jax.jvp(lambda *ys: fn(ys)[0], xs, tangents)[1]
+        return jax.jvp(lambda *ys: fn(ys)[0], xs, tangents)[1]  # type: ignore[no-any-return]
 
     program = jax.make_jaxpr(derivative)(xs, xs).jaxpr
     reached: set[Any] = set(program.invars[len(xs) :])

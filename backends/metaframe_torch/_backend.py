@@ -239,7 +239,7 @@ class TorchBackend(Backend):
             or _tape.has_tangents()
             or _private.modes_active()
             or _private.hooks_on_saved()
-            or torch.jit.is_tracing()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or not _PLAIN.issuperset(map(type, xs))
         )
 

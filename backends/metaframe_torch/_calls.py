@@ -250,7 +250,7 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
     torch.mv: ModelCalls._product,
     torch.Tensor.detach: ModelCalls._alias,
     torch.detach: ModelCalls._alias,
-    torch.Tensor.data.__get__: ModelCalls._alias,
+    torch.Tensor.data.__get__: ModelCalls._alias,  # type: ignore[attr-defined]
     F.dropout: ModelCalls._dropout,
     F.dropout1d: ModelCalls._dropout,
     F.dropout2d: ModelCalls._dropout,

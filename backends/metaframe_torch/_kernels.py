@@ -73,7 +73,7 @@ def cdist(
 
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     """`F.pdist`."""
-    first, second = torch.triu_indices(*[input.shape[0]] * 2, 1, device=input.device)
+    first, second = torch.triu_indices(*[input.shape[0]] * 2, 1, device=input.device)  # type: ignore[arg-type, call-arg]
     return _length(input[first] - input[second], p)
 
 
@@ -254,7 +254,7 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
     }
     attentions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     if exact:
-        forms |= {
+        forms |= {  # type: ignore[misc]
             F.rrelu: rrelu,
             F.embedding_bag: embedding_bag,
             torch.cdist: cdist,

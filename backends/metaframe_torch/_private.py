@@ -439,7 +439,7 @@ def is_compiled(module: nn.Module) -> bool:
 def _refuse_cached_parametrizations(model: nn.Module) -> None:
     """An error within `parametrize.cached()`, where what it keeps is not to be found."""
     for module in filter(parametrize.is_parametrized, model.modules()):
-        for name in module.parametrizations:
+        for name in module.parametrizations:  # type: ignore[union-attr]
             if getattr(module, name) is getattr(module, name):
                 _ = CACHED_PARAMETRIZATIONS.required
 
@@ -483,7 +483,7 @@ def _kept_for_later(examples: list[Tensor]) -> AbstractContextManager[Any]:
     if TRACING.found is None or TRACING_CONTEXT.found is None or not examples:
         return nullcontext()
     mode: Any = examples[0]
-    return TRACING.found(TRACING_CONTEXT.found(mode.fake_mode))
+    return TRACING.found(TRACING_CONTEXT.found(mode.fake_mode))  # type: ignore[no-any-return]
 
 
 def _is_setting(name: str) -> bool:
@@ -500,7 +500,7 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
         norm: Tensor = NORM_EXCEPT_DIM.found(v, 2, dim)
         return norm
     if dim == -1:
-        return torch.linalg.vector_norm(v)
+        return torch.linalg.vector_norm(v)  # type: ignore[no-any-return]
     over = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
     return torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()
 

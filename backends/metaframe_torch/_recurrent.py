@@ -26,7 +26,7 @@ States = tuple[Tensor, ...]
 def mapped_as(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     """The values of `x`, mapped by `vmap` wherever one of `others` is."""
     zero = sum(torch.zeros_like(t, dtype=torch.float32).sum() for t in others)
-    return torch.where(zero == 0, x, x)
+    return torch.where(zero == 0, x, x)  # type: ignore[arg-type]
 
 
 def of_a_cell(func: Function) -> Function:

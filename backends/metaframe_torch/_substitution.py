@@ -105,7 +105,7 @@ class Substitution:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         lost = self._lost()
-        for entries, key, _, own in (*self._parameters, *self._buffers):
+        for entries, key, _, own in (*self._parameters, *self._buffers):  # type: ignore[assignment]
             entries[key] = own
         if lost:
             for entries, before in self._registered:

@@ -94,7 +94,7 @@ def refuse_inference_mode() -> None:
 
 def refuse_script_trace() -> None:
     """An error where torch.jit.trace would record a gradient as a constant, or crash."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise InputError(
             "torch.jit.trace records no gradients. Compile the step by metaframe.compile, or trace "
             "the model alone."

@@ -85,7 +85,10 @@ _READING = frozenset(
 """The methods of a tensor that return something of its values, and no tensor."""
 
 
-class _Pure(_private.DISPATCH_MODE.required):  # type: ignore[misc]
+_Dispatch: Any = _private.DISPATCH_MODE.required
+
+
+class _Pure(_Dispatch):  # type: ignore[misc]
     """Sees each operation, and refuses what is no function of the inputs alone."""
 
     supports_higher_order_operators = True

@@ -143,7 +143,7 @@ def is_inexact(x: Array, backend: Any) -> bool:
     ...  for dtype in (torch.bfloat16, torch.complex64, torch.int64)]
     [True, True, False]
     """
-    return backend.is_floating(x) or backend.dtype_name(x).startswith("complex")
+    return bool(backend.is_floating(x) or backend.dtype_name(x).startswith("complex"))
 
 
 class ModelAdapter(NamedParameters):

@@ -127,7 +127,7 @@ class _Look:
         yield from self._each(attributes.values())
         if contents is not None:
             yield contents
-        elif type(x).__eq__ is object.__eq__:
+        elif type(x).__eq__ is object.__eq__:  # type: ignore[comparison-overlap]
             yield Same(x)
         elif not attributes:
             # Written in C: `==` and what it says of itself is all there is to see.
@@ -147,12 +147,12 @@ class _Look:
         if isinstance(x, (tuple, list, deque)):
             return tuple(self._each(x))
         if isinstance(x, os.PathLike):
-            return os.fspath(x)
+            return os.fspath(x)  # type: ignore[no-any-return]
         if isinstance(x, (float, complex)):
             return _bits(x.real), _bits(x.imag)
         for kind in (int, str, bytes, bytearray):
             if isinstance(x, kind):
-                return bytes(x) if kind is bytearray else kind(x)
+                return bytes(x) if kind is bytearray else kind(x)  # type: ignore[arg-type, return-value]
         return None
 
     def _each(self, parts: Iterable[Any]) -> Iterator[Hashable]:

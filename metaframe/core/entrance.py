@@ -31,7 +31,8 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return operator.call(operator.call(_opaque, fn), *args, **kwargs)
+        result: R = operator.call(operator.call(_opaque, fn), *args, **kwargs)
+        return result
 
     return call
 

@@ -27,6 +27,7 @@ from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, Retu
 from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, Mode, flat_cost
 from metaframe.core.task_map import Execution, averaged, gradient_of, weighed
+from metaframe.core.task_map import Objective as TaskObjective
 from metaframe.core.task_program import (
     Direction,
     Objective,
@@ -317,7 +318,7 @@ class _TaskOfStep:
 
     def bound(
         self, layout: Layout, inner: tree.Part, outer: tree.Part, differentiated: tree.Part
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]:
+    ) -> TaskObjective:
         """The objective of a task map; it reports the cost to return and the adapted variables.
 
         Args:

@@ -358,7 +358,8 @@ class MetaLearner(Wrapper):
     @property
     def backend(self) -> Backend:
         """The backend of the model."""
-        return self._adapter.backend
+        backend: Backend = self._adapter.backend
+        return backend
 
     @property
     def _adapting(self) -> AdaptConfig:

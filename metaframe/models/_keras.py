@@ -183,7 +183,7 @@ class KerasAdapter(ModelAdapter):
             called, read = self.backend.run_foreign(call, twice=inputs.forward.twice)
         given = set(map(id, values.values()))
         self._check_own(called, [x for x in read if id(x) not in given])
-        return called
+        return called  # type: ignore[no-any-return]
 
     def _run(self, inputs: Inputs, training: bool | None) -> Any:
         model, args, kwargs = self.model, inputs.args, dict(inputs.kwargs)

@@ -67,13 +67,13 @@ def learn_nodes(leaves: Collection[object]) -> bool:
 
 
 def _learn(leaf: object) -> bool:
-    if not optree.tree_is_leaf(leaf, namespace=NAMESPACE):
+    if not optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # type: ignore[arg-type]
         return False  # where a flattening stopped early
     node = next(filter(None, (find(leaf) for find in node_finders)), None)
     if node is None:
         return False
     with _learning:
-        if optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # no other thread was faster
+        if optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # no other thread was faster  # type: ignore[arg-type]
             register_class(type(leaf), *node, optree.MappingEntry)
     return True
 
