@@ -66,14 +66,14 @@ def learn_nodes(leaves: Collection[object]) -> bool:
     return any(_learn(leaf) for leaf in leaves if type(leaf) not in PLAIN)
 
 
-def _learn(leaf: object) -> bool:
-    if not optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # type: ignore[arg-type]
+def _learn(leaf: Any) -> bool:
+    if not optree.tree_is_leaf(leaf, namespace=NAMESPACE):
         return False  # where a flattening stopped early
     node = next(filter(None, (find(leaf) for find in node_finders)), None)
     if node is None:
         return False
     with _learning:
-        if optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # no other thread was faster  # type: ignore[arg-type]
+        if optree.tree_is_leaf(leaf, namespace=NAMESPACE):  # no other thread was faster
             register_class(type(leaf), *node, optree.MappingEntry)
     return True
 
