@@ -325,7 +325,6 @@ USES: dict[str, dict[str, Use]] = {
     "metaframe_tensorflow": {
         "MAY_RECORD": compiled_tensorflow,
         "INFERENCE": compiled_tensorflow,
-        "RECORDS": recomputed,
         "CONTEXT": last_words_of_tensorflow,
     },
 }

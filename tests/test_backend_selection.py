@@ -19,11 +19,13 @@ from metaframe.backend import (
     available_backends,
     current_backend,
     load_backend,
+    registry,
+    selection,
     set_backend,
     unset_backend,
     use_backend,
 )
-from metaframe.backend.selection import backend_of, convert_neutral, registry, selection
+from metaframe.backend.selection import backend_of, convert_neutral
 from metaframe.backend.tables import NNTable
 from metaframe.errors import (
     BackendError,

@@ -9,7 +9,7 @@ import pytest
 
 import metaframe.backend as mb
 from frameworks import require
-from metaframe.backend.selection import registry
+from metaframe.backend import registry
 from metaframe.errors import InputError
 from metaframe.testing.conformance import CLAUSES, Clause, ConformanceSuite, check_backend
 

@@ -14,7 +14,7 @@ import pytest
 import metaframe
 from metaframe import backend as backends
 from metaframe import ops, tree
-from metaframe.backend.selection import selection as selection_module
+from metaframe.backend import selection as selection_module
 from metaframe.errors import InputTypeError
 
 

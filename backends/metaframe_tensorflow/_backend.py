@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -42,6 +43,12 @@ _NO_VALUE = (
 """What TensorFlow, Python and NumPy say where a tensor of a graph is asked for its value."""
 
 
+@functools.cache
+def _leave_ours_alone() -> None:
+    """Tell AutoGraph, before the first call of a public function, not to translate our source."""
+    _private.leave_alone("metaframe", "metaframe_tensorflow")
+
+
 class TensorFlowBackend(Backend):
     """The backend boundary on TensorFlow."""
 
@@ -52,9 +59,12 @@ class TensorFlowBackend(Backend):
     }
 
     def __init__(self) -> None:
-        _private.leave_alone("metaframe", "metaframe_tensorflow")
         self.ops = TensorFlowOps()
         self.nn = TensorFlowNN()
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        _leave_ours_alone()
+        return fn
 
     def owns(self, x: object) -> bool:
         return isinstance(x, (tf.Tensor, tf.Variable))
