@@ -306,6 +306,7 @@ def without(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     name: str = request.param
     monkeypatch.delitem(registry._loaded, name, raising=False)
     monkeypatch.setattr(registry, "_by_type", {})
+    monkeypatch.setattr(registry, "_in_use", {})
     monkeypatch.setitem(sys.modules, name, None)
     return name
 
@@ -378,6 +379,7 @@ def abacus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_known", None)
     monkeypatch.setattr(registry, "_by_type", {})
+    monkeypatch.setattr(registry, "_in_use", {})
     yield tmp_path
     for known in (registry._loaded, sys.modules):
         known.pop("abacus", None)

@@ -68,6 +68,7 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         changed = type("Altered", (original,), members)
         monkeypatch.setitem(registry._loaded, "torch", changed())
         monkeypatch.setattr(registry, "_by_type", {})
+        monkeypatch.setattr(registry, "_in_use", {})
 
     yield make
     registry._by_type.clear()

@@ -91,11 +91,7 @@ class TorchAdapter(ModelAdapter):
 
     @_alone
     def trainable(self) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and p.is_floating_point()
-        )
+        return tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
 
     @_alone
     def aliases(self) -> dict[str, str]:

@@ -88,6 +88,7 @@ def load_backend(name: str) -> Backend:
             f"to date, or remove it. It is installed by: {sources[name].install}"
         ) from error
     _by_type.clear()
+    _in_use.clear()
     return _loaded.setdefault(name, backend)
 
 
