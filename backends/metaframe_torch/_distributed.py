@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +16,7 @@ from metaframe.backend.types import Array, Arrays
 from metaframe.backend.workers import Part, Place, Workers
 from metaframe.errors import InputError
 from metaframe_torch import _private
+from metaframe_torch._ambient import outside
 
 LAST_WORD = "metaframe/last_word"
 
@@ -77,8 +79,14 @@ class TorchWorkers(Workers):
         return apply(x)
 
     def tell(self, text: str) -> list[str]:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        with _private.untraced(), torch.no_grad():
+        # The current device is that of a thread.
+        device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+        # In another thread, where a trace that goes on in this one does not see it.
+        told = functools.partial(self._told, text, device)
+        return outside(told) if _private.tracing() else told()
+
+    def _told(self, text: str, device: str) -> list[str]:
+        with torch.no_grad():
             data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
             sizes = self._gathered(torch.tensor([data.numel()], device=device))
             longest = max(int(size) for size in sizes)
