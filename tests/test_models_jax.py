@@ -176,7 +176,7 @@ def test_another_call_of_a_model() -> None:
     expected = jax.vmap(mlp.layers[0])(x) * 2
 
     def first(module: Any, x: Any, factor: float = 1) -> Any:
-        return module.layers[0](x) * factor
+        return jax.vmap(module.layers[0])(x) * factor
 
     np.testing.assert_allclose(called(mlp, x, call=first, factor=2), expected, atol=1e-14)
     np.testing.assert_allclose(called(mlp, x, 2, call=first), expected, atol=1e-14)

@@ -26,6 +26,15 @@ logger = logging.getLogger("metaframe.compile")
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
 _DROPPED_BY_XLA = ("Assert", "CheckNumerics")
+_OTHER_NUMBERS_WITH_XLA = (
+    "RandomIndexShuffle",
+    "StatelessMultinomial",
+    "StatelessParameterized",
+    "StatelessRandom",
+    "StatelessShuffle",
+    "StatelessTruncated",
+)
+"""Random operations whose numbers follow from a seed, and from the compiler that XLA is."""
 
 
 def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
@@ -63,7 +72,8 @@ def _created_outside(create: Callable[..., Any], **settings: Any) -> Any:
 
 
 def _suits_xla(found: set[str]) -> bool:
-    if found & RANDOM or _any(found, _IMPOSSIBLE_WITH_XLA) or _any(found, _DROPPED_BY_XLA):
+    unlike = (*_IMPOSSIBLE_WITH_XLA, *_DROPPED_BY_XLA, *_OTHER_NUMBERS_WITH_XLA)
+    if found & RANDOM or _any(found, unlike):
         return False
     if tf.distribute.has_strategy():
         return False  # its replicas lie on several devices, XLA's program on one
