@@ -74,10 +74,14 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes a second
         return fn
-    disabled: Callable[..., Any] = torch.compiler.disable(fn, reason=NOT_COMPILED)
+    known = vars(fn)
+    if _DISABLED not in known:
+        known[_DISABLED] = torch.compiler.disable(fn, reason=NOT_COMPILED)
+    disabled: Callable[..., Any] = known[_DISABLED]
     return disabled
 
 
+_DISABLED = "_metaframe_not_compiled"
 NOT_COMPILED = (
     "metaframe takes gradients of its own, of which torch.compile would lose some. Compile the "
     "whole step by metaframe.compile, or do without fullgraph=True"

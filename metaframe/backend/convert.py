@@ -14,6 +14,7 @@ import numpy as np
 from metaframe import tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import load_backend, owner
+from metaframe.backend.selection import native_order
 from metaframe.backend.types import Array
 from metaframe.errors import InputError, InputTypeError, MetaframeError
 
@@ -88,7 +89,7 @@ def _converted(
     dtype = x.dtype.name if source is None else source.dtype_name(x)
     try:
         if source is None:
-            return _from_numpy(_native(x), name, dtype, target, device)
+            return _from_numpy(native_order(x), name, dtype, target, device)
         shared = target.from_dlpack(source.to_dlpack(x))
         if shared is not None and target.dtype_name(shared) == dtype:
             return shared if device is None else target.asarray(shared, device=device)
@@ -102,18 +103,6 @@ def _converted(
             f"{target.name} as it is. Convert it to dense numbers of at most 64 bits, or leave it "
             "out."
         ) from error
-
-
-def _native(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`x` in the byte order of this machine.
-
-    Raises:
-        TypeError: it holds no numbers.
-    """
-    # The number types that other packages add have a kind of their own, and no fields.
-    if x.dtype.kind not in "biufc" and (x.dtype.kind != "V" or x.dtype.type is np.void):
-        raise TypeError(f"no numbers: {x.dtype}")
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _from_numpy(

@@ -146,10 +146,37 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
                 f'select the backend, which then converts: metaframe.set_backend("{backend.name}").'
             )
         else:
-            floating = np.asarray(x).dtype.kind == "f"
-            array = backend.asarray(x, selection.dtype if floating else None, selection.device)
-            result.append(array if floating else _kept(np.asarray(x), array, backend))
+            result.append(_converted(x, backend, selection))
     return tuple(result)
+
+
+def _converted(x: Any, backend: Backend, selection: Selection) -> Array:
+    try:
+        values = native_order(np.asarray(x))
+    except TypeError as error:
+        raise InputTypeError(
+            f"received a NumPy array of {x.dtype}, which holds no numbers. Convert it, as in "
+            "x.astype(numpy.float32), or leave it out."
+        ) from error
+    if values.dtype.itemsize > 8 and values.dtype.kind == "f":
+        x = values.astype(np.float64)  # more digits than any framework has
+    elif isinstance(x, np.ndarray):
+        x = values
+    if values.dtype.kind == "f":
+        return backend.asarray(x, selection.dtype, selection.device)
+    return _kept(values, backend.asarray(x, None, selection.device), backend)
+
+
+def native_order(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`x` in the byte order of this machine.
+
+    Raises:
+        TypeError: it holds no numbers.
+    """
+    # The number types that other packages add have a kind of their own, and no fields.
+    if x.dtype.kind not in "biufc" and (x.dtype.kind != "V" or x.dtype.type is np.void):
+        raise TypeError(f"no numbers: {x.dtype}")
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array:

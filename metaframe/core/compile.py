@@ -37,6 +37,7 @@ from metaframe.backend.selection import (
 from metaframe.backend.types import Arrays
 from metaframe.core.constants import Same, Settled, arrays_in, constant
 from metaframe.core.entrance import entrance
+from metaframe.core.keras_settings import keras_settings
 from metaframe.errors import CompileError, InputError, InputTypeError
 
 P = ParamSpec("P")
@@ -82,7 +83,7 @@ class Signature(NamedTuple):
     """Of the arguments."""
     selection: Any
     ambient: Hashable
-    """`Backend.ambient` of the arrays' framework."""
+    """`Backend.ambient` of the arrays' framework, and the settings of Keras."""
     leaves: tuple[Hashable, ...]
     keys: str = ""
     """The structure in words where it has keys that are no strings: 1 and True are equal."""
@@ -145,7 +146,8 @@ class Compiled(Settled, Generic[P, R]):
     def _signature(self, leaves: Arrays, spec: tree.TreeSpec, backend: Backend) -> Signature:
         keys = repr(spec) if spec in self._unnamed else ""
         kinds = tuple(map(self._kind, leaves))
-        return Signature(spec, current_selection(), backend.ambient(), kinds, keys)
+        ambient = (backend.ambient(), keras_settings())
+        return Signature(spec, current_selection(), ambient, kinds, keys)
 
     def _kind(self, leaf: Any) -> Hashable:
         """What a program depends on. Every call asks it of every leaf."""

@@ -18,6 +18,7 @@ from metaframe.backend.model import is_inexact
 from metaframe.backend.selection import backend_of, convert_neutral, current_selection
 from metaframe.backend.types import Array
 from metaframe.core import checks, rates
+from metaframe.core.entrance import entrance
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
@@ -53,6 +54,7 @@ def named_buffers(model: Any) -> Params:
     return adapter_of(model).state()
 
 
+@entrance
 def functional_forward(
     model: Any,
     params: Mapping[str, Array],
@@ -85,6 +87,7 @@ def functional_forward(
     return adapter.call(values, state, Inputs(args, kwargs))[0]
 
 
+@entrance
 def inner_step(
     params: Mapping[str, Array],
     loss: Loss,
@@ -130,6 +133,7 @@ def inner_step(
     return descend(params, grads, GRADIENT_DESCENT, (), rate)[0]
 
 
+@entrance
 def adapt(
     model: Any,
     params: Mapping[str, Array],

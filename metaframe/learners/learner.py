@@ -12,6 +12,7 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.types import Array
 from metaframe.core import checks
+from metaframe.core.entrance import entrance
 from metaframe.errors import InputError
 from metaframe.learners.functional import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
@@ -73,6 +74,7 @@ class Learner:
         if method.begin is None:
             self._begin(params)
 
+    @entrance
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output with the current parameters; NumPy arrays are converted."""
         args, kwargs = self._converted((args, kwargs))
@@ -208,6 +210,7 @@ class Learner:
 
         return tree.map(convert, inputs) if any(map(_is_numpy, tree.leaves(inputs))) else inputs
 
+    @entrance
     def adapt(self, support_loss: Array | Callable[[Learner], Array]) -> Self:
         """Take one differentiable inner step.
 
@@ -235,6 +238,7 @@ class Learner:
             support_loss = self._adapter.backend.differentiable(support_loss)
         return self._step(support_loss)
 
+    @entrance
     def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
         """Take `steps` inner steps on one support set, the loss computed anew at each.
 

@@ -14,6 +14,7 @@ from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
 from metaframe.core import checks
 from metaframe.core.compile import compile
+from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import Mode
 from metaframe.core.meta_gradient import MetaResult
 from metaframe.core.task_map import Execution, TaskMap, strategy
@@ -85,6 +86,7 @@ class MetaLearner(Wrapper):
         self._learned = live(values, self._adapter.backend)
         return self._learned.model
 
+    @entrance
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model with its meta-parameters, without adaptation."""
         forward = dataclasses.replace(self.config, norm=self._unadapted_norm()).forward("query")
@@ -118,6 +120,7 @@ class MetaLearner(Wrapper):
         if self._phase_of is not None:
             self.config, self._method, self._schedule = self._phase_of(epoch)
 
+    @entrance
     def clone(self, params: Mapping[str, Array] | None = None) -> Learner:
         """A fresh learner that starts from the meta-parameters.
 
@@ -177,6 +180,7 @@ class MetaLearner(Wrapper):
         if self._learned is not None:
             self._learned.assign(meta["learned"])
 
+    @entrance
     def meta_value_and_grad(
         self,
         loss_fn: LossFn,
