@@ -1,4 +1,4 @@
-"""Mapping, looping and compiling."""
+"""Mapping and looping."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
-import metaframe
-from metaframe import Container, meta_value_and_grad, ops
-from metaframe.errors import CompileError
-from metaframe.testing.conformance.clause import Bench, Chapter, close, equal, same
+from metaframe import meta_value_and_grad, ops
+from metaframe.testing.conformance.clause import Bench, Chapter, close, same
 
 ROWS = np.arange(12.0).reshape(4, 3) / 7 + 0.5
 
-VMAP, LOOPS, COMPILE = Chapter("vmap"), Chapter("loops"), Chapter("compile")
+VMAP, LOOPS = Chapter("vmap"), Chapter("loops")
 
 
 @VMAP.clause("values")
@@ -187,94 +185,3 @@ for _rolled in (False, True):
             functools.partial(_repeat, _rolled, _compiled),
             compiles=_compiled,
         )
-
-
-# -- compile -------------------------------------------------------------------------------------
-
-
-def _scaled(v: Any, factor: Any = 2) -> Any:
-    return {"scaled": v["w"] * factor, "factor": factor}
-
-
-@COMPILE.clause("one-program", compiles=True)
-def _one_program(b: Bench) -> None:
-    """Arrays alike are one program, which does not run the Python function again."""
-    runs: list[int] = []
-
-    def fn(v: Any) -> Any:
-        runs.append(1)
-        return _scaled(v)
-
-    compiled = metaframe.compile(fn)
-    for start in (0.0, 1.0, 2.0):
-        found = compiled({"w": b.arr([start, start + 1])})
-        same(b.to_np(found["scaled"]), [2 * start, 2 * start + 2])
-        if start == 0.0:
-            first = len(runs)
-    equal((compiled.traces, len(runs)), (1, first))
-
-
-@COMPILE.clause("programs", compiles=True)
-def _programs(b: Bench) -> None:
-    """Another shape, dtype or structure is another program, and each is kept."""
-    compiled = metaframe.compile(_scaled)
-    calls = [
-        {"w": b.arr([1.0, 2.0])},
-        {"w": b.arr([1.0, 2.0, 3.0])},
-        {"w": b.arr([1.0, 2.0], "float16")},
-        Container(w=b.arr([1.0, 2.0])),
-    ]
-    for _ in range(2):
-        for v in calls:
-            found = compiled(v)["scaled"]
-            equal(b.backend.dtype_name(found), b.backend.dtype_name(v["w"]))
-            same(b.to_np(found), 2 * b.to_np(v["w"]))
-    equal(compiled.traces, len(calls))
-
-
-@COMPILE.clause("layouts", compiles=True)
-def _layouts(b: Bench) -> None:
-    """The memory layout of the inputs does not matter: transposed, broadcast, plain."""
-    compiled = metaframe.compile(lambda x: x @ x)
-    plain = np.arange(9.0).reshape(3, 3)
-    for x, expected in (
-        (b.arr(plain), plain),
-        (ops.transpose(b.arr(plain), (1, 0)), plain.T),
-        (ops.broadcast_to(b.arr(plain[0]), (3, 3)), np.broadcast_to(plain[0], (3, 3))),
-    ):
-        close(b.to_np(compiled(x)), expected @ expected, b.exact)
-    equal(compiled.traces, 1)
-
-
-def _branches_on_a_value(v: Any) -> Any:
-    if ops.sum(v["w"]) > 0:
-        return v["w"]
-    return -v["w"]
-
-
-@COMPILE.clause("branch-on-a-value")
-def _branch(b: Bench) -> None:
-    """A branch on a value is a CompileError: `needed_a_value` knows the framework's own."""
-    compiled = metaframe.compile(_branches_on_a_value)
-    try:
-        compiled({"w": b.arr([1.0])})
-    except CompileError as error:
-        equal("needs the value" in str(error), True)
-    else:
-        raise AssertionError("no CompileError: the function was compiled for one value only")
-    equal(compiled.traces, 0)
-
-
-@COMPILE.clause("errors")
-def _errors(b: Bench) -> None:
-    """An error in the function stays what it is."""
-
-    def broken(v: Any) -> Any:
-        raise LookupError("mine")
-
-    try:
-        metaframe.compile(broken)({"w": b.arr([1.0])})
-    except LookupError as error:
-        equal(str(error), "mine")
-    else:
-        raise AssertionError("the error is gone")

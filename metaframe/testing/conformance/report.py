@@ -12,8 +12,9 @@ from metaframe.backend.registry import load_backend
 from metaframe.errors import InputError, nearest
 from metaframe.testing.conformance.array_clauses import ARRAYS, DTYPES
 from metaframe.testing.conformance.clause import Clause
+from metaframe.testing.conformance.compile_clauses import COMPILE
 from metaframe.testing.conformance.kinks import KINKS
-from metaframe.testing.conformance.loop_clauses import COMPILE, LOOPS, VMAP
+from metaframe.testing.conformance.loop_clauses import LOOPS, VMAP
 from metaframe.testing.conformance.nn_clauses import NN
 from metaframe.testing.conformance.ops_clauses import OPS
 from metaframe.testing.conformance.steps_clauses import INNER, STEPS
