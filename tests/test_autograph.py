@@ -41,7 +41,7 @@ calls = {
     "map_tasks": lambda v, b: metaframe.map_tasks(lambda t: task_cost(v, t))(b),
     "compile": lambda v, b: compiled(b, v),
     "ops": lambda v, b: cost(b, v),
-    "Container": lambda v, b: metaframe.Container(v).map(lambda x, _: 2 * x)["w"],
+    "Container": lambda v, b: metaframe.Container(v).map(lambda x: 2 * x)["w"],
 }
 first = sys.argv[1]
 batch = {"x": tf.ones((2, 3)), "y": tf.zeros((2, 3))}
@@ -80,10 +80,10 @@ def branching(batch: Any, v: Any) -> Any:
 
 def branching_update(v: Any, grads: Any, lr: Any, stop_gradients: bool) -> Any:
     del stop_gradients
-    rate = lr
-    if grads["w"] > 3.0:
-        rate = 0.0 * lr
-    return {"w": v["w"] - rate * grads["w"]}
+    step = grads["w"]
+    if step > 3.0:
+        step = 0.0 * step
+    return {"w": v["w"] - lr * step}
 
 
 def test_the_users_functions_are_translated() -> None:

@@ -19,9 +19,10 @@ import pytest
 
 import metaframe
 from frameworks import compiles_on_torch, require
-from metaframe.backend import Backend, load_backend
-from metaframe.compile import Compiled
-from metaframe.constants import PARTS_AT_MOST, arrays_in, constant
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import load_backend
+from metaframe.core.compile import Compiled
+from metaframe.core.constants import PARTS_AT_MOST, arrays_in, constant
 from metaframe.errors import InputError, InputTypeError
 
 Arr = Callable[..., Any]

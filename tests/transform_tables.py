@@ -18,7 +18,7 @@ import numpy as np
 
 import metaframe
 from metaframe import ops
-from metaframe.backend import Backend
+from metaframe.backend.contract import Backend
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/transforms.md"
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}

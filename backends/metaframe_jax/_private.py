@@ -93,7 +93,9 @@ _KNOWN_SETTINGS = (
 def settings() -> Hashable:
     """The settings that a program is traced under, those of context managers included."""
     if SETTINGS.found is not None:
-        return tuple(SETTINGS.found())
+        # JAX itself keeps a trace when this one changes.
+        prng: object = getattr(jax.config, "jax_default_prng_impl", None)
+        return (*SETTINGS.found(), prng)
     return tuple(getattr(jax.config, name, None) for name in _KNOWN_SETTINGS)
 
 

@@ -327,10 +327,12 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _NO_VALUE = (
     "data-dependent control flow",
     "on a Tensor inside",
-    "not supported for tensor subclasses",
+    "is asked of a tensor that is being traced",
     "data pointer of Tensor",
     "data is not allocated yet",
     "for 'meta' device type",
+    "Cannot access storage of",
+    "vmap over torch.allclose",
 )
 """torch's words where a value is asked for that is not known, as far as it has no class for it:
 those of vmap, of torch.func and of tensors without memory."""

@@ -41,7 +41,7 @@ def traced(fn: ArraysFn, like: Sequence[Array]) -> Traced:
     examples = [fake.from_tensor(x, static_shapes=True) for x in like]
 
     def flat(*xs: Array) -> list[Array]:
-        with _Knowing(), _Pure(examples):
+        with _Knowing(), _Pure(xs, fake):
             outputs[:] = fn(xs)
         return list(outputs)
 
@@ -53,35 +53,37 @@ def traced(fn: ArraysFn, like: Sequence[Array]) -> Traced:
     return Traced(graph, examples, any(y.requires_grad for y in outputs))
 
 
+NO_VALUE = "is asked of a tensor that is being traced"
+
+
 class _Knowing(TorchFunctionMode):
     """Tensors that a function closes over may be read: their values are known."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _READING and not _private.is_fake(args[0]):
+        name = getattr(func, "__name__", "")
+        if name in _READING and not _private.is_fake(args[0]):
             return outside(func, *args)
+        if name in _OF_MEMORY:
+            # torch would say something else in each transform that may be active.
+            raise RuntimeError(f"{name} {NO_VALUE}")
         return func(*args, **(kwargs or {}))
 
 
-_READING = frozenset(
-    {
-        "__array__",
-        "__bool__",
-        "__complex__",
-        "__contains__",
-        "__dlpack__",
-        "__float__",
-        "__format__",
-        "__index__",
-        "__int__",
-        "__repr__",
-        "data_ptr",
-        "item",
-        "numpy",
-        "tolist",
-    }
-)
+_OF_MEMORY = frozenset({"__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "numpy", "tolist"})
+"""The methods of a tensor that look at its memory."""
+_READING = _OF_MEMORY | {
+    "__bool__",
+    "__complex__",
+    "__contains__",
+    "__float__",
+    "__format__",
+    "__index__",
+    "__int__",
+    "__repr__",
+    "item",
+}
 """The methods of a tensor that return something of its values, and no tensor."""
 
 
@@ -93,15 +95,21 @@ class _Pure(_Dispatch):  # type: ignore[misc]
 
     supports_higher_order_operators = True
 
-    def __init__(self, inputs: Sequence[Array]) -> None:
+    def __init__(self, inputs: Sequence[Array], fake: Any) -> None:
         super().__init__()
         self._inputs = set(map(_private.memory, inputs))
+        self._closed: set[object] = set()
+        self._fake = fake
         self._random = _random_state()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        for x in args:
+            if isinstance(x, torch.Tensor) and not _private.is_fake(x):
+                # What it is represented by, and of which a view is no real tensor any more.
+                self._closed.add(_private.memory(self._fake.from_tensor(x, static_shapes=True)))
         schema = _private.schema(func)
         if schema is not None and schema.is_mutable:
             for argument, value in zip(schema.arguments, args, strict=False):
@@ -116,8 +124,9 @@ class _Pure(_Dispatch):  # type: ignore[misc]
 
     def _check_changed(self, func: Any, x: object) -> None:
         if isinstance(x, torch.Tensor):
-            whose = "closes over" if not _private.is_fake(x) else "was given"
-            if whose == "closes over" or _private.memory(x) in self._inputs:
+            known = not _private.is_fake(x) or _private.memory(x) in self._closed
+            if known or _private.memory(x) in self._inputs:
+                whose = "closes over" if known else "was given"
                 raise CompileError(_CHANGED.format(whose=whose, name=func))
 
 
