@@ -38,8 +38,8 @@ class MAML(MetaLearner):
             ones. "support": of the support set, under the adapted parameters. "per-step": running
             ones of the wrapper's own, one set for each point theta_0 .. theta_K, which move only
             in `collect_statistics` (Antoniou et al. 2018, arXiv 1810.09502). No policy writes to
-            the model's running statistics. An Equinox module, a `tf.Module` and a function of
-            one's own with parameters decide for themselves.
+            the model's running statistics. A `tf.Module`, a function of your own with parameters
+            and an Equinox module without its state decide for themselves.
         update: the inner update rule, as for `metaframe.inner_loop`.
 
     Raises:
