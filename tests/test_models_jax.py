@@ -303,3 +303,27 @@ def test_variables_that_flax_is_trying_out(kind: str) -> None:
     maml.assign({"layer/kernel": before + 1})
     np.testing.assert_array_equal(kernel[...], before + 1)
     np.testing.assert_array_equal(called(model, x), model(x))
+
+
+def test_what_equinox_takes_for_constants_is_listed() -> None:
+    maml = MAML(ZOO["equinox mixed leaves"].build(), 0.05)
+    assert maml.not_learned() == {"table": "state", "frozen": "NumPy array"}
+
+
+def test_parameters_that_came_from_numpy() -> None:
+    """As those of a checkpoint."""
+    module, variables = ZOO["linen setup"].build()
+    maml = MAML((module, jax.tree.map(np.asarray, variables)), 0.05)
+    expected = MAML((module, variables), 0.05).meta_value_and_grad(nn.mse, tasks())
+    found = maml.meta_value_and_grad(nn.mse, tasks())
+    for name, grad in expected.grads.items():
+        np.testing.assert_array_equal(found.grads[name], grad)
+
+
+def test_a_part_of_a_module_of_nnx_that_is_learned() -> None:
+    """By a filter of `nnx.split`, with the rest held fixed."""
+    model, x = jax_models.Adapted(), rows(0)
+    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    maml = MAML((lambda lora, x: nnx.merge(graph, lora, rest)(x), lora), 0.05)
+    np.testing.assert_array_equal(maml(x), model(x))
+    assert all("lora" in name for name in maml.meta_value_and_grad(nn.mse, tasks()).grads)

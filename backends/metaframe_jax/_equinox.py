@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from metaframe.backend.contract import Backend
@@ -81,6 +82,9 @@ class EquinoxAdapter(ModelAdapter):
     def state(self) -> Params:
         return _arrays(self.model, inexact=False)
 
+    def left_aside(self) -> dict[str, str]:
+        return _numpy(self.model)
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         module = _in_mode(_holding(self.model, {**params, **state}), inputs.forward.training)
         call = functools.partial(inputs.call or self._function or _called, module)
@@ -127,6 +131,9 @@ class StatefulAdapter(ModelAdapter):
     def state(self) -> Params:
         module, state = self.model
         return {**_arrays(module, inexact=False), **named(_held(module, state))}
+
+    def left_aside(self) -> dict[str, str]:
+        return _numpy(self.model[0])
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
         """`module(*args, state)`, or `inputs.call(module, *args)`, which gets no state."""
@@ -189,6 +196,13 @@ def _arrays(module: Any, *, inexact: bool) -> Params:
         for name, x in named(module, _is_index).items()
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact) == inexact
     }
+
+
+def _numpy(module: Any) -> dict[str, str]:
+    """Floats in NumPy arrays, which Equinox takes for constants."""
+    leaves = named(module, _is_index).items()
+    arrays = {n: x for n, x in leaves if isinstance(x, np.ndarray)}
+    return {n: "NumPy array" for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
 def _holding(module: Any, values: Params) -> Any:

@@ -189,6 +189,10 @@ class ModelAdapter(NamedParameters):
         """The parameters as the objects the user knows them by. Default: those of `params`."""
         return self.params()
 
+    def left_aside(self) -> Mapping[str, str]:
+        """Numbers that neither `params` nor `state` has, and what they are. Default: none."""
+        return {}
+
     def aliases(self) -> Mapping[str, str]:
         """Other names of parameters, and the ones in `params`: of tied weights, or for short.
 

@@ -155,7 +155,8 @@ class MetaLearner(Wrapper):
 
         Returns:
             By name "frozen", the dtype of a parameter of integers or booleans, or "state" for what
-            is no parameter, such as running statistics and what TensorFlow and Keras freeze.
+            is no parameter, such as running statistics and what TensorFlow and Keras freeze; and
+            "NumPy array" for one in an Equinox module, which takes these for constants.
 
         >>> import torch
         >>> from metaframe import MAML

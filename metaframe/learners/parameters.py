@@ -59,7 +59,7 @@ def left_out(adapter: ModelAdapter, learned: Learned) -> dict[str, str]:
         if name not in meta
     }
     reasons |= dict.fromkeys(prefixed(of_rule(learned, trained=False)), "frozen")
-    return {**reasons, **dict.fromkeys(adapter.state(), "state")}
+    return {**reasons, **dict.fromkeys(adapter.state(), "state"), **adapter.left_aside()}
 
 
 def adapting(config: AdaptConfig, adapter: ModelAdapter, learned: Learned) -> tuple[str, ...]:

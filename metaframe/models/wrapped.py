@@ -51,6 +51,10 @@ class Around(ModelAdapter):
         """The model's."""
         return self.inner.given()
 
+    def left_aside(self) -> Mapping[str, str]:
+        """The model's."""
+        return self.inner.left_aside()
+
     def aliases(self) -> Mapping[str, str]:
         """The model's."""
         return self.inner.aliases()
