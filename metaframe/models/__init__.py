@@ -7,9 +7,10 @@ come from anywhere and `params` is any structure of arrays, such as
 
 - A linen module comes with its variables: `(module, variables)`.
 - An Equinox module takes one example, as is the convention there. It is vectorised over the leading
-  axis of its inputs, and so are its other methods; one in `equinox.filter_vmap` is already. A module
-  that takes a batch comes with a function that says so: `(lambda module, x: module(x), module)`. A
-  module that keeps state comes with it: `equinox.nn.make_with_state(Model)(...)`.
+  axis of its inputs, and so are its other methods; one in `equinox.filter_vmap` is already. A
+  module that takes a batch comes with a function that says so:
+  `(lambda module, x: module(x), module)`. A module that keeps state comes with it:
+  `equinox.nn.make_with_state(Model)(...)`.
 - A pair `(function, module)` says the same of a module of `flax.nnx`.
 - What `haiku.transform` returns is refused: `(lambda params, x: transformed.apply(params, None, x),
   params)` says how it is called.
