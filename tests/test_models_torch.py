@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ import metaframe
 import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
-from metaframe.errors import InputError
-from metaframe.models import functional
+from metaframe.errors import BackendError, InputError
+from metaframe.models import Inputs, adapter_of, functional
 from metaframe.tasks import Task
 
 require("torch")
@@ -22,6 +23,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import zoo_torch  # noqa: E402
 
 TASKS = zoo.tasks(2)
 X, Y = (torch.from_numpy(x) for x in (TASKS[0].support_x, TASKS[0].support_y))
@@ -211,3 +214,312 @@ def test_a_model_without_weights_yet_is_refused(layer: nn.Module) -> None:
     for use in (MAML, functional):
         with pytest.raises(InputError, match=r"Sequential has no weights yet.*Call it once"):
             use(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+class Layer(nn.Module):
+    """A linear layer, and what a test makes of it."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any] = lambda module, x: module.layer(x)):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.act = self.double().layer.weight.new_zeros(2)
+        self.code = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.code(self, x)
+
+
+def clamped(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        module.layer.weight.clamp_(-0.1, 0.1)
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def clamped_data(module: Any, x: Tensor) -> Tensor:
+    module.layer.weight.data.clamp_(-0.1, 0.1)
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def new_data(module: Any, x: Tensor) -> Tensor:
+    module.layer.weight.data = module.layer.weight.data.clamp(-0.1, 0.1)
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def one_row(module: Any, x: Tensor) -> Tensor:
+    module.layer.weight.detach()[0] = 0.0
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def into(module: Any, x: Tensor) -> Tensor:
+    torch.clamp(module.layer.weight.detach(), -0.1, 0.1, out=module.layer.weight.detach())
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def replaced(module: Any, x: Tensor) -> Tensor:
+    module.layer.bias = nn.Parameter(torch.zeros(2).double())
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def new_layer(module: Any, x: Tensor) -> Tensor:
+    module.layer = nn.utils.skip_init(nn.Linear, 3, 2, dtype=torch.float64)
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+def late(module: Any, x: Tensor) -> Tensor:
+    module.late = nn.Parameter(torch.ones(2).double())
+    return module.layer(x) * module.late  # type: ignore[no-any-return]
+
+
+def carried(module: Any, x: Tensor) -> Tensor:
+    module.act = torch.tanh(module.layer(x).mean(0) + module.act)
+    return module.layer(x) + module.act  # type: ignore[no-any-return]
+
+
+def counted(module: Any, x: Tensor) -> Tensor:
+    module.act += 1
+    return module.layer(x)  # type: ignore[no-any-return]
+
+
+WRITERS = {
+    clamped: r"writes to its parameter 'layer\.weight'",
+    clamped_data: r"writes to its parameter 'layer\.weight'",
+    new_data: r"writes to its parameter 'layer\.weight'",
+    one_row: r"writes to its parameter 'layer\.weight'",
+    into: r"writes to its parameter 'layer\.weight'",
+    replaced: r"replaces its parameter 'layer\.bias'",
+    new_layer: r"replaces a layer",
+    late: r"registers or removes \['late'\]",
+    carried: r"keeps a tensor from one call to the next in the attribute 'act'",
+    counted: r"keeps a tensor from one call to the next in the attribute 'act'",
+}
+
+
+@pytest.mark.parametrize("forward", WRITERS, ids=lambda f: f.__name__)
+@pytest @ pytest.mark.parametrize("how", [*zoo_torch.HOWS, "as it is"])
+def test_a_model_that_changes_itself_is_refused_and_left_as_it_was(forward: Any, how: str) -> None:
+    model = Layer(forward)
+    before, bits = state_of(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    maml = MAML(model, 0.1, 2)
+    with pytest.raises(InputError, match=WRITERS[forward]):
+        maml(X) if how == "as it is" else zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+    assert state_of(model) == before
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), bits[name], rtol=0, atol=0)
+
+
+def state_of(model: nn.Module) -> dict[str, int]:
+    """Everything that a model holds, by identity."""
+    return {
+        f"{path}.{name}.{key}": id(x)
+        for path, module in model.named_modules()
+        for name, held in vars(module).items()
+        for key, x in (held.items() if isinstance(held, dict) else [("", held)])
+    }
+
+
+def test_a_model_may_leave_activations_for_the_loss() -> None:
+    """Those of the call, and not of an earlier one."""
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        module.act = module.layer(x)
+        return module.act  # type: ignore[no-any-return]
+
+    model, plain = Layer(forward), Layer()
+    plain.load_state_dict(model.state_dict())
+    model(X)
+    for how in ("loop", "vmap"):
+        found = MAML(model, 0.1, 2).meta_value_and_grad(
+            lambda y, t: F.mse_loss(y, t) + model.act.square().mean(), TASKS, task_map=how
+        )
+        expected = MAML(plain, 0.1, 2).meta_value_and_grad(
+            lambda y, t: F.mse_loss(y, t) + y.square().mean(), TASKS, task_map=how
+        )
+        for name, g in expected.grads.items():
+            torch.testing.assert_close(found.grads[name], g, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["vmap", "loop"])
+def test_an_exception_in_a_model_leaves_it_as_it_was(how: Any) -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        module.act = module.layer(x).mean(0) + module.act
+        raise KeyError("lost")
+
+    model = nn.Sequential(Layer(forward), nn.LSTM(2, 2))
+    before = state_of(model)
+    with pytest.raises(KeyError, match="lost"):
+        MAML(model, 0.1, 1).meta_value_and_grad(F.mse_loss, TASKS, task_map=how)
+    assert state_of(model) == before
+
+
+def test_recurrent_layers_keep_their_lists_of_weights() -> None:
+    """A copy of a layer that held tensors of an adaptation could not be made."""
+    layer = nn.LSTM(3, 2).double()
+    model = nn.Sequential(layer)
+    before = state_of(model)
+    for how in ("loop", "vmap"):
+        MAML(model, 0.1, 1).meta_value_and_grad(
+            lambda y, t: F.mse_loss(y[0], t), TASKS, task_map=how
+        )
+    assert state_of(model) == before
+    copy.deepcopy(model)(X)
+
+
+class Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * g * x
+
+
+@pytest @ pytest.mark.parametrize("how", zoo_torch.HOWS)
+def test_a_function_that_is_differentiable_once_is_refused(how: Any) -> None:
+    """The second derivative is dropped by torch, without an error."""
+    model = Layer(lambda module, x: Once.apply(module.layer(x)))
+    maml, first = MAML(model, 0.1, 2), MAML(model, 0.1, 2, first_order=True)
+    with pytest.raises(BackendError, match="Once is marked with once_differentiable"):
+        zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+    plain = Layer(lambda module, x: module.layer(x) ** 2)
+    plain.load_state_dict(model.state_dict())
+    expected = MAML(plain, 0.1, 2, first_order=True).meta_value_and_grad(F.mse_loss, TASKS)
+    found = first.meta_value_and_grad(
+        F.mse_loss, TASKS, task_map="loop" if how == "loop" else "vmap"
+    )
+    for name, g in expected.grads.items():
+        torch.testing.assert_close(found.grads[name], g)
+
+
+BACKWARD_HOOKS: dict[str, Any] = {
+    "full": lambda layer, f: layer.register_full_backward_hook(lambda m, gi, go: f()),
+    "before": lambda layer, f: layer.register_full_backward_pre_hook(lambda m, go: f()),
+    "old": lambda layer, f: layer.register_backward_hook(lambda m, gi, go: f()),
+}
+
+
+@pytest.mark.parametrize("kind", BACKWARD_HOOKS)
+def test_backward_hooks_run_in_a_loop_and_are_refused_by_vmap(kind: str) -> None:
+    calls: list[None] = []
+    model = Layer()
+    maml = MAML(model, 0.1, 2)
+    expected = maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="loop")
+    BACKWARD_HOOKS[kind](model.layer, lambda: calls.append(None))
+    found = maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="loop")
+    assert len(calls) >= 3
+    torch.testing.assert_close(found.grads, expected.grads)
+    with pytest.raises(InputError, match=r'\(Linear\) has a backward hook.*task_map="loop"'):
+        maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="vmap")
+
+
+def test_parametrizations_that_a_caller_caches() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Linear(3, 2))
+    maml = MAML(model.double(), 0.1, 2)
+    expected = maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="loop")
+    with nn.utils.parametrize.cached():
+        weight = model[0].weight
+        found = maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="loop")
+        assert model[0].weight is weight
+    torch.testing.assert_close(found.grads, expected.grads, rtol=0, atol=0)
+
+
+def test_another_method_of_a_model() -> None:
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+            self.double()
+
+        def log_prob(self, x: Tensor, a: Tensor, *, sign: float = 1.0) -> Tensor:
+            return sign * (self.body(x) * self.scale * a).sum(-1)
+
+    model = Policy()
+    adapter = adapter_of(model)
+    params = {name: p.detach() + 1 for name, p in adapter.params().items()}
+    call = Inputs((X, Y), {"sign": -1.0}, call=Policy.log_prob)
+    found = adapter.call(params, {}, call)[0]
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(params)
+    torch.testing.assert_close(found, twin.log_prob(X, Y, sign=-1.0), rtol=0, atol=0)
+    assert not torch.equal(found, model.log_prob(X, Y, sign=-1.0))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_state_that_a_model_leaves_is_that_of_its_own_call(momentum: Any) -> None:
+    """With norm=None, which leaves everything to the model."""
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), zoo_torch.Averaging()).double()
+    twin = copy.deepcopy(model)
+    apply, params, state = functional(model)
+    for _ in range(2):
+        output, state = apply(params, state, X)
+        torch.testing.assert_close(output, twin(X), rtol=1e-13, atol=1e-13)
+        for name, buffer in twin.named_buffers():
+            torch.testing.assert_close(state[name], buffer, rtol=1e-13, atol=1e-13)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, dict(Clean().named_buffers())[name], rtol=0, atol=0)
+
+
+def Clean() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(3), zoo_torch.Averaging()).double()
+
+
+def test_modules_for_several_devices_are_refused() -> None:
+    distributed = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(distributed)
+    distributed.module = nn.Linear(3, 2)
+    several = nn.DataParallel(nn.Linear(3, 2))
+    several.device_ids = [0, 1]
+    for model, name in ((distributed, "DistributedDataParallel"), (several, "DataParallel")):
+        with pytest.raises(InputError, match=rf"\({name}\) cannot be adapted: .*Pass its `module`"):
+            MAML(model)
+
+
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    """In a cost of one's own, of which torch says so only in the backward pass."""
+
+    def cost(v: Any, task: Any) -> Tensor:
+        def inner(w: Tensor) -> Tensor:
+            return F.multi_margin_loss(task["x"] @ w, task["y"])
+
+        adapted = metaframe.inner_loop(lambda batch, v: inner(v["w"]), v, None, steps=1, lr=0.1)
+        return inner(adapted["w"])
+
+    v = {"w": torch.randn(3, 4, dtype=torch.float64)}
+    batch = {"x": torch.stack([X, X]), "y": torch.tensor([[0, 1, 2, 3, 0, 1]] * 2)}
+    for how in ("loop", "vmap"):
+        with pytest.raises(BackendError, match="second derivative of multi_margin_loss_backward"):
+            metaframe.meta_value_and_grad(cost, task_map=how)(v, batch)  # type: ignore[arg-type]
+
+
+def test_lengths_of_packed_sequences_that_differ_from_task_to_task() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(3, 2, batch_first=True)
+
+        def forward(self, inputs: Any) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(
+                inputs["x"], inputs["lengths"], batch_first=True, enforce_sorted=False
+            )
+            return self.layer(packed)[1][0]  # type: ignore[no-any-return]
+
+    rng = np.random.default_rng(0)
+    tasks = [
+        Task(
+            *({"x": rng.normal(size=(3, 4, 3)), "lengths": np.array(n)}, rng.normal(size=(3, 2)))
+            * 2
+        )
+        for n in ([4, 2, 1], [1, 3, 2])
+    ]
+    maml = MAML(Packed().double(), 0.1, 1)
+    maml.meta_value_and_grad(F.mse_loss, tasks, task_map="loop")
+    with pytest.raises(InputError, match=r'lengths of packed sequences.*task_map="loop"'):
+        maml.meta_value_and_grad(F.mse_loss, tasks, task_map="vmap")

@@ -382,7 +382,7 @@ class _Rule(torch.autograd.Function):
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-    return in_our_words()(lambda xs: tuple(mapped(*xs)))
+    return in_our_words(mapped=True)(lambda xs: tuple(mapped(*xs)))
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metaframe.errors import BackendError, MetaframeError
-from metaframe_torch import _private
+from metaframe_torch import _private, _tape
 
 NOT_TWICE = (
     r"derivative for '?(?:aten::)?(?P<name>\w+)'? is not implemented",
@@ -29,43 +29,54 @@ NOT_MAPPED = (
     r"^vmap: ",
     r"override the setup_context staticmethod",
     r"We do not support batching operators that can support dynamic shape",
-    r"data-dependent control flow",
+)
+NOT_MAPPED_IN_A_TRANSFORM = (
     r"Cannot access data pointer of Tensor that doesn't have storage",
     r"output with shape .* doesn't match the broadcast shape",
-    r"from the 'SparseC",
+    r"from the 'Sparse\w+' backend",
 )
 
 
-def explained(error: Exception, model: nn.Module | None = None) -> BackendError | None:
-    """`error` in our words, if it is one of these; with the layer of `model` that raised it."""
+def explained(
+    error: Exception, model: nn.Module | None = None, *, mapped: bool | None = None
+) -> BackendError | None:
+    """`error` in our words, if it is one of these; with the layer of `model` that raised it.
+
+    Args:
+        error: torch's.
+        model: the model whose call raised it.
+        mapped: whether it comes from a `vmap`; by default, whether a transform is active.
+    """
     if isinstance(error, MetaframeError):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    where = "" if model is None else layer_among(reversed(frames), model)
-    where = where or "the model or the loss"
+    where = "" if model is None else _layer_among(reversed(frames), model)
+    where = f"{where or 'the model or the loss'} uses"
     text = str(error)
     if (found := _among(NOT_TWICE, text)) is not None:
         return BackendError(
-            f"torch has no second derivative of {_operation(found)}, which {where} uses: "
+            f"torch has no second derivative of {_operation(found)}, which {where}: "
             f"{_first(text)} Use another operation, or adapt in first order (first_order=True, or "
             "order=1)."
         )
-    if (found := _among(NOT_MAPPED, text)) is not None:
+    mapped = _tape.transforming() if mapped is None else mapped
+    patterns = (*NOT_MAPPED, *(NOT_MAPPED_IN_A_TRANSFORM if mapped else ()))
+    if (found := _among(patterns, text)) is not None:
         return BackendError(
-            f"torch cannot vectorise {_operation(found)} over tasks, which {where} uses: "
-            f"{_first(text)} "
-            'Run the tasks one after the other, task_map="loop", or use another operation.'
+            f"torch cannot vectorise {_operation(found)} over tasks, which {where}: "
+            f'{_first(text)} Run the tasks one after the other, task_map="loop", or use another '
+            "operation."
         )
     return None
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def in_our_words(*, mapped: bool | None = None) -> Iterator[None]:
     """A block whose errors are `explained`."""
     try:
         yield
     except RuntimeError as error:
-        if (ours := explained(error)) is None:
+        if (ours := explained(error, mapped=mapped)) is None:
             raise
         raise ours from error
 
@@ -110,7 +121,7 @@ def _once_differentiable(function: Any) -> str:
     return next(filter(None, map(_once_differentiable, functions)), "")
 
 
-def layer_among(frames: Iterable[FrameType], model: nn.Module) -> str:
+def _layer_among(frames: Iterable[FrameType], model: nn.Module) -> str:
     """The layer of `model` that one of `frames`, innermost first, is in; empty if none is."""
     paths = {id(module): path for path, module in model.named_modules()}
     for frame in frames:
