@@ -173,9 +173,10 @@ def direction(model: nn.Module, start: dict[str, Tensor]) -> dict[str, Tensor]:
     """A random one, but for values that the model takes for constants."""
     generator = torch.Generator().manual_seed(1)
     line = {n: torch.randn(x.shape, generator=generator, dtype=x.dtype) for n, x in start.items()}
-    for path, module in model.named_modules():
-        if getattr(module, "padding_idx", None) is not None:
-            line[f"{path}.weight"][module.padding_idx] = 0
+    names = {id(p): name for name, p in model.named_parameters() if name in line}
+    for module in model.modules():
+        if getattr(module, "padding_idx", None) is not None and id(module.weight) in names:
+            line[names[id(module.weight)]][module.padding_idx] = 0
     for name, x in line.items():
         if name.endswith("parametrizations.weight.original") and "householder" in str(model):
             x.diagonal().zero_()
@@ -215,10 +216,17 @@ def models(draw: Any) -> nn.Module:
             part.eval()
         made.append(part)
     order = draw(st.lists(st.sampled_from(made), min_size=1, max_size=4))
-    model = nn.Sequential(*order, nn.Linear(3, 2))
-    if draw(st.booleans()):
-        model.again = draw(st.sampled_from(made))  # a second path, or a layer that is not used
-    return model
+    # A second path, or a layer that is not used.
+    return Root(nn.Sequential(*order, nn.Linear(3, 2)), draw(st.sampled_from([None, *made])))
+
+
+class Root(nn.Module):
+    def __init__(self, net: nn.Module, again: nn.Module | None) -> None:
+        super().__init__()
+        self.again, self.net = again, net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 class Residual(nn.Module):

@@ -146,7 +146,7 @@ def mlp() -> nn.Sequential:
 
 def normalised() -> nn.Module:
     layer = nn.BatchNorm1d(4)
-    return nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 4), layer)
+    return nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 4), layer, nn.Linear(4, 2))
 
 
 STRUCTURES: dict[str, Build] = {

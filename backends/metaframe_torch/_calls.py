@@ -89,7 +89,7 @@ class ModelCalls(Exact):
         self._buffers = {id(x): name for name, x in values.state.items()}
         self._norm, self._repeated = forward.norm, forward.repeated
         self._recording = torch.is_grad_enabled()
-        self._products: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._constants: dict[int, tuple[Any, Function, tuple[Any, ...]]] = {}
         self._aliases: list[Tensor] = []  # kept, since they are known by their identities
         self.recorded: dict[str, Tensor] = {}
         """Statistics of the examples, by the names of the buffers that they belong to."""
@@ -155,11 +155,19 @@ class ModelCalls(Exact):
         result: Tensor = func(*args, **kwargs)
         return result
 
-    def _product(self, func: Function, *args: Any, **kwargs: Any) -> Tensor:
-        product: Tensor = func(*args, **kwargs)
+    def _constant(self, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """A step of a power iteration, which is kept to be taken again with a derivative."""
+        result = func(*args, **kwargs)
         if not torch.is_grad_enabled() and not kwargs:
-            self._products[id(product)] = product, args
-        return product
+            self._constants[id(result)] = result, func, args
+        return result
+
+    def _again(self, x: Any) -> Any:
+        """A constant once more, from copies of buffers, which are written to next."""
+        if id(x) not in self._constants:
+            return x.clone() if id(x) in self._buffers else x
+        _, func, args = self._constants[id(x)]
+        return func(*map(self._again, args))
 
     def _normalize(self, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`F.normalize`, by which spectral normalisation improves vectors among its buffers.
@@ -170,11 +178,9 @@ class ModelCalls(Exact):
         out = kwargs.pop("out", None)
         if id(out) not in self._buffers:
             return func(x, *args, out=out, **kwargs)
-        _, factors = self._products.pop(id(x), (x, ()))
-        with torch.set_grad_enabled(self._recording if factors else torch.is_grad_enabled()):
-            if factors:  # copies of buffers, which are written to next
-                x = torch.mv(*(y.clone() if id(y) in self._buffers else y for y in factors))
-            return self._write(out, torch.Tensor.copy_, out, func(x, *args, **kwargs))
+        taken_again = id(x) in self._constants
+        with torch.set_grad_enabled(self._recording if taken_again else torch.is_grad_enabled()):
+            return self._write(out, torch.Tensor.copy_, out, func(self._again(x), *args, **kwargs))
 
     def _batch_norm(
         self,
@@ -247,7 +253,9 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
     F.batch_norm: ModelCalls._batch_norm,
     F.instance_norm: ModelCalls._instance_norm,
     F.normalize: ModelCalls._normalize,
-    torch.mv: ModelCalls._product,
+    torch.mv: ModelCalls._constant,
+    torch.Tensor.t: ModelCalls._constant,
+    torch.Tensor.H.__get__: ModelCalls._constant,  # type: ignore[attr-defined]
     torch.Tensor.detach: ModelCalls._alias,
     torch.detach: ModelCalls._alias,
     torch.Tensor.data.__get__: ModelCalls._alias,  # type: ignore[attr-defined]

@@ -17,7 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaframe_torch import _private, _tape
 from metaframe_torch._losses import ctc_loss, multi_margin_loss, multilabel_margin_loss
-from metaframe_torch._recurrent import of_a_cell, of_a_layer, pack, pad
+from metaframe_torch._recurrent import (
+    gru_cell,
+    lstm_cell,
+    of_a_cell,
+    of_a_layer,
+    pack,
+    pad,
+    rnn_cell,
+)
 
 Function = Callable[..., Any]
 Forms = Mapping[Function, Function]
@@ -247,10 +255,10 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
         F.embedding_bag: dense_embedding_bag,
         F.one_hot: one_hot,
         **{f: of_a_layer(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-        **{
-            f: of_a_cell(f)
-            for f in (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
-        },
+        torch.gru_cell: of_a_cell(torch.gru_cell, gru_cell),
+        torch.lstm_cell: of_a_cell(torch.lstm_cell, lstm_cell),
+        torch.rnn_tanh_cell: of_a_cell(torch.rnn_tanh_cell, rnn_cell(torch.tanh)),
+        torch.rnn_relu_cell: of_a_cell(torch.rnn_relu_cell, rnn_cell(torch.relu)),
     }
     attentions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     if exact:

@@ -496,7 +496,7 @@ def _is_setting(name: str) -> bool:
 
 def norm_except_dim(v: Tensor, dim: int) -> Tensor:
     """The Euclidean norm over all axes but `dim`, which stay with length 1; over all for -1."""
-    if NORM_EXCEPT_DIM.found is not None:
+    if NORM_EXCEPT_DIM.found is not None and not transforming():  # vmap has no rule for it
         norm: Tensor = NORM_EXCEPT_DIM.found(v, 2, dim)
         return norm
     if dim == -1:

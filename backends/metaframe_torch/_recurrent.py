@@ -29,16 +29,59 @@ def mapped_as(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     return torch.where(zero == 0, x, x)  # type: ignore[arg-type]
 
 
-def of_a_cell(func: Function) -> Function:
-    """A recurrent cell whose state is mapped where an input is."""
+def of_a_cell(func: Function, written_out: Function) -> Function:
+    """A recurrent cell, written out where a transform is active."""
 
-    def run(x: Tensor, state: Any, *weights: Any) -> Any:
-        if not _tape.transforming():
-            return func(x, state, *weights)
-        given = [x, *(w for w in weights if w is not None)]
-        if isinstance(state, Tensor):
-            return func(x, mapped_as(state, given), *weights)
-        return func(x, tuple(mapped_as(h, [*given, *state]) for h in state), *weights)
+    def run(*args: Any) -> Any:
+        return written_out(*args) if _tape.transforming() else func(*args)
+
+    return run
+
+
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor | None = None,
+    b_h: Tensor | None = None,
+) -> Tensor:
+    """`torch.gru_cell`."""
+    reset, update, new = F.linear(x, w_x, b_x).chunk(3, -1)
+    h_reset, h_update, h_new = F.linear(h, w_h, b_h).chunk(3, -1)
+    update = torch.sigmoid(update + h_update)
+    new = torch.tanh(new + torch.sigmoid(reset + h_reset) * h_new)
+    return (h - new) * update + new
+
+
+def lstm_cell(
+    x: Tensor,
+    state: States,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor | None = None,
+    b_h: Tensor | None = None,
+) -> States:
+    """`torch.lstm_cell`."""
+    h, c = state
+    gates = F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h)
+    write, forget, cell, read = gates.chunk(4, -1)
+    c = torch.sigmoid(forget) * c + torch.sigmoid(write) * torch.tanh(cell)
+    return torch.sigmoid(read) * torch.tanh(c), c
+
+
+def rnn_cell(activation: Function) -> Function:
+    """`torch.rnn_tanh_cell` and `torch.rnn_relu_cell`."""
+
+    def run(
+        x: Tensor,
+        h: Tensor,
+        w_x: Tensor,
+        w_h: Tensor,
+        b_x: Tensor | None = None,
+        b_h: Tensor | None = None,
+    ) -> Any:
+        return activation(F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h))
 
     return run
 
