@@ -20,6 +20,7 @@ from typing import Any
 from metaframe.backend import Array
 from metaframe.errors import InputError
 from metaframe.models._keras_private import forget_losses
+from metaframe.models.flags import PLAIN
 
 
 def keras() -> Any:
@@ -50,10 +51,10 @@ def layers_of(layer: Any) -> list[Any]:
             if id(x) not in found:
                 found[id(x)] = x
                 left.extend(reversed(vars(x).values()))
-        elif isinstance(x, (list, tuple, set)):
-            left.extend(reversed(list(x)))
-        elif isinstance(x, dict):
-            left.extend(reversed(x.values()))
+        elif isinstance(x, (list, tuple, set, dict)):
+            inside = list(x.values() if isinstance(x, dict) else x)
+            if inside and type(inside[0]) not in PLAIN:  # as the words of a vocabulary are
+                left.extend(reversed(inside))
     return list(found.values())
 
 
