@@ -20,7 +20,6 @@ from typing import Any
 from metaframe.backend import Array
 from metaframe.errors import InputError
 from metaframe.models._keras_private import forget_losses
-from metaframe.models.flags import PLAIN
 
 
 def keras() -> Any:
@@ -53,7 +52,7 @@ def layers_of(layer: Any) -> list[Any]:
                 left.extend(reversed(vars(x).values()))
         elif isinstance(x, (list, tuple, set, dict)):
             inside = list(x.values() if isinstance(x, dict) else x)
-            if inside and type(inside[0]) not in PLAIN:  # as the words of a vocabulary are
+            if inside and not isinstance(inside[0], (str, int, float)):  # words, sizes
                 left.extend(reversed(inside))
     return list(found.values())
 
