@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.harness import BACKENDS, Program, prepare, run_python, wait
 from benchmarks.workloads import Case, Execution, Workload, metaframe_program, w1, w2
 from metaframe import current_backend, nn, ops
-from metaframe.container import Container
+from metaframe.core.container import Container
 
 MODES = ("reverse", "remat", "mixed")
 META_STEPS = 500

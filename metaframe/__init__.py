@@ -15,20 +15,20 @@ from metaframe.backend import current_backend as current_backend
 from metaframe.backend import set_backend as set_backend
 from metaframe.backend import unset_backend as unset_backend
 from metaframe.backend import use_backend as use_backend
-from metaframe.compile import compile as compile
-from metaframe.container import Container as Container
-from metaframe.convert import convert as convert
+from metaframe.backend.convert import convert as convert
+from metaframe.core.compile import compile as compile
+from metaframe.core.container import Container as Container
+from metaframe.core.inner_loop import inner_loop as inner_loop
+from metaframe.core.meta_gradient import MetaResult as MetaResult
+from metaframe.core.meta_gradient import map_tasks as map_tasks
+from metaframe.core.meta_gradient import meta_value_and_grad as meta_value_and_grad
+from metaframe.core.steps import fomaml_step as fomaml_step
+from metaframe.core.steps import maml_step as maml_step
+from metaframe.core.steps import reptile_step as reptile_step
 from metaframe.errors import MetaframeError as MetaframeError
-from metaframe.inner import inner_loop as inner_loop
-from metaframe.meta import MetaResult as MetaResult
-from metaframe.meta import map_tasks as map_tasks
-from metaframe.meta import meta_value_and_grad as meta_value_and_grad
 from metaframe.optim import Optimizer as Optimizer
 from metaframe.optim import apply_updates as apply_updates
 from metaframe.optim import gradient_descent_update as gradient_descent_update
-from metaframe.steps import fomaml_step as fomaml_step
-from metaframe.steps import maml_step as maml_step
-from metaframe.steps import reptile_step as reptile_step
 
 if TYPE_CHECKING:
     from metaframe import interop as interop
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from metaframe.learners import inner_step as inner_step
     from metaframe.learners import named_buffers as named_buffers
     from metaframe.learners import named_params as named_params
+    from metaframe.tasks import SinusoidTaskSampler as SinusoidTaskSampler
+    from metaframe.tasks import Task as Task
+    from metaframe.tasks import TaskSampler as TaskSampler
     from metaframe.training import History as History
     from metaframe.training import MetaTrainer as MetaTrainer
     from metaframe.training import evaluate as evaluate
@@ -78,6 +81,7 @@ _LATER = {
         "named_buffers",
         "named_params",
     ),
+    "metaframe.tasks": ("SinusoidTaskSampler", "Task", "TaskSampler"),
     "metaframe.training": ("History", "MetaTrainer", "evaluate"),
 }
 _HOME = {name: module for module, names in _LATER.items() for name in names}

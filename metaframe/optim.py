@@ -12,7 +12,8 @@ is zero and not NaN.
 
 The learning rate is given to the optimizer, `adam(1e-3)`, or, when the optimizer is used inside
 a loop that has a rate of its own, left out, `adam()`, and handed to `update` by that loop. It is a
-number, an array, or a structure like the parameters' with one rate for each.
+number, an array, or a structure that names parameters or parts of them, such as layers, with a rate
+for each; see `metaframe.core.rates`.
 
 The functions of a pair are functions of this module with their settings filled in, so that a pair
 can be pickled, and a learner that has one saved.
@@ -26,15 +27,18 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from metaframe import checks, ops, tree
-from metaframe.backend import backend_of
+from metaframe import arguments, ops, tree
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import backend_of
+from metaframe.core import checks, rates
+from metaframe.core.rates import only as _rate
 from metaframe.errors import InputError, InputTypeError
 
 Params = Any
 Grads = Any
 State = Any
 Rate = Any
-"""A number, a scalar array, or one rate a parameter in the parameters' structure."""
+"""A number, an array, or a structure of them that names parameters or parts of them."""
 
 
 class Optimizer(NamedTuple):
@@ -63,7 +67,9 @@ def apply_updates(params: Params, updates: Params) -> Params:
     >>> apply_updates({"w": 1.0, "b": 2.0}, {"w": -0.5, "b": 0.25})
     {'w': 0.5, 'b': 2.25}
     """
-    return tree.map(lambda p, u: p + u, params, updates)
+    leaves, spec = tree.flatten(params)
+    moves = tree.same_structure(updates, spec, what="updates")
+    return tree.unflatten(spec, [p + u for p, u in zip(leaves, moves, strict=True)])
 
 
 def gradient_descent_update(
@@ -74,7 +80,8 @@ def gradient_descent_update(
     Args:
         w: variables, any structure.
         dcdw: gradients in the same structure.
-        lr: a number, a scalar array, or a structure of rates like `w`.
+        lr: a number, an array, or a structure that names variables or parts of them, with a rate
+            for each.
         stop_gradients: return the new variables as constants.
 
     >>> import torch
@@ -82,7 +89,7 @@ def gradient_descent_update(
     >>> gradient_descent_update(w, {"a": torch.tensor([0.5, 0.25])}, 0.5)
     {'a': tensor([0.7500, 1.8750])}
     """
-    updates, _ = sgd(lr).update(dcdw, (), w)
+    updates, _ = sgd(checks.learning_rate(lr)).update(dcdw, (), w)
     new = apply_updates(w, updates)
     return tree.map(ops.stop_gradient, new) if stop_gradients else new
 
@@ -94,7 +101,12 @@ def sgd(learning_rate: Rate = None) -> Optimizer:
     >>> updates
     {'w': -1.5}
     """
+    learning_rate = _own(learning_rate)
     return Optimizer(_no_state, functools.partial(_sgd, own=learning_rate), learning_rate)
+
+
+def _own(learning_rate: Rate) -> Rate:
+    return checks.learning_rate(learning_rate, "learning_rate")
 
 
 def _no_state(params: Params) -> State:
@@ -130,6 +142,9 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
     >>> round(step.item(), 4)
     -0.3
     """
+    learning_rate = _own(learning_rate)
+    checks.setting("decay", decay)
+    arguments.choice(nesterov, "nesterov", (False, True))
     update = functools.partial(_momentum, own=learning_rate, decay=decay, nesterov=nesterov)
     return Optimizer(_zeros, update, learning_rate)
 
@@ -176,7 +191,7 @@ def adam(
     `-lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected averages.
 
     Raises:
-        InputError: `b1` or `b2` is not in [0, 1).
+        InputError: `b1` or `b2` is not in [0, 1), or another setting is negative.
 
     >>> import torch
     >>> from metaframe import optim
@@ -203,7 +218,7 @@ def adamw(
     `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
 
     Raises:
-        InputError: `b1` or `b2` is not in [0, 1).
+        InputError: `b1` or `b2` is not in [0, 1), or another setting is negative.
         InputTypeError: from `update`, no `params` to decay.
 
     >>> import torch
@@ -217,9 +232,12 @@ def adamw(
     -0.15
     """
     for name, decay in (("b1", b1), ("b2", b2)):
-        if not 0.0 <= decay < 1.0:
-            raise InputError(f"{name} has to be in [0, 1), received {decay!r}.")
-
+        if owner(decay) is not None:  # its logarithm is taken in Python
+            raise InputTypeError(f"{name} must be a Python number, received an array.")
+        checks.setting(name, decay, "[0, 1)")
+    checks.setting("eps", eps)
+    checks.setting("weight_decay", weight_decay)
+    learning_rate = _own(learning_rate)
     settings = {"own": learning_rate, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     return Optimizer(_adam_state, functools.partial(_adam, **settings), learning_rate)
 
@@ -268,6 +286,9 @@ def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -
     >>> round(step.item(), 4)
     -0.2
     """
+    learning_rate = _own(learning_rate)
+    checks.setting("decay", decay, "[0, 1]")
+    checks.setting("eps", eps)
     update = functools.partial(_rmsprop, own=learning_rate, decay=decay, eps=eps)
     return Optimizer(_zeros, update, learning_rate)
 
@@ -302,6 +323,9 @@ def adagrad(
     >>> round(step.item(), 4)
     -0.0707
     """
+    learning_rate = _own(learning_rate)
+    checks.setting("initial_accumulator", initial_accumulator)
+    checks.setting("eps", eps)
     init = functools.partial(_filled, value=initial_accumulator)
     update = functools.partial(_adagrad, own=learning_rate, eps=eps)
     return Optimizer(init, update, learning_rate)
@@ -373,7 +397,11 @@ def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
 
 def _check_limit(limit: Any) -> None:
     # Arrays are not looked at, they may be traced.
-    if isinstance(limit, numbers.Real) and not float(limit) > 0:
+    if owner(limit) is not None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+        raise InputTypeError(f"the limit to clip to must be a number, received {limit!r}.")
+    if not float(limit) > 0:
         raise InputError(
             f"the limit to clip to must be above 0, received {limit}. 0 would stop the training; "
             "for no clipping leave it out."
@@ -394,6 +422,10 @@ def clipped(
     >>> rule.update({"w": torch.tensor([3.0, 4.0])}, ())[0]
     {'w': tensor([-0.6000, -0.8000])}
     """
+    if not isinstance(optimizer, Optimizer):
+        raise InputTypeError(
+            f"optimizer must be an optim.Optimizer, received {type(optimizer).__name__}."
+        )
     if norm is None and value is None:
         raise InputError("clipped needs norm=, value= or both, received neither.")
     for limit in (norm, value):
@@ -445,18 +477,6 @@ _RULES: dict[Any, str] = {
 }
 
 
-def _rate(own: Rate, given: Rate) -> Rate:
-    if own is not None and given is not None:
-        raise InputError(
-            "the learning rate is given twice: to the optimizer and to the loop that uses it. "
-            "Leave it out of one: optim.adam() takes the loop's; with a loop rate of None the "
-            "optimizer's counts."
-        )
-    if own is None and given is None:
-        raise InputError("no learning rate: give it to the optimizer or to the loop that uses it.")
-    return checks.plain_numbers(given if own is None else own)
-
-
 def _needed(params: Params) -> Params:
     if params is None:
         raise InputTypeError("weight decay needs the parameters: update(grads, state, params).")
@@ -464,6 +484,7 @@ def _needed(params: Params) -> Params:
 
 
 def _scaled(direction: Params, rate: Rate) -> Params:
+    rate = rates.spread(rate, direction)
     if is_rate_tree(rate):
         return tree.map(lambda d, r: -r * d, direction, rate)
     single = tree.unwrapped(rate)
@@ -476,7 +497,7 @@ def is_rate_tree(rate: Rate) -> bool:
     >>> is_rate_tree(0.1), is_rate_tree({"w": 0.1, "b": 0.2})
     (False, True)
     """
-    return not tree.is_leaf(rate)
+    return rates.is_structure(rate)
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:

@@ -15,7 +15,7 @@ SHORT = ("-rA", "--show-capture=no", "--tb=short")
 
 def run_pytest(directory: Path, *args: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of pytest with the plugin, whether or not it is installed."""
-    source = os.pathsep.join(map(str, (ROOT, ROOT / "backends")))
+    source = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests")))
     cleared = {k: v for k, v in os.environ.items() if k != "METAFRAME_REQUIRED_BACKENDS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", *SHORT, *args],

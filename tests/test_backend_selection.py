@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import metaframe.backend as mb
 from frameworks import BACKENDS, REQUIRED, require
 from metaframe.backend import (
     Backend,
     available_backends,
-    backend_of,
-    convert_neutral,
     current_backend,
     load_backend,
+    registry,
+    selection,
     set_backend,
     unset_backend,
     use_backend,
 )
+from metaframe.backend.selection import backend_of, convert_neutral
+from metaframe.backend.tables import NNTable
 from metaframe.errors import (
     BackendError,
     BackendNotInstalledError,
@@ -33,7 +34,6 @@ from metaframe.errors import (
     MetaframeError,
     UnknownKeyError,
 )
-from metaframe.optable import NNTable
 
 PAIRS = list(permutations(BACKENDS, 2))
 
@@ -124,7 +124,7 @@ def test_within_a_scope_the_later_one_counts(pair: tuple[Backend, Backend]) -> N
         set_backend(inner.name)
         assert current_backend() is inner
         unset_backend()
-        assert mb.current_selection() is None
+        assert selection.current_selection() is None
         set_backend(inner.name)
     assert current_backend() is inner
 
@@ -304,8 +304,9 @@ def test_unknown_backend_names_the_nearest() -> None:
 def without(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """A backend whose framework cannot be imported; parametrise with its name."""
     name: str = request.param
-    monkeypatch.delitem(mb._loaded, name, raising=False)
-    monkeypatch.setattr(mb, "_by_type", {})
+    monkeypatch.delitem(registry._loaded, name, raising=False)
+    monkeypatch.setattr(registry, "_by_type", {})
+    monkeypatch.setattr(registry, "_in_use", {})
     monkeypatch.setitem(sys.modules, name, None)
     return name
 
@@ -376,11 +377,12 @@ def abacus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "metaframe_abacus.py").write_text(BACKEND)
     (tmp_path / "abacus.py").write_text(FRAMEWORK)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(mb, "_known", None)
-    monkeypatch.setattr(mb, "_by_type", {})
+    monkeypatch.setattr(registry, "_known", None)
+    monkeypatch.setattr(registry, "_by_type", {})
+    monkeypatch.setattr(registry, "_in_use", {})
     yield tmp_path
-    for registry in (mb._loaded, sys.modules):
-        registry.pop("abacus", None)
+    for known in (registry._loaded, sys.modules):
+        known.pop("abacus", None)
     sys.modules.pop("metaframe_abacus", None)
 
 
@@ -405,13 +407,13 @@ def test_a_registered_backend_that_is_broken(
     abacus: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It harms nobody who does not use it, and says where it comes from."""
-    monkeypatch.setattr(mb, "_broken", set())
+    monkeypatch.setattr(registry, "_broken", set())
     (abacus / "metaframe_abacus.py").write_text("from abacus import Beads")
     import abacus as framework
 
     x = framework.Array([1])
     with pytest.warns(UserWarning, match="'abacus' cannot be loaded from metaframe_abacus"):
-        assert mb.owner(x) is None
+        assert registry.owner(x) is None
     assert current_backend(load_backend(backend_name).asarray(1.0)).name == backend_name
     (info,) = (info for info in available_backends() if info.name == "abacus")
     assert info.devices == ()
@@ -433,10 +435,11 @@ def test_a_registered_backend_without_its_framework(abacus: Path) -> None:
 
 @pytest.mark.usefixtures("abacus")
 def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    hijack = mb.importlib.metadata.EntryPoint("torch", "evil:Backend", mb.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(mb.importlib.metadata, "entry_points", lambda group: [hijack])
-    monkeypatch.setattr(mb, "_known", None)
-    assert mb.known_backends()["torch"].target == "metaframe_torch:TorchBackend"
+    metadata = registry.importlib.metadata
+    hijack = metadata.EntryPoint("torch", "evil:Backend", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [hijack])
+    monkeypatch.setattr(registry, "_known", None)
+    assert registry.known_backends()["torch"].target == "metaframe_torch:TorchBackend"
 
 
 def test_a_backend_with_a_missing_method_cannot_be_made() -> None:

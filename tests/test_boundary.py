@@ -11,7 +11,7 @@ import pytest
 from frameworks import require
 from metaframe import inner_loop, meta_value_and_grad, tree
 from metaframe.backend import use_backend
-from metaframe.inner import Mode
+from metaframe.core.inner_loop import Mode
 
 
 # lr comes by the closure

@@ -23,11 +23,11 @@ from metaframe import MetaTrainer, nn, ops, optim
 from metaframe.cli import main, plots
 from metaframe.cli.algorithms import ALGORITHMS
 from metaframe.cli.config import RunConfig, known_keys, read_toml
+from metaframe.cli.datasets import DATASETS
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS, judge
 from metaframe.cli.runs import opened, read_result
-from metaframe.cli.tables import DATASETS
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
 from processes import Terminal

@@ -9,6 +9,7 @@ import pytest
 
 import metaframe.backend as mb
 from frameworks import require
+from metaframe.backend import registry
 from metaframe.errors import InputError
 from metaframe.testing.conformance import CLAUSES, Clause, ConformanceSuite, check_backend
 
@@ -65,11 +66,12 @@ def altered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def make(**members: Any) -> None:
         changed = type("Altered", (original,), members)
-        monkeypatch.setitem(mb._loaded, "torch", changed())
-        monkeypatch.setattr(mb, "_by_type", {})
+        monkeypatch.setitem(registry._loaded, "torch", changed())
+        monkeypatch.setattr(registry, "_by_type", {})
+        monkeypatch.setattr(registry, "_in_use", {})
 
     yield make
-    mb._by_type.clear()
+    registry._by_type.clear()
 
 
 BROKEN = {

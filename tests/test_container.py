@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from frameworks import BACKENDS, require
 from metaframe import compile, inner_loop, ops, tree
 from metaframe.backend import Backend, load_backend, use_backend
-from metaframe.container import Container
+from metaframe.core.container import Container
 from metaframe.errors import InputError, InputTypeError, UnknownAttributeError, UnknownKeyError
 
 KEYS = st.text("abcxyz_", min_size=1, max_size=4)

@@ -76,7 +76,12 @@ def test_shared_training_is_the_same_run(
     assert records == [8, 8]  # and writes
 
 
-@pytest.mark.parametrize("backend_name", ["torch", slow("jax"), slow("tensorflow")])
+THREADS = pytest.mark.xfail(strict=True, reason="threads of gloo outlive the session of torch")
+
+
+@pytest.mark.parametrize(
+    "backend_name", [pytest.param("torch", marks=THREADS), slow("jax"), slow("tensorflow")]
+)
 def test_when_one_process_stops_all_do(backend_name: str, tmp_path: Path) -> None:
     """After the same step: the next tenth one, or the next evaluation.
 

@@ -12,7 +12,7 @@ import pytest
 import metaframe
 from documents import ROOT, blocks, pages, run
 from frameworks import BACKENDS, require
-from metaframe.boundary import Backend
+from metaframe.backend.contract import Backend
 from metaframe.testing.conformance import CLAUSES
 from metaframe.testing.conformance.report import gaps
 from metaframe.testing.report import Kind

@@ -209,9 +209,13 @@ def test_mixed_mode_with_a_constant_target(task_map: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["huber_loss", "mse_loss"])
-def test_mixed_mode_without_a_forward_derivative(execution: Call, name: str) -> None:
+def test_mixed_mode_without_a_forward_derivative(
+    execution: Call, name: str, request: pytest.FixtureRequest
+) -> None:
     """torch: one has none, the other fails at integers, and crashes while it is recorded."""
     require("torch")
+    if "compiled" in request.node.name and name == "mse_loss":
+        pytest.xfail("torch's compiled program crashes the process in place of an error of ours")
     loss = getattr(importlib.import_module("torch.nn.functional"), name)
     with use_backend("torch", dtype="float64") as torch:
         v, tasks = tree.map(torch.asarray, ({"u": np.array(0.7)}, {"x": np.ones((1, 3))}))

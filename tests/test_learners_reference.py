@@ -18,6 +18,9 @@ from metaframe import (
     Learner,
     MetaSGD,
     MetaTrainer,
+    SinusoidTaskSampler,
+    Task,
+    TaskSampler,
     adapt,
     fomaml_step,
     functional_forward,
@@ -33,7 +36,7 @@ from metaframe import (
 )
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import InputError, InputTypeError, MetaframeError, UnusedParameterError
-from metaframe.tasks import SinusoidTaskSampler, Task, TaskSampler, stack_tasks
+from metaframe.tasks import stack_tasks
 
 WRAPPER = (
     "module, inner_lr=0.01, inner_steps=1, first_order=False, adapt_names=None, allow_unused=True"
@@ -335,3 +338,36 @@ def test_an_inner_optimizer(library: zoo.Library, backend: Backend) -> None:
         backend.to_numpy(result.cost),
         rtol=1e-13,
     )
+
+
+def test_learned_rates_by_the_names_of_their_parameters(
+    library: zoo.Library, backend: Backend
+) -> None:
+    """They are live: what is assigned to a meta-parameter is in the mapping, and is used."""
+    maml = MetaSGD(zoo.built(library), 0.1)
+    assert list(maml.lrs) == list(maml.config.names) == list(named_params(maml.module))
+    for rate in maml.lrs.values():
+        np.testing.assert_array_equal(backend.to_numpy(rate), np.full(rate.shape, 0.1))
+    lrs = maml.lrs
+    maml.assign({"learned/head/b": backend.asarray([0.3, 0.2], "float64")})
+    np.testing.assert_array_equal(backend.to_numpy(lrs["head/b"]), [0.3, 0.2])
+    task = zoo.tasks()[0]
+    learner = maml.clone().adapt_on(nn.mse, task.support_x, task.support_y)
+    moved = {name: np.full(x.shape, 0.1) for name, x in zoo.weights().items()}
+    moved["b2"] = np.array([0.3, 0.2])
+    expected = zoo.adapted(zoo.weights(), task, moved, 1)
+    for name, value in library.canonical(learner.params, backend).items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-14)
+
+
+def test_the_settings_of_a_wrapper(model: Any) -> None:
+    maml = MAML(model, 0.2, 3, True, ["head/w"], False)
+    assert (maml.inner_lr, maml.inner_steps, maml.first_order) == (0.2, 3, True)
+    assert (maml.adapt_names, maml.allow_unused) == (("head/w",), False)
+
+
+def test_names_of_gradients_are_those_of_parameters(library: zoo.Library) -> None:
+    maml = MetaSGD(zoo.built(library))
+    grads = maml.meta_value_and_grad(nn.mse, zoo.tasks(1), task_map="loop").grads
+    assert list(grads) == list(maml.meta_parameters())
+    assert {name for name, _ in maml.clone().named_parameters()} < set(grads)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
+import metaframe
 import zoo
 from frameworks import require
 from metaframe import (
@@ -24,6 +25,7 @@ from metaframe import (
     inner_step,
     named_params,
     optim,
+    tree,
 )
 from metaframe.errors import InputError
 from metaframe.learners import named_buffers
@@ -33,6 +35,8 @@ require("torch")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+
+from metaframe_torch._parameter_mapping import ParameterMapping  # noqa: E402
 
 TORCH = next(library for library in zoo.LIBRARIES if library.id == "torch")
 
@@ -78,7 +82,7 @@ def test_it_is_a_module(tmp_path: Any) -> None:
     assert isinstance(maml, MAML)
     assert isinstance(maml, nn.Module)
     assert maml.module is module
-    live = [*module.parameters(), *maml.rates.parameters()]
+    live = [*module.parameters(), *maml.lrs.parameters()]
     assert {id(p) for p in maml.parameters()} == {id(p) for p in live}
     assert all(isinstance(p, nn.Parameter) for p in maml.meta_parameters().values())
     other = MetaSGD(zoo.built(TORCH, zoo.weights(5)), 0.2)
@@ -158,9 +162,10 @@ def test_rates_and_body_get_gradients_from_backward() -> None:
     module = zoo.built(TORCH)
     anil = ANIL(module, module[2], inner_lr=0.1)
     learner = anil.clone()
+    before = learner.params["0.weight"]
     sx, sy, qx, qy = tensors(zoo.tasks()[0])
     learner.adapt(F.mse_loss(learner(sx), sy))
-    assert learner.params["0.weight"] is module[0].weight
+    assert learner.params["0.weight"] is before
     F.mse_loss(learner(qx), qy).backward()
     assert float(module[0].weight.grad.abs().max()) > 1e-3
 
@@ -168,9 +173,11 @@ def test_rates_and_body_get_gradients_from_backward() -> None:
 def test_untouched_parameters_stay_the_same_objects() -> None:
     module = zoo.built(TORCH)
     learner = MAML(module).clone()
+    before = dict(learner.params)
     learner.adapt(learner.params["2.weight"].square().sum())
-    assert learner.params["0.weight"] is module[0].weight
-    assert learner.params["2.weight"] is not module[2].weight
+    assert learner.params["0.weight"] is before["0.weight"]
+    assert before["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    assert learner.params["2.weight"] is not before["2.weight"]
     params = named_params(module)
     after = inner_step(params, params["2.bias"].sum(), 0.1, adapt_names=["2.bias", "0.bias"])
     assert after["0.bias"] is module[0].bias
@@ -189,7 +196,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     assert list(maml.meta_value_and_grad(F.mse_loss, zoo.tasks()).grads) == ["2.weight", "2.bias"]
     sx, sy, _, _ = tensors(zoo.tasks()[0])
     learner = maml.clone().adapt_on(F.mse_loss, sx, sy)
-    assert learner.params["0.weight"] is module[0].weight
+    assert learner.params["0.weight"].data_ptr() == module[0].weight.data_ptr()
 
 
 @pytest.mark.parametrize("kind", [MAML, MetaSGD, MAMLPlusPlus, MetaCurvature])
@@ -202,8 +209,8 @@ def test_parameters_frozen_after_wrapping_do_not_adapt(kind: Any) -> None:
     for _ in range(2):
         by_loss.adapt(F.mse_loss(by_loss(sx), sy))
     for learner in (by_function, by_loss):
-        assert learner.params["0.weight"] is module[0].weight
-        assert learner.params["2.weight"] is not module[2].weight
+        assert learner.params["0.weight"].data_ptr() == module[0].weight.data_ptr()
+        assert learner.params["2.weight"].data_ptr() != module[2].weight.data_ptr()
     costs = [F.mse_loss(learner(qx), qy) for learner in (by_function, by_loss)]
     fresh = kind(module, 0.1, 2)
     costs += [m.meta_value_and_grad(F.mse_loss, zoo.tasks()[:1]).cost for m in (maml, maml, fresh)]
@@ -456,3 +463,73 @@ def test_buffers_that_are_left_out_are_the_models() -> None:
         assert torch.equal(x, before[name])
     with pytest.raises(InputError, match=r"buffers has 'runing_mean'.*running_mean"):
         functional_forward(module, {}, torch.ones(3, 2), buffers={"runing_mean": torch.ones(2)})
+
+
+def test_gradients_by_the_names_of_named_parameters() -> None:
+    """And of the model's own, in everything that takes parameters by name."""
+    maml = MetaSGD(zoo.built(TORCH), 0.1, 2)
+    grads = maml.meta_value_and_grad(F.mse_loss, zoo.tasks()).grads
+    manual_step(maml, zoo.tasks())
+    for name, parameter in maml.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=0, atol=1e-13)
+        assert name in grads
+        assert grads.get(name) is grads[name]
+    for name, parameter in maml.module.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=0, atol=1e-13)
+    assert "module.9.weight" not in grads
+    with pytest.raises(KeyError):
+        grads["module.9.weight"]
+    plain = {name: grads[name] for name in maml.meta_parameters()}
+    assert grads == plain
+    # A dict to everyone else.
+    values = maml.meta_arrays()
+    expected = {name: values[name] - 0.1 * plain[name] for name in plain}
+    updates, _ = optim.sgd(0.1).update(grads, optim.sgd(0.1).init(values), values)
+    mapped = tree.map(lambda x, g: x - 0.1 * g, values, grads)
+    reverse = tree.map(lambda g, x: x - 0.1 * g, grads, values)
+    for found in (metaframe.apply_updates(values, updates), mapped, reverse):
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+    with pytest.raises(InputError, match="missing"):
+        tree.map(lambda x, g: x, values, {"0.weight": grads["0.weight"]})
+    for copied in (copy.deepcopy(grads), pickle.loads(pickle.dumps(grads)), copy.copy(grads)):
+        assert torch.equal(copied["module.0.bias"], grads["0.bias"])
+    rows = {name: torch.stack([x, 2 * x]) for name, x in grads.items()}
+    doubled = torch.func.vmap(lambda g: tree.map(lambda x: 2 * x, g))(type(grads)(rows, {}))
+    assert torch.equal(doubled["0.bias"], 2 * rows["0.bias"])
+    own = {name: 2 * p.detach() for name, p in maml.named_parameters()}
+    start = maml.clone(own).params
+    maml.assign(own)
+    for name, parameter in maml.module.named_parameters():
+        assert torch.equal(parameter.detach(), own[f"module.{name}"])
+        assert torch.equal(start[name], parameter.detach())
+    with pytest.raises(InputError, match=r"no meta-parameter called 'module\.9\.weight'"):
+        maml.clone({"module.9.weight": own["module.0.weight"]})
+
+
+def test_learned_rates_are_parameters_of_the_wrapper() -> None:
+    maml = MetaSGD(zoo.built(TORCH), 0.1)
+    names = [name for name, _ in maml.module.named_parameters()]
+    assert list(maml.lrs) == names
+    assert [f"lrs.{name}" for name in names] == [n for n in maml.state_dict() if n[:4] == "lrs."]
+    named = dict(maml.named_parameters())
+    assert all(named[f"lrs.{name}"] is maml.lrs[name] for name in names)
+    assert isinstance(maml.lrs, Mapping)
+    assert len(maml.lrs) == len(names)
+    other = MetaSGD(zoo.built(TORCH), 0.3)
+    other.load_state_dict(maml.state_dict())
+    assert all(torch.equal(other.lrs[name], x) for name, x in maml.lrs.items())
+    assert maml.rates is maml.lrs
+    assert "0.weights" not in maml.lrs
+    with pytest.raises(KeyError):
+        maml.lrs["0.weights"]
+
+
+def test_parameters_called_as_something_of_a_module() -> None:
+    values = {name: torch.ones(1) for name in ("keys", "keys_", "values.w", "type", "a/b.c")}
+    kept = ParameterMapping(values)
+    assert list(kept) == list(values)
+    assert len(list(kept.parameters())) == len(values)
+    assert list(kept.items()) == [(name, kept[name]) for name in values]
+    again = pickle.loads(pickle.dumps(kept))
+    assert list(again.keys()) == list(values)
+    again.load_state_dict(kept.state_dict())

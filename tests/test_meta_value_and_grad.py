@@ -12,7 +12,7 @@ import pytest
 from frameworks import require, slow
 from metaframe import MetaResult, inner_loop, maml_step, meta_value_and_grad, ops, use_backend
 from metaframe.backend import Backend
-from metaframe.meta import strategy
+from metaframe.core.task_map import strategy
 from metaframe.testing.conformance.closed_form import (
     RATE,
     Problem,

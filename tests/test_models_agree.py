@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import zoo
+from frameworks import require
 from metaframe import ANIL, MAML, MetaSGD, head_names, nn
 from metaframe.backend import load_backend
 from zoo import Library, built, every_library
@@ -82,6 +83,7 @@ def test_head_only(library: Library) -> None:
 
 @every_library()
 def test_learner_takes_the_same_steps(library: Library) -> None:
+    require(library.backend)
     backend, task = load_backend(library.backend), zoo.tasks()[0]
     sx, sy, qx = map(backend.asarray, (task.support_x, task.support_y, task.query_x))
     maml = MAML(built(library), inner_lr=LR, inner_steps=STEPS)
@@ -101,8 +103,8 @@ def test_learner_takes_the_same_steps(library: Library) -> None:
 
 @every_library()
 def test_assigned_values_are_the_models(library: Library) -> None:
-    backend = load_backend(library.backend)
     maml = MAML(built(library))
+    backend = load_backend(library.backend)
     doubled: dict[str, Any] = {
         name: 2.0 * backend.stop_gradient(x) for name, x in maml.meta_parameters().items()
     }

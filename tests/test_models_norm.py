@@ -329,6 +329,7 @@ COUNTING = {"torch": _counting_torch, "nnx": _counting_nnx, "linen": _counting_l
 @pytest.mark.parametrize("name", COUNTING)
 def test_nothing_but_statistics_goes_from_the_support_to_the_query(name: str) -> None:
     """A model that counts its calls is at the first one, as under every other policy."""
+    require(MODELS[name][0])
     backend, task = load_backend(MODELS[name][0]), zoo.tasks(1)[0]
     maml = MAML(COUNTING[name](), 0.0, norm="support")
     expected = predict(task.query_x, *statistics(task.support_x))
@@ -422,6 +423,7 @@ def test_the_meta_gradient_of_each_policy(name: str, policy: Any) -> None:
 
 def test_a_learner_whose_algorithm_ends_with_a_solution() -> None:
     """Its query loss depends on that solution by the statistics of the support set as well."""
+    require("torch")
     maml = ImplicitMAML(EXACT["torch"][1](), 0.1, 3, norm="support")
     task = zoo.tasks(1)[0]
     learner = _adapted(maml, task, maml.backend)

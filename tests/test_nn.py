@@ -16,13 +16,7 @@ from metaframe import nn, ops, tree
 from metaframe.backend import Backend, load_backend
 from metaframe.errors import BackendError, InputError, InputTypeError
 from metaframe.nn.init import stream
-from metaframe.testing.conformance.cases import (
-    Case,
-    check_derivatives,
-    check_value,
-    slope,
-    weights,
-)
+from metaframe.testing.conformance.cases import Case, check_derivatives, check_value, slope, weights
 from metaframe.testing.conformance.clause import close, on_the_bench
 from metaframe.testing.conformance.nn_clauses import CONVOLUTIONS, conv2d, max_pool, normalised
 
@@ -42,7 +36,8 @@ def test_jax_convolves_alike_on_an_accelerator(case: Case, monkeypatch: pytest.M
 
 
 def test_every_function_is_tested_and_documented() -> None:
-    special = {"Initializer", "Model", "conv4", "dropout_mask", "mlp"}
+    special = {"Initializer", "Model", "conv4", "dropout_mask", "mlp", "softplus"}
+    assert nn.softplus is ops.softplus
     initializers = {"glorot_uniform", "he_normal", "ones", "truncated_normal", "zeros"}
     assert checked_functions("nn") | special | initializers == set(nn.__all__)
     named = set(nn.__all__) - {"Initializer"}
@@ -53,6 +48,16 @@ def test_every_function_is_tested_and_documented() -> None:
     ("call", "error", "message"),
     [
         (lambda: nn.mse(np.ones((3, 1)), np.ones(3)), InputError, r"\(3, 1\) and target \(3,\)"),
+        (
+            lambda: nn.binary_cross_entropy(np.ones((3, 1)), np.ones(3)),
+            InputError,
+            r"logits \(3, 1\) and targets \(3,\)",
+        ),
+        (
+            lambda: nn.binary_cross_entropy(np.ones(3, int), np.ones(3)),
+            InputTypeError,
+            "binary_cross_entropy needs a floating array, received int",
+        ),
         (
             lambda: nn.cross_entropy(np.ones((3, 2)), np.ones(3)),
             InputTypeError,

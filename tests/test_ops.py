@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,35 @@ def test_arrays_choose_the_backend_when_none_is_selected(backend_name: str) -> N
     assert ops.to_numpy([1.0]).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("name", ["mean", "var"])
+@pytest.mark.parametrize("name", ["mean", "var", "std", "norm", "softplus"])
 def test_a_mean_of_integers_is_refused(backend: Backend, name: str) -> None:
     with pytest.raises(InputTypeError, match=f"{name} needs a floating array, received int"):
         getattr(ops, name)(np.array([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("x", "exponent", "error", "message"),
+    [
+        ([1, 2], -1, InputTypeError, "negative or fractional exponent needs a floating array"),
+        ([1, 2], 0.5, InputTypeError, "negative or fractional exponent needs a floating array"),
+        ([1.0], math.inf, InputError, "finite exponent, received inf"),
+        ([1.0], np.ones(1), InputTypeError, "a Python number as the exponent, received ndarray"),
+        ([1.0], True, InputTypeError, "a Python number as the exponent, received bool"),
+    ],
+)
+def test_an_unusable_power(
+    backend: Backend, x: Any, exponent: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ops.power(np.array(x), exponent)
+
+
+def test_a_power_of_integers(backend: Backend) -> None:
+    x = np.array([-2, 0, 3])
+    for exponent in (0, 1, 2, 5, 17):
+        found = backend.to_numpy(ops.power(x, exponent))
+        np.testing.assert_array_equal(found, x**exponent)
+        assert found.dtype == x.dtype
 
 
 @pytest.mark.parametrize("name", ["maximum", "minimum"])

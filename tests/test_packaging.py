@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.version import Version
 
 import metaframe
 
@@ -33,14 +35,79 @@ def test_every_backend_has_an_extra() -> None:
     assert backends <= PROJECT["optional-dependencies"].keys()
 
 
+def requirements(*groups: str) -> list[str]:
+    """The lines of the named extras, of all of them by default, and of the package itself."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [line for group in groups or extras for line in extras[group]]
+    return [line.partition(";")[0].strip() for line in (*PROJECT["dependencies"], *lines)]
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions that a file of constraints lists."""
+    found = re.findall(r"^(\S+?)==(\S+)$", (ROOT / f"constraints-{name}.txt").read_text(), re.M)
+    return {ALIASES.get(package, package): Version(version) for package, version in found}
+
+
+ALIASES = {"tensorflow-cpu": "tensorflow"}
+FLOORS = ("floor-jax", "floor-tensorflow")
+TESTED_ONCE = ("torch", "ivy")
+"""What has one version that was tested, the one in constraints-test.txt."""
+
+
 def test_the_package_pins_nothing_and_ci_pins_all() -> None:
-    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    requirements = [line.partition(";")[0] for group in groups for line in group]
-    assert [line for line in requirements if re.search(r"==|<|~=", line)] == []
-    pins = re.findall(r"^(\S+?)==", (ROOT / "constraints-test.txt").read_text(), re.MULTILINE)
-    needed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
-    names = {re.split(r"[>\[]", line)[0] for line in needed} - {"metaframe"}
-    assert names <= set(pins)
+    assert [line for line in requirements() if re.search(r"==|<|~=", line)] == []
+    names = {re.split(r"[>\[]", line)[0] for line in requirements("test")} - {"metaframe"}
+    assert names <= pins("test").keys()
+
+
+def test_every_lower_bound_is_a_version_that_ci_runs() -> None:
+    bounds = dict(line.split(">=") for line in requirements() if ">=" in line)
+    assert {"numpy", "optree", "safetensors", "torch", "jax", "tensorflow", "flax"} <= bounds.keys()
+    for package, bound in bounds.items():
+        where = ("test",) if package in TESTED_ONCE else FLOORS
+        found = {pins(name)[package] for name in where if package in pins(name)}
+        assert found == {Version(bound)}, (package, bound, found)
+    for line in PROJECT["dependencies"]:
+        assert all(re.split(">=", line)[0] in pins(name) for name in FLOORS)
+
+
+def test_the_newest_are_no_older_than_what_the_other_tests_run_on() -> None:
+    newest, others = pins("newest-jax"), pins("test")
+    for package in ("jax", "flax", "optax", "equinox", "numpy", "optree", "safetensors", "rich"):
+        assert newest[package] >= others[package]
+
+
+def test_ci_runs_every_list_of_versions() -> None:
+    assert re.search(r"^make .*test-matrix$", (ROOT / ".ci/run").read_text(), re.M)
+    said = run("make", "--dry-run", "--always-make", "test-matrix", cwd=ROOT)
+    for name in (*FLOORS, "newest-jax"):
+        assert f"--requirement constraints-{name}.txt" in said
+        assert f".venv-{name}/bin/python -m pytest" in said
+
+
+def versions_run(package: str) -> list[Version]:
+    """The oldest and the newest version that CI runs; one if they are the same."""
+    lists = [pins(name) for name in ("test", *FLOORS, "newest-jax")]
+    versions = sorted({found[package] for found in lists if package in found})
+    return list(dict.fromkeys((versions[0], versions[-1])))
+
+
+def test_the_documented_versions_are_those_that_ci_runs() -> None:
+    page = (ROOT / "docs/index.md").read_text()
+    table = "".join(line for line in page.splitlines() if line.startswith("|"))
+    for package in ("torch", "jax", "flax", "equinox", "optax", "tensorflow", "keras"):
+        for version in versions_run(package):
+            assert re.search(
+                rf"(?<![\d.]){re.escape(str(version).removesuffix('.0'))}(?![\d.])", table
+            )
+
+
+@pytest.mark.parametrize("package", ["torch", "jax", "tensorflow"])
+def test_private_names_say_the_versions_that_ci_runs(package: str) -> None:
+    """The first and the last of those in which a name was seen."""
+    source = ROOT / f"backends/metaframe_{package}/_private.py"
+    seen = re.findall(r"^SEEN = (.*)$", source.read_text(), re.M)
+    assert [Version(v) for v in ast.literal_eval(seen[0])] == versions_run(package)
 
 
 class Distributions(NamedTuple):

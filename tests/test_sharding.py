@@ -11,10 +11,10 @@ import pytest
 from distributed_problem import ALGORITHMS, batch, step, variables
 from frameworks import hardly_depends_on_the_backend
 from metaframe import meta_value_and_grad, tree
+from metaframe.backend.workers import Part, Workers
 from metaframe.distributed import Share
 from metaframe.distributed.agreement import agree, described
 from metaframe.errors import DistributedError, InputError
-from metaframe.workers import Part, Workers
 
 Call = Callable[..., Any]
 

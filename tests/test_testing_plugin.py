@@ -29,7 +29,7 @@ def test_gap(backend_name):
 
 SELECTING = """
 import metaframe
-from metaframe.backend import current_selection
+from metaframe.backend.selection import current_selection
 
 def test_first(backend_name):
     metaframe.set_backend(backend_name)

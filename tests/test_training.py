@@ -13,14 +13,7 @@ from frameworks import BACKENDS, hardly_depends_on_the_backend, require, slow
 from metaframe import MAML, MetaSGD, nn, ops, optim
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
-from metaframe.learners import (
-    CAVIA,
-    ImplicitMAML,
-    MAMLPlusPlus,
-    MetaCurvature,
-    ProtoMAML,
-    Reptile,
-)
+from metaframe.learners import CAVIA, ImplicitMAML, MAMLPlusPlus, MetaCurvature, ProtoMAML, Reptile
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.tasks import SinusoidTaskSampler, Task, stack_tasks
 from metaframe.training import (

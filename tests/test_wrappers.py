@@ -14,6 +14,7 @@ import pytest
 import metaframe
 from metaframe import backend as backends
 from metaframe import ops, tree
+from metaframe.backend import selection as selection_module
 from metaframe.errors import InputTypeError
 
 
@@ -109,8 +110,8 @@ def test_key_chains_do_not_mention_the_wrapper() -> None:
 @pytest.fixture
 def followed(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A library that has selected each backend in turn, and metaframe nothing."""
-    selection = backends.Selection(backends.load_backend(backend_name), by="bags")
-    monkeypatch.setattr(backends, "_followed", {Bag: lambda: selection})
+    selection = selection_module.Selection(backends.load_backend(backend_name), by="bags")
+    monkeypatch.setattr(selection_module, "_followed", {Bag: lambda: selection})
     return backend_name
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
-from metaframe.errors import BackendError, InputError, nearest
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.workers import Place, Workers
+from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
-from metaframe.workers import Place, Workers
-from metaframe_jax import _distributed
+from metaframe.tree.foreign import Node
+from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
 from metaframe_jax._models import find_adapter
 from metaframe_jax._nn import JaxNN
+from metaframe_jax._nodes import node_of
 from metaframe_jax._ops import JaxOps
+from metaframe_jax._roots import with_finite_roots
 
 UNROLL_AT_MOST = 8
 """Inner loops up to this many steps are unrolled, longer ones become one `lax.scan`.
@@ -31,18 +35,13 @@ keeps what was to be computed again.
 """
 
 
-CLOSURE = (
-    "a step that is run again in the backward pass closes over an array that is differentiated, "
-    "whose gradient would be lost. Make it an argument, in the variables or the batch, or use "
-    'mode="reverse".'
-)
+_KIND = operator.attrgetter("aval", "sharding")
 
 
 class JaxBackend(Backend):
     """The backend boundary on JAX."""
 
     name = "jax"
-    signature = operator.attrgetter("aval", "sharding")
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -79,11 +78,7 @@ class JaxBackend(Backend):
             return None  # strides, a device or a dtype that XLA does not take
 
     def double_precision(self) -> AbstractContextManager[object]:
-        # Older releases have it among the experimental functions only.
-        switch: Any = getattr(jax, "enable_x64", None)
-        if switch is None:
-            switch = importlib.import_module("jax.experimental").enable_x64
-        scope: AbstractContextManager[object] = switch(True)
+        scope: AbstractContextManager[object] = jax.enable_x64(True)
         return scope
 
     def dtype_name(self, x: Array) -> str:
@@ -93,7 +88,7 @@ class JaxBackend(Backend):
         return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
     def is_traced(self, x: Array) -> bool:
-        return isinstance(x, jax.core.Tracer)
+        return _private.is_tracer(x)
 
     def devices(self) -> tuple[str, ...]:
         return tuple(str(device) for device in jax.devices())
@@ -113,13 +108,15 @@ class JaxBackend(Backend):
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
         def checked(xs: Arrays) -> tuple[Array, Arrays]:
             value, aux = fn(xs)
-            if on_disconnected is not None and not _depends(value, xs):
+            if on_disconnected is not None and not _private.depends(value, xs):
                 on_disconnected()
             return value, aux
 
         transformed = jax.value_and_grad(checked, has_aux=True)
 
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
+            if on_disconnected is not None and not _private.connected(fn, xs):
+                on_disconnected()
             (value, aux), grads = transformed(xs)
             return value, aux, grads
 
@@ -136,19 +133,32 @@ class JaxBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
-        def recorded(xs: Arrays) -> tuple[Arrays, Arrays]:
-            try:
-                return forward(xs), xs
-            except jax.errors.UnexpectedTracerError as error:
-                raise InputError(CLOSURE) from error
-
         rule = jax.custom_vjp(forward)
-        rule.defvjp(recorded, lambda xs, cotangents: (backward(xs, cotangents),))
+        rule.defvjp(
+            lambda xs: (forward(xs), xs), lambda xs, cotangents: (backward(xs, cotangents),)
+        )
         return rule
 
+    def checkpoint(self, fn: ArraysFn) -> ArraysFn:
+        # Lifts what `fn` closes over, and has a forward mode.
+        return jax.checkpoint(fn)
+
+    def lift(self, fn: ArraysFn, xs: Arrays) -> tuple[ArraysFn, Arrays]:
+        # Not jax.closure_convert: it leaves integers where they are, and `scan` fails at those.
+        jaxpr = jax.make_jaxpr(lambda *xs: fn(xs))(*xs)
+
+        def lifted(arrays: Arrays) -> Arrays:
+            closed = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, arrays[len(xs) :])
+            return tuple(jax.extend.core.jaxpr_as_fun(closed)(*arrays[: len(xs)]))
+
+        return lifted, tuple(jaxpr.consts)
+
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        jax.eval_shape(fn, xs)  # a closure is an error in `custom_vjp`; nothing is computed
+        jax.eval_shape(fn, xs)  # nothing is computed
         return ""
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return jax.vmap(fn)
@@ -182,7 +192,22 @@ class JaxBackend(Backend):
         final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
         return final
 
+    def signature(self, x: Array) -> Hashable:
+        try:
+            return _KIND(x)
+        except AttributeError:  # a tracer is nowhere
+            return x.aval  # type: ignore[no-any-return]
+
+    def ambient(self) -> Hashable:
+        return _private.settings()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        # Programs are transformed like other functions, but not where jax.jit does nothing.
+        return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
+
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_jax import _distributed
+
         return _distributed.compiled(fn, examples)
 
     def needed_a_value(self, error: Exception) -> bool:
@@ -209,13 +234,22 @@ class JaxBackend(Backend):
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten)
 
+    def node(self, x: object) -> Node | None:
+        return node_of(x)
+
     def workers(self) -> Workers:
+        from metaframe_jax import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_jax import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_jax import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModelAdapter | None:
@@ -223,19 +257,9 @@ class JaxBackend(Backend):
 
 
 def _staged() -> bool:
-    """Is a program being recorded, as under jit? Every new array is then a tracer.
+    """Is a program being recorded?
 
     Run eagerly, a loop of `lax` would be compiled for every call, since its body is another
     function each time, and stay in JAX's caches for good, megabytes each.
     """
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def _depends(value: Array, xs: Arrays) -> bool:
-    """Inside a gradient transform: is `value` differentiably connected to `xs`?
-
-    A value without a tangent leaves the transform as a plain array or as a tracer of an outer
-    one, so it is enough to compare which trace the tracers belong to.
-    """
-    here = getattr(xs[0], "_trace", None) if xs else None
-    return here is not None and getattr(value, "_trace", None) is here
+    return _private.staged()

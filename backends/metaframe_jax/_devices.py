@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 from jax import Array, Device
 
+from metaframe_jax._private import is_tracer
+
 
 def on_cpu(x: Array) -> bool:
     """Does work on `x` run on a CPU; for a tracer, unless it is told otherwise?"""
@@ -12,7 +14,7 @@ def on_cpu(x: Array) -> bool:
 
 
 def _platform(x: Array) -> str:
-    if not isinstance(x, jax.core.Tracer):
+    if not is_tracer(x):
         return str(next(iter(x.devices())).platform)
     device: Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:

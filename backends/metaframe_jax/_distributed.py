@@ -18,13 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import core, distributed, xla_bridge
-from jax._src.interpreters.partial_eval import DynamicJaxprTrace
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaframe.backend import Array, Arrays, ArraysFn
+from metaframe.backend.types import Array, Arrays, ArraysFn
+from metaframe.backend.workers import ALONE, Part, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe.workers import ALONE, Part, Place, Workers
+from metaframe_jax import _private
 
 SHUTDOWN = 10
 """Seconds that a process which ends waits for the others, at the most."""
@@ -56,7 +55,7 @@ class JaxWorkers(Workers):
         self._mesh = mesh
 
     def share(self, num_tasks: int) -> list[int]:
-        concrete: Any = _mesh() if core.trace_state_clean() else None
+        concrete: Any = None if _private.transforming() else _mesh()
         owners = [] if concrete is None else [d.process_index for d in concrete.devices.flat]
         if owners != sorted(owners):
             raise InputError(
@@ -83,17 +82,16 @@ class JaxWorkers(Workers):
         mapped: Any = jax.shard_map(
             on_device, mesh=self._mesh, in_specs=_spec(), out_specs=_spec(), check_vma=False
         )
-        tracing = not core.trace_state_clean()
-        if tracing and not isinstance(core.trace_ctx.trace, DynamicJaxprTrace):
-            raise InputError(WITHIN)
-        if not tracing:
+        if not _private.transforming():
             return compiled(lambda xs: mapped(*xs), tasks)(tasks)
+        if not _private.recorded_by_jit():
+            raise InputError(WITHIN)
         _spanning.append(self.processes > 1)
         out: Arrays = mapped(*tasks)
         return out
 
     def tell(self, text: str) -> list[str]:
-        client: Any = distributed.global_state.client
+        client = _private.client()
         if client is None:
             return [text]
         prefix = f"metaframe/told/{next(_told)}"
@@ -107,7 +105,9 @@ class JaxWorkers(Workers):
 
     def leave_word(self, text: str) -> None:
         _left.set()
-        client: Any = distributed.global_state.client
+        client = _private.client()
+        if client is None:
+            return
         with suppress(jax.errors.JaxRuntimeError):  # the first one may be gone, or was faster
             client.key_value_set(LAST_WORD, text)
 
@@ -156,7 +156,7 @@ def _mesh() -> Any:
     active = jax.sharding.get_abstract_mesh()
     if active.empty:
         return Mesh(np.array(jax.devices()), ("tasks",))
-    return jax.sharding.get_mesh() if core.trace_state_clean() else active
+    return active if _private.transforming() else jax.sharding.get_mesh()
 
 
 def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
@@ -165,12 +165,27 @@ def compiled(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     Such a program takes and returns arrays that lie on all those devices. Outside of it everyone
     goes on with arrays of its own process.
     """
-    jitted = jax.jit(fn)
+    jitted = jax.jit(lambda xs: fn(xs))  # a function of its own, with which its trace goes
     _spanning.clear()
     # Traced now, so that errors come now; called through jit, whose dispatch in C++ is faster
     # than that of a compiled stage and finds the trace again.
-    jitted.trace(examples)
+    if _private.captures_tracers(jitted.trace(examples)):
+        return _once_each(fn, jitted)
     return _across(jitted) if any(_spanning) else jitted
+
+
+def _once_each(fn: ArraysFn, first: ArraysFn) -> ArraysFn:
+    """`fn`, which closes over arrays of an outer transform, traced anew for each call.
+
+    Those of one call would be an error in the next, and the trace of the first is not kept.
+    """
+    traced = [first]
+
+    def call(xs: Arrays) -> Arrays:
+        out: Arrays = (traced.pop() if traced else jax.jit(lambda xs: fn(xs)))(xs)
+        return out
+
+    return call
 
 
 def _across(jitted: Callable[..., Arrays]) -> ArraysFn:
@@ -195,19 +210,22 @@ def join(place: Place) -> Iterator[None]:
     Raises:
         BackendError: too late for it.
     """
-    if xla_bridge.backends_are_initialized():
+    try:
+        jax.distributed.initialize(
+            place.address,
+            place.processes,
+            place.process,
+            heartbeat_timeout_seconds=round(place.timeout),
+            shutdown_timeout_seconds=SHUTDOWN,
+            initialization_timeout=round(place.timeout),
+        )
+    except RuntimeError as error:
+        if "must be called before any JAX calls" not in str(error):
+            raise
         raise BackendError(
             "session() was entered after JAX had made an array or looked for its devices, and then "
             "JAX joins no run any more. Enter it first; select a device or dtype inside of it."
-        )
-    jax.distributed.initialize(
-        place.address,
-        place.processes,
-        place.process,
-        heartbeat_timeout_seconds=round(place.timeout),
-        shutdown_timeout_seconds=SHUTDOWN,
-        initialization_timeout=round(place.timeout),
-    )
+        ) from error
     _timeout.append(place.timeout)
     _left.clear()
     threading.Thread(target=_watch, name="metaframe-watch", daemon=True).start()
@@ -229,8 +247,8 @@ def _watch() -> None:
     JAX itself would end it a while later from C++ and could not say why; the main thread waits
     in a collective, where no exception reaches it.
     """
-    client: Any = distributed.global_state.client
-    while not _left.wait(WATCH):
+    client = _private.client()
+    while client is not None and not _left.wait(WATCH):
         try:
             word = client.key_value_try_get(LAST_WORD)
         except jax.errors.JaxRuntimeError:  # there is none

@@ -1,4 +1,4 @@
-"""Flax and Equinox models behind the neutral interface.
+"""Flax models behind the neutral interface, and what finds the adapter of a Flax or Equinox model.
 
 The libraries are looked at only once the user has imported them. Names are paths joined with "/".
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,99 +15,189 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from metaframe.backend import Backend
-from metaframe.errors import InputError
+from metaframe.backend.contract import Backend
+from metaframe.errors import InputError, InputTypeError
 from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter
+from metaframe.models.attributes import Flags
+from metaframe_jax._equinox import find_equinox_adapter
+from metaframe_jax._names import filled, named, path_name, unique
 
 Params = dict[str, Array]
+REFERENCES = ("hijax", "ref")
+"""Kinds of Variables that live in mutable references."""
 
 
 def find_adapter(model: object, backend: Backend) -> ModelAdapter | None:
     """The adapter of a Flax or Equinox model; None for anything else."""
     nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
-    equinox = sys.modules.get("equinox")
-    if nnx is not None and isinstance(model, nnx.Module):
-        return NnxAdapter(model, backend)
-    if equinox is not None and isinstance(model, equinox.Module):
-        return EquinoxAdapter(_over_examples, model, backend)
     if linen is not None and isinstance(model, linen.Module):
-        raise InputError(
-            "a linen module has no parameters of its own. Pass its variables with it: "
-            "(module, module.init(key, x))."
-        )
-    if not (isinstance(model, tuple) and len(model) == 2):
-        return None
-    function, values = model
+        if model.scope is None:
+            raise InputError(
+                "a linen module has no parameters of its own. Pass its variables with it: "
+                "(module, module.init(key, x))."
+            )
+        model = model.unbind()
+    function, values = model if isinstance(model, tuple) and len(model) == 2 else (_call, model)
+    if nnx is not None and isinstance(values, nnx.Module) and callable(function):
+        return NnxAdapter(function, values, backend)
     if linen is not None and isinstance(function, linen.Module):
         return LinenAdapter(function, values, backend)
-    if equinox is not None and isinstance(values, equinox.Module) and callable(function):
-        return EquinoxAdapter(function, values, backend)
-    return None
+    return find_equinox_adapter(model, backend)
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> Params:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+def _call(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
 
 
 class NnxAdapter(ModelAdapter):
-    """A `flax.nnx.Module`: `nnx.Param` are the parameters, all other variables the state."""
+    """A `flax.nnx.Module`: `nnx.Param` are the parameters, all other variables the state.
 
-    def __init__(self, model: Any, backend: Backend) -> None:
+    It runs as `function(module, *args)`.
+    """
+
+    switchable = True
+
+    def __init__(self, function: Callable[..., Any], model: Any, backend: Backend) -> None:
         self.model = model
         self.backend = backend
-
-    def _split(self, model: Any) -> tuple[Any, Any, Any]:
-        nnx: Any = sys.modules["flax.nnx"]
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-        return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        self._function = function
+        self._flags = Flags()
 
     def params(self) -> Params:
-        return _named(self._split(self.model)[1])
+        return _Split(self.model).arrays(parameters=True)
 
     def state(self) -> Params:
-        return _named(self._split(self.model)[2])
+        return _Split(self.model).arrays(parameters=False)
 
     def signature(self) -> Hashable:
         # The graph definition holds every attribute that is no array, training flags included.
-        graph: Hashable = self._split(self.model)[0]
+        graph: Hashable = _nnx().graphdef(self.model)
+        try:
+            hash(graph)
+        except TypeError:  # some attribute is a dict or a list
+            return self._flags.of(self._parts)
         return graph
 
+    def _parts(self) -> Iterator[object]:
+        nnx = _nnx()
+        return (part for _, part in nnx.iter_graph(self.model) if isinstance(part, nnx.Module))
+
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        copy, norm = self._with({**params, **state}), inputs.forward.norm
+        copy, norm = _Split(self.model).merged({**params, **state}), inputs.forward.norm
+        if inputs.forward.training is not None:
+            (copy.train if inputs.forward.training else copy.eval)()
         if norm is not None:
             for _, layer in _batch_norms(copy):
                 layer.use_running_average = norm != "batch"
                 kind: Any = type(layer)
                 layer.__class__ = _following(kind, norm == "record")
-        output = copy(*inputs.args, **inputs.kwargs)
-        after = _named(self._split(copy)[2])
+        output = (inputs.call or self._function)(copy, *inputs.args, **inputs.kwargs)
+        after = _Split(copy).arrays(parameters=False)
         moved = self.recordable() if norm == "record" else state
-        return output, {**state, **{name: after[name] for name in moved}}
+        return output, {**state, **{name: after[name] for name in moved if name in after}}
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
-        paths = ("/".join(map(str, path)) for path, _ in _batch_norms(self.model))
-        return tuple(_batch_norm(path, path, self.params()) for path in paths)
+        names = _Split(self.model).names
+
+        def of(path: Any, layer: Any) -> BatchNorm:
+            learned = (
+                names[*path, part] if getattr(layer, part) is not None else None
+                for part in ("scale", "bias")
+            )
+            return BatchNorm(names[*path, "mean"], names[*path, "var"], *learned)
+
+        return tuple(of(path, layer) for path, layer in _batch_norms(self.model))
+
+    def read(self, value: Any) -> Any:
+        if not _is_variable(value):
+            return value
+        return value.get_value() if hasattr(value, "get_value") else value.value
 
     def write(self, params: Params) -> None:
-        nnx: Any = sys.modules["flax.nnx"]
-        nnx.update(self.model, nnx.state(self._with(params), nnx.Param))
+        nnx = _nnx()
+        nnx.update(self.model, nnx.state(_Split(self.model).merged(params), nnx.Param))
 
-    def _with(self, values: Params) -> Any:
-        """A copy of the model that holds `values`."""
-        nnx: Any = sys.modules["flax.nnx"]
-        graph, everything = nnx.split(self.model)
-        pure = nnx.to_pure_dict(everything)
-        filled = jax.tree_util.tree_map_with_path(lambda path, x: values.get(_name(path), x), pure)
-        nnx.replace_by_pure_dict(everything, filled)
-        return nnx.merge(graph, everything)
+
+class _Split:
+    """A module taken apart into its graph and its arrays, each of which has one name.
+
+    A Variable is met once, on however many ways it is reached, and is read as it is stored, which
+    is before hooks such as `on_get_value`. Its value may be a structure of arrays.
+    """
+
+    def __init__(self, model: Any) -> None:
+        nnx = _nnx()
+        self._graph, state = nnx.split(model)
+        variables, self._spec = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)
+        self._variables = [variable for _, variable in variables]
+        values = [jax.tree_util.tree_flatten_with_path(_stored(x)) for x in self._variables]
+        self._specs = [spec for _, spec in values]
+        self._arrays = [[array for _, array in leaves] for leaves, _ in values]
+        paths = [path for path, _ in variables]
+        every = [
+            (*path, *inner)
+            for path, (leaves, _) in zip(paths, values, strict=True)
+            for inner, _ in leaves
+        ]
+        found = iter(unique(map(path_name, every)))
+        self._names = [[next(found) for _ in arrays] for arrays in self._arrays]
+        self.names = {
+            tuple(getattr(key, "key", key) for key in path): names[0]
+            for path, names in zip(paths, self._names, strict=True)
+            if names
+        }
+        """Names of Variables by the keys on the way to them."""
+
+    def arrays(self, *, parameters: bool) -> Params:
+        """The parameters by name, or everything else."""
+        return {
+            name: array
+            for variable, names, arrays in zip(
+                self._variables, self._names, self._arrays, strict=True
+            )
+            if isinstance(variable, _nnx().Param) == parameters
+            for name, array in zip(names, arrays, strict=True)
+        }
+
+    def merged(self, values: Mapping[str, Any]) -> Any:
+        """A copy of the module that holds `values`, and its own arrays under other names."""
+        variables = []
+        for old, spec, names, arrays in zip(
+            self._variables, self._specs, self._names, self._arrays, strict=True
+        ):
+            given = [values.get(name, x) for name, x in zip(names, arrays, strict=True)]
+            value = jax.tree_util.tree_unflatten(spec, given)
+            variables.append(_plain(old, value) if _is_variable(old) else value)
+        return _nnx().merge(self._graph, jax.tree_util.tree_unflatten(self._spec, variables))
+
+
+def _nnx() -> Any:
+    return sys.modules["flax.nnx"]
+
+
+def _is_variable(x: object) -> bool:
+    return isinstance(x, _nnx().Variable)
+
+
+def _plain(variable: Any, value: Any) -> Any:
+    """A Variable like this one that holds `value` itself, and no reference to it."""
+    found: Any = variable.replace(
+        value, **{k: False for k in REFERENCES if getattr(variable, k, 0)}
+    )
+    return found
+
+
+def _stored(x: Any) -> Any:
+    """What a Variable holds, and the array in a mutable reference."""
+    if not _is_variable(x):
+        return x
+    value = x.get_raw_value() if hasattr(x, "get_raw_value") else x.raw_value
+    reference = getattr(jax, "Ref", ())
+    return value[...] if isinstance(value, reference) else value
 
 
 def _batch_norms(model: Any) -> list[tuple[Any, Any]]:
-    nnx: Any = sys.modules["flax.nnx"]
+    nnx = _nnx()
     return [(path, x) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.BatchNorm)]
 
 
@@ -148,12 +238,6 @@ def _moments(layer: Any, x: Array, mask: Array | None) -> tuple[Array, Array]:
     return middle, mean(jnp.square(x - jnp.expand_dims(middle, over)))
 
 
-def _batch_norm(statistics: str, affine: str, params: Params) -> BatchNorm:
-    learned = [f"{affine}/{part}" for part in ("scale", "bias")]
-    scale, shift = (name if name in params else None for name in learned)
-    return BatchNorm(f"{statistics}/mean", f"{statistics}/var", scale, shift)
-
-
 class LinenAdapter(ModelAdapter):
     """`(module, variables)` of flax.linen: "params" are the parameters, the rest is the state."""
 
@@ -167,36 +251,54 @@ class LinenAdapter(ModelAdapter):
         self.model = (module, variables)
 
     def params(self) -> Params:
-        return _named(self._params)
+        return named(self._params)
 
     def state(self) -> Params:
-        return _named(self._rest)
+        return named(self._rest)
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        variables = {"params": _filled(self._params, params), **_filled(self._rest, state)}
+        """`module.apply`, on the bound module if `inputs.call` says what is called."""
+        variables = {"params": filled(self._params, params), **filled(self._rest, state)}
         linen: Any = sys.modules["flax.linen"]
+        kwargs = dict(inputs.kwargs)
+        if "mutable" in kwargs:
+            raise InputTypeError(
+                "mutable= is not for the caller to say: every collection but the parameters is, in "
+                "a copy that is dropped. Leave it out; the result is the output alone."
+            )
+        if inputs.call is not None:
+            kwargs["method"] = _method(inputs.call)
         with linen.intercept_methods(_batch_norm_policy(linen, inputs.forward)):
             output, after = self._module.apply(
-                variables, *inputs.args, mutable=list(self._rest), **inputs.kwargs
+                variables, *inputs.args, mutable=list(self._rest), **kwargs
             )
-        moved = _named(after)
-        if inputs.forward.norm == "record":
-            moved = {name: moved[name] for name in self.recordable()}
-        return output, {**state, **moved}
+        moved = named({name: values for name, values in after.items() if name in self._rest})
+        kept = self.recordable() if inputs.forward.norm == "record" else state
+        return output, {**state, **{name: moved[name] for name in kept if name in moved}}
 
     def batch_norms(self) -> tuple[BatchNorm, ...]:
-        statistics = [name for name in self.state() if name.startswith("batch_stats/")]
-        paths = [name.removesuffix("/mean") for name in statistics if name.endswith("/mean")]
-        params = self.params()
-        return tuple(_batch_norm(path, path.removeprefix("batch_stats/"), params) for path in paths)
+        params, state = self.params(), self.state()
+        means = [n for n in state if n.startswith("batch_stats/") and n.endswith("/mean")]
+        paths = [path for n in means if f"{(path := n.removesuffix('/mean'))}/var" in state]
+
+        def of(path: str) -> BatchNorm:
+            learned = [f"{path.removeprefix('batch_stats/')}/{part}" for part in ("scale", "bias")]
+            scale, shift = (name if name in params else None for name in learned)
+            return BatchNorm(f"{path}/mean", f"{path}/var", scale, shift)
+
+        return tuple(map(of, paths))
 
     def write(self, params: Params) -> None:
-        self._params = _filled(self._params, params)
+        self._params = filled(self._params, params)
         self.model = (self._module, {"params": self._params, **self._rest})
 
 
-def _filled(tree: Any, values: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[_name(path)], tree)
+def _method(call: Callable[..., Any]) -> Callable[..., Any]:
+    # A function with a signature that linen understands, whatever `call` is.
+    def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(module, *args, **kwargs)
+
+    return method
 
 
 def _batch_norm_policy(linen: Any, forward: Forward) -> Callable[..., Any]:
@@ -206,7 +308,8 @@ def _batch_norm_policy(linen: Any, forward: Forward) -> Callable[..., Any]:
         method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
         layer = context.module
-        if forward.norm is None or not isinstance(layer, linen.BatchNorm):
+        called = context.method_name == "__call__"
+        if forward.norm is None or not called or not isinstance(layer, linen.BatchNorm):
             return method(*args, **kwargs)
         # The layer object is this call's own copy. Its attribute is set, because linen refuses an
         # argument next to it.
@@ -217,38 +320,3 @@ def _batch_norm_policy(linen: Any, forward: Forward) -> Callable[..., Any]:
         return method(args[0], **kwargs)
 
     return intercept
-
-
-class EquinoxAdapter(ModelAdapter):
-    """An `equinox.Module`, run by `function(module, *args)`; parameters are its float arrays.
-
-    What a module returns besides its output, such as an `equinox.nn.State`, is the function's to
-    deal with, and so is the choice of statistics.
-    """
-
-    output_first = True
-
-    def __init__(self, function: Callable[..., Any], model: Any, backend: Backend) -> None:
-        self.model = model
-        self.backend = backend
-        self._function = function
-
-    def params(self) -> Params:
-        equinox: Any = sys.modules["equinox"]
-        return _named(equinox.filter(self.model, equinox.is_inexact_array))
-
-    def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        return self._function(self._with(params), *inputs.args, **inputs.kwargs), state
-
-    def write(self, params: Params) -> None:
-        self.model = self._with(params)
-
-    def _with(self, params: Params) -> Any:
-        def fill(path: tuple[Any, ...], leaf: Any) -> Any:
-            return params.get(_name(path), leaf)
-
-        return jax.tree_util.tree_map_with_path(fill, self.model)
-
-
-def _over_examples(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return jax.vmap(lambda *xs: module(*xs, **kwargs))(*args)

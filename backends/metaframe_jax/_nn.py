@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaframe.optable import NNTable, Pads
+from metaframe.backend.tables import NNTable, Pads
 from metaframe_jax._devices import on_cpu
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
 
 
 def _pick(x: Array, y: Array | float, x_wins: Array, y_wins: Array) -> Array:
@@ -67,7 +67,8 @@ class JaxOps(OpsTable):
         return jnp.square(x)
 
     def abs(self, x: Array) -> Array:
-        return jnp.abs(x)
+        # jnp.abs has the derivative 1 at zero.
+        return x * jnp.sign(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
 
     def sign(self, x: Array) -> Array:
         return jnp.sign(x)

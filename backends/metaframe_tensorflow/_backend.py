@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import record
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ScalarFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe.workers import Place, Workers
-from metaframe_tensorflow import _distributed
-from metaframe_tensorflow._compile import compile_graph
-from metaframe_tensorflow._hidden import hidden_effect
+from metaframe_tensorflow import _private
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 from metaframe_tensorflow._remarks import without_remarks
+from metaframe_tensorflow._roots import with_finite_roots
+from metaframe_tensorflow._rule import traced_closures, with_rule
 
 T = TypeVar("T")
 
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
+
+_NO_VALUE = (
+    "symbolic Tensor (",
+    "symbolic tf.Tensor (",
+    "not 'SymbolicTensor'",
+    "not SymbolicTensor",
+    "'SymbolicTensor' object",
+    "type 'SymbolicTensor' is not iterable",
+    "No default session is registered",
+    "must be a TF tensor, not Python object",
+    "Expected any non-tensor type, but got a tensor instead",
+)
+"""What TensorFlow, Python and NumPy say where a tensor of a graph is asked for its value."""
+
+
+@functools.cache
+def _leave_ours_alone() -> None:
+    """Tell AutoGraph, before the first call of a public function, not to translate our source."""
+    _private.leave_alone("metaframe", "metaframe_tensorflow")
 
 
 class TensorFlowBackend(Backend):
@@ -41,6 +61,10 @@ class TensorFlowBackend(Backend):
     def __init__(self) -> None:
         self.ops = TensorFlowOps()
         self.nn = TensorFlowNN()
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        _leave_ours_alone()
+        return fn
 
     def owns(self, x: object) -> bool:
         return isinstance(x, (tf.Tensor, tf.Variable))
@@ -118,6 +142,7 @@ class TensorFlowBackend(Backend):
                 value, aux = fn(xs)
             grads = tape.gradient(value, xs)
             if on_disconnected is not None and all(g is None for g in grads):
+                _refuse_stopped_recording()
                 on_disconnected()
             return value, aux, tuple(map(_dense, grads, xs))
 
@@ -132,6 +157,8 @@ class TensorFlowBackend(Backend):
         return tuple(map(_dense, grads, xs))
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        # The gradient graph of a loop captures tensors of the loop without their tangents.
+        xs = tuple(tf.identity(x) for x in xs)
         with (
             exact_moments(),
             tf.autodiff.ForwardAccumulator(list(xs), list(tangents)) as accumulator,
@@ -144,25 +171,34 @@ class TensorFlowBackend(Backend):
     def custom_vjp(
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def rule(*xs: Array) -> tuple[list[Array], Callable[..., list[Array]]]:
-            def pull_back(*cotangents: Array) -> list[Array]:
-                return list(backward(xs, cotangents))
+        return with_rule(forward, backward, self._closed_over)
 
-            return list(forward(xs)), pull_back
-
-        return lambda xs: tuple(rule(*xs))
+    def _closed_over(self, fn: ArraysFn, xs: Arrays) -> Arrays:
+        if tf.executing_eagerly() and not _private.may_record():
+            return ()
+        try:
+            return traced_closures(fn, xs)
+        except Exception as error:
+            if not self.needed_a_value(error):
+                raise
+            return ()  # `hidden_inputs` has looked
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         found = fn(tuple(map(self.stop_gradient, xs)))
-        if record.should_record_backprop(list(found)):
-            return "depends on a tensor that it closes over, whose gradient would be lost"
+        from metaframe_tensorflow._hidden import hidden_effect
+
         try:
             return hidden_effect(fn, xs)
         except Exception as error:
             if not self.needed_a_value(error):
                 raise
-            return ""  # run eagerly it can do what cannot be traced; then this is not known
+        # It can run eagerly and cannot be traced; that it draws random numbers is not known then.
+        if _private.records(found):
+            return "depends on a tensor that it closes over, whose gradient would be lost"
+        return ""
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         def of_row(row: list[Array]) -> Arrays:
@@ -178,11 +214,14 @@ class TensorFlowBackend(Backend):
         def call(xs: Arrays) -> Arrays:
             if not tf.executing_eagerly():
                 return tuple(mapped(*xs))
+            if _private.forward_mode():
+                # Forward mode over the gradient of a graph function fails with an InternalError.
+                rows = [fn(tuple(x[i] for x in xs)) for i in range(xs[0].shape[0])]
+                return tuple(map(tf.stack, zip(*rows, strict=True)))
             # vectorized_map makes a graph even for one eager call, and warns of it from the
-            # fifth call on. In a function of our own it does so without the warning.
+            # fifth call on. In a function of our own, traced by hand, it does so silently.
             graph = tf.function(mapped, autograph=False)
-            graph._omit_frequent_tracing_warning = True
-            return tuple(graph(*xs))
+            return tuple(graph.get_concrete_function(*xs)(*xs))
 
         return call
 
@@ -212,24 +251,51 @@ class TensorFlowBackend(Backend):
         return tuple(carry), tuple(store.stack() for store in stores)
 
     def needed_a_value(self, error: Exception) -> bool:
-        # NumPy conversion of a symbolic tensor and its `numpy` method have no class of their own.
-        return isinstance(error, tf.errors.OperatorNotAllowedInGraphError) or (
-            isinstance(error, (NotImplementedError, AttributeError)) and "ymbolic" in str(error)
+        if isinstance(error, tf.errors.OperatorNotAllowedInGraphError):
+            return True
+        # What Python itself asks of a tensor has no class of its own.
+        kinds = (NotImplementedError, AttributeError, TypeError, ValueError, tf.errors.OpError)
+        return isinstance(error, kinds) and any(words in str(error) for words in _NO_VALUE)
+
+    def ambient(self) -> Hashable:
+        return (
+            tf.config.experimental.tensor_float_32_execution_enabled(),
+            tf.distribute.get_strategy() if tf.distribute.has_strategy() else None,
+            _private.device_scope(),
         )
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        return not tf.executing_eagerly() or tf.config.functions_run_eagerly()
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return _private.translated(fn)(*args, **kwargs)
+
+        return call
 
     def signature(self, x: Array) -> Hashable:
         return tuple(x.shape), x.dtype, x.device
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_tensorflow._compile import compile_graph
+
         return compile_graph(fn, examples)
 
     def workers(self) -> Workers:
+        if not tf.distribute.has_strategy():
+            return ALONE
+        from metaframe_tensorflow import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_tensorflow import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_tensorflow import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> ModuleAdapter | None:
@@ -251,6 +317,18 @@ def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:
         f"the model makes the variable {kwargs.get('name') or 'Variable'!r} when it is called, too "
         "late for it to be adapted. Call it once on data before."
     )
+
+
+def _refuse_stopped_recording() -> None:
+    x = tf.constant(1.0)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = 2 * x
+    if tape.gradient(y, x) is None:
+        raise InputError(
+            "no gradient can be taken where TensorFlow records nothing, such as within "
+            'tf.recompute_grad. Leave it out; mode="remat" recomputes inner steps.'
+        )
 
 
 def _address(capsule: Any) -> int:

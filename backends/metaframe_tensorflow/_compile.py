@@ -2,25 +2,30 @@
 
 XLA fuses the many small operations of a dense network and its derivatives, which makes a step up
 to a fifth faster. Its convolutions on a CPU are nine times slower than TensorFlow's own, and it
-cannot compile the loops that `vectorized_map` falls back to, so a graph with either is left alone.
-So is one that draws numbers from a seed, which XLA would have others of: a mask of dropout is the
-same in every way to run a step.
+cannot compile the loops that `vectorized_map` falls back to, so a graph with either is left alone;
+so is one whose assertions or random numbers XLA would change.
 """
 
 from __future__ import annotations
 
+import contextvars
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 
-from metaframe.backend import Arrays, ArraysFn
+from metaframe.backend.types import Arrays, ArraysFn
+from metaframe.errors import CompileError
+from metaframe_tensorflow import _private
+from metaframe_tensorflow._graph import RANDOM, operations
 
 logger = logging.getLogger("metaframe.compile")
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
+_DROPPED_BY_XLA = ("Assert", "CheckNumerics")
 _OTHER_NUMBERS_WITH_XLA = (
     "RandomIndexShuffle",
     "StatelessMultinomial",
@@ -30,56 +35,91 @@ _OTHER_NUMBERS_WITH_XLA = (
     "StatelessTruncated",
 )
 """Random operations whose numbers follow from a seed, and from the compiler that XLA is."""
-_TENSORS = frozenset({tf.__internal__.EagerTensor})
 
 
 def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one graph function for tensors like `examples`."""
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in examples]
-    graph = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
-    found = operations(graph)
-    # The replicas of a strategy lie on several devices, XLA's program on one.
-    divided = tf.distribute.has_strategy() or _any(found, _IMPOSSIBLE_WITH_XLA)
-    on_cpu = not tf.config.list_physical_devices("GPU")
-    better = on_cpu and _any(found, _BETTER_WITHOUT_XLA)
-    if divided or better or _any(found, _OTHER_NUMBERS_WITH_XLA):
-        return _caller(graph)
+
+    def flat(*xs: Any) -> list[Any]:
+        with tf.variable_creator_scope(_created_outside):
+            return list(fn(xs))
+
+    graph = tf.function(flat, autograph=False).get_concrete_function(*specs)
+    plain = _caller(graph)
+    if not _suits_xla(operations(graph)):
+        return plain
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
-    try:
-        fused(*examples)
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-        # The same program, unfused: an operation that XLA has no kernel for.
-        logger.debug("not compiled with XLA: %s", error)
-        return _caller(graph)
-    return _caller(fused)
+    return _tried(_caller(fused), plain)
 
 
-def _caller(concrete: Any) -> ArraysFn:
-    """`concrete` by the call it ends in, where nothing records it.
+def _created_outside(create: Callable[..., Any], **settings: Any) -> Any:
+    """A variable that a function makes when it is traced, made outside of the graph.
 
-    What it does before, checking and sorting arguments that `metaframe.compile` has looked at
-    already, takes longer than the program of a small model.
+    `tf.function` would trace the function once more for it. In another thread no graph is built.
     """
-    captures = concrete.captured_inputs
+    if tf.distribute.has_strategy():
+        return create(**settings)  # a strategy belongs to a thread
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as outside:
+        made = outside.submit(context.run, lambda: tf.Variable(**settings))
+    if isinstance(made.exception(), (TypeError, ValueError, NotImplementedError)):
+        raise CompileError(
+            "a compiled function makes a tf.Variable from a value that it computes. Make the "
+            "variable outside, from a value that is known there."
+        ) from made.exception()
+    return made.result()
+
+
+def _suits_xla(found: set[str]) -> bool:
+    unlike = (*_IMPOSSIBLE_WITH_XLA, *_DROPPED_BY_XLA, *_OTHER_NUMBERS_WITH_XLA)
+    if found & RANDOM or _any(found, unlike):
+        return False
+    if tf.distribute.has_strategy():
+        return False  # its replicas lie on several devices, XLA's program on one
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    return not (on_cpu and _any(found, _BETTER_WITHOUT_XLA))
+
+
+def _tried(fused: ArraysFn, plain: ArraysFn) -> ArraysFn:
+    """`fused`, unless its first call shows that XLA cannot compile it, which comes before it runs.
+
+    Not tried before the first call, so that nothing that a program does is done twice.
+    """
+    chosen: list[ArraysFn] = []
 
     def run(xs: Arrays) -> Arrays:
-        recorded = record.could_possibly_record() or not tf.executing_eagerly()
-        variables = not _TENSORS.issuperset(map(type, xs))
-        if captures or recorded or variables:
-            return tuple(concrete(*xs))
-        results = concrete.inference_fn.call_flat(*xs)
-        return tuple(results or ())  # None where there are none
+        if chosen:
+            return chosen[0](xs)
+        try:
+            results = fused(xs)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+            # The same program, unfused: an operation that XLA has no kernel for.
+            logger.debug("not compiled with XLA: %s", error)
+            results = plain(xs)
+            chosen.append(plain)
+        else:
+            chosen.append(fused)
+        return results
 
     return run
 
 
-def operations(graph: Any) -> set[str]:
-    """The kinds of operations in a concrete function, those of the functions it calls included."""
-    definition = graph.graph.as_graph_def()
-    nodes = [*definition.node]
-    for function in definition.library.function:
-        nodes += function.node_def
-    return {node.op for node in nodes}
+def _caller(concrete: Any) -> ArraysFn:
+    """`concrete` by its quick call, where nothing records it."""
+    quick = _private.quick_call(concrete)
+    if quick is None or concrete.captured_inputs:
+        return lambda xs: tuple(concrete(*xs))
+    with tf.init_scope():
+        plain = frozenset({type(tf.constant(0))})
+
+    def run(xs: Arrays) -> Arrays:
+        recorded = _private.may_record() or not tf.executing_eagerly()
+        if recorded or not plain.issuperset(map(type, xs)):
+            return tuple(concrete(*xs))
+        return quick(xs)
+
+    return run
 
 
 def _any(names: set[str], prefixes: tuple[str, ...]) -> bool:

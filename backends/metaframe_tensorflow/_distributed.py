@@ -6,15 +6,15 @@ import contextvars
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import context
 
-from metaframe.backend import Array, Arrays
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import Part, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe.workers import ALONE, Part, Place, Workers
+from metaframe_tensorflow import _private
 
 
 class TensorFlowWorkers(Workers):
@@ -23,8 +23,8 @@ class TensorFlowWorkers(Workers):
     def __init__(self, strategy: Any) -> None:
         resolver = strategy.cluster_resolver
         process = resolver.task_id if resolver is not None and resolver.task_id is not None else 0
-        own = strategy.extended._num_replicas_in_sync if resolver is None else _local(strategy)
         count = int(strategy.num_replicas_in_sync)
+        own = count if resolver is None else _local(strategy)
         super().__init__(count, process, count // own)
         self._strategy = strategy
         self._own = own
@@ -33,8 +33,7 @@ class TensorFlowWorkers(Workers):
         parts = self._own if shared else self.count
         if tf.executing_eagerly():
             graph = tf.function(lambda: list(self._each(part, tasks, parts)), autograph=False)
-            graph._omit_frequent_tracing_warning = True
-            return tuple(graph())
+            return tuple(graph.get_concrete_function()())
         return self._each(part, tasks, parts)
 
     def _each(self, part: Part, tasks: Arrays, parts: int) -> Arrays:
@@ -68,9 +67,7 @@ class TensorFlowWorkers(Workers):
         return [bytes(row[: size[0]]).decode() for row, size in zip(rows, sizes, strict=True)]
 
     def leave_word(self, text: str) -> None:
-        # It ends the collectives of the others with this as their error.
-        with suppress(tf.errors.OpError, RuntimeError):
-            context.context().report_error_to_cluster(tf.errors.UNAVAILABLE, text)
+        _private.tell_cluster(text)
 
     def _gathered(self, numbers: list[int]) -> list[list[int]]:
         row = tf.one_hot([self.process], self.processes, axis=0, dtype=tf.int32) * [numbers]
@@ -81,8 +78,8 @@ class TensorFlowWorkers(Workers):
             return here.all_reduce(tf.distribute.ReduceOp.SUM, row * first)
 
         run = tf.function(lambda: self._strategy.run(replica), autograph=False)
-        run._omit_frequent_tracing_warning = True
-        return [list(map(int, row)) for row in self._first(run()).numpy()]
+        found = run.get_concrete_function()()
+        return [list(map(int, row)) for row in self._first(found).numpy()]
 
 
 def _all_sum(here: Any, x: Array) -> Array:
@@ -108,13 +105,11 @@ _known: list[TensorFlowWorkers] = []
 
 
 def workers() -> Workers:
-    """The replicas of the strategy whose scope is active; nobody else outside of any.
+    """The replicas of the strategy whose scope is active.
 
     Raises:
         InputError: within a replica.
     """
-    if not tf.distribute.has_strategy():
-        return ALONE
     if not tf.distribute.in_cross_replica_context():
         raise InputError(
             "a distributed step within strategy.run: it divides the tasks itself. Call it within "

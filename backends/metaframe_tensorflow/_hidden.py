@@ -7,42 +7,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from metaframe.backend import Arrays, ArraysFn
-from metaframe_tensorflow._compile import operations
+from metaframe.backend.types import Arrays, ArraysFn
+from metaframe_tensorflow._graph import RANDOM, operations
 
-_RANDOM = frozenset(
-    {
-        "AllCandidateSampler",
-        "FixedUnigramCandidateSampler",
-        "LearnedUnigramCandidateSampler",
-        "LogUniformCandidateSampler",
-        "Multinomial",
-        "ParameterizedTruncatedNormal",
-        "RandomCrop",
-        "RandomGamma",
-        "RandomPoisson",
-        "RandomPoissonV2",
-        "RandomShuffle",
-        "RandomStandardNormal",
-        "RandomUniform",
-        "RandomUniformInt",
-        "RngReadAndSkip",
-        "RngSkip",
-        "SampleDistortedBoundingBox",
-        "SampleDistortedBoundingBoxV2",
-        "StatefulRandomBinomial",
-        "StatefulStandardNormal",
-        "StatefulStandardNormalV2",
-        "StatefulTruncatedNormal",
-        "StatefulUniform",
-        "StatefulUniformFullInt",
-        "StatefulUniformInt",
-        "ThreadUnsafeUnigramCandidateSampler",
-        "TruncatedNormal",
-        "UniformCandidateSampler",
-    }
-)
-"""The random operations with a state. Those whose names begin with Stateless are functions."""
 _ASSIGNING = ("Assign", "ResourceScatter")
 
 
@@ -54,7 +21,7 @@ def hidden_effect(fn: ArraysFn, xs: Arrays) -> str:
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in xs]
     traced = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
     found = operations(traced)
-    if found & _RANDOM:
+    if found & RANDOM:
         return "draws random numbers, of which there would be others"
     if any(name.startswith(_ASSIGNING) for name in found):
         # Keras' layers count their random numbers in a variable.

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models._keras_call import call_layer, is_layer, is_variable, layers_of
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
+from metaframe_tensorflow import _private
 from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._substitution import Held, Substitution, leaves, walk
 
@@ -118,7 +120,7 @@ class ModuleAdapter(ModelAdapter):
                 # Every copy traces its tf.functions anew.
                 with without_remarks("triggered tf.function retracing"):
                     if inputs.call is None:
-                        output = module(*inputs.args, **inputs.kwargs)
+                        output = _private.translated(module)(*inputs.args, **inputs.kwargs)
                     else:
                         output = inputs.call(module, *inputs.args, **inputs.kwargs)
                 if any(isinstance(x, Held) for _, x in leaves(output)):

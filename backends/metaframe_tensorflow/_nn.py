@@ -8,7 +8,7 @@ import math
 
 import tensorflow as tf
 
-from metaframe.optable import NNTable, Pads
+from metaframe.backend.tables import NNTable, Pads
 
 
 class TensorFlowNN(NNTable):
@@ -19,7 +19,8 @@ class TensorFlowNN(NNTable):
 
     def gelu(self, x: tf.Tensor) -> tf.Tensor:
         # tf.nn.gelu takes sqrt(2) through float32, which is wrong by 2e-8 in float64.
-        return 0.5 * x * (1.0 + tf.math.erf(math.sqrt(0.5) * x))
+        # erf of infinity is NaN here, and erfc is not.
+        return 0.5 * x * tf.math.erfc(-math.sqrt(0.5) * x)
 
     def softmax(self, x: tf.Tensor, axis: int = -1) -> tf.Tensor:
         return tf.nn.softmax(x, axis)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
 
 
 def _pick(x: tf.Tensor, y: tf.Tensor, x_wins: tf.Tensor, y_wins: tf.Tensor) -> tf.Tensor:
@@ -108,7 +108,13 @@ class TensorFlowOps(OpsTable):
         return tf.reduce_min(x, axis, keepdims)
 
     def argmax(self, x: tf.Tensor, axis: int) -> tf.Tensor:
-        return tf.argmax(x, axis)
+        found = tf.argmax(x, axis)
+        if not x.dtype.is_floating:
+            return found
+        # tf.argmax passes over NaN, which is the largest of all elsewhere.
+        unknown = tf.math.is_nan(x)
+        first = tf.argmax(tf.cast(unknown, tf.int8), axis)
+        return tf.where(tf.reduce_any(unknown, axis), first, found)
 
     def logsumexp(self, x: tf.Tensor, axis: Axis = None, keepdims: bool = False) -> tf.Tensor:
         return tf.reduce_logsumexp(x, axis, keepdims)

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from metaframe.backend import Array
+from metaframe.backend.types import Array
 
 Path = tuple[str, ...]
 _TRACKED = "_self_"

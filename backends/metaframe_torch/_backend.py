@@ -9,25 +9,29 @@ gradient to a graph and compiles that).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
-from torch.utils import _pytree
+import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
-from metaframe.backend import Array, Arrays, ArraysFn, Backend, ObjectiveFn, ScalarFn
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
-from metaframe.workers import Place, Workers
-from metaframe_torch import _distributed, _foreign, _tape
-from metaframe_torch._compile import compile_traced
+from metaframe_torch import _foreign, _private, _tape
+from metaframe_torch._ambient import Ambient
+from metaframe_torch._calls import InExactForms
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
+from metaframe_torch._refusals import in_our_words
+from metaframe_torch._roots import with_finite_roots
 
 T = TypeVar("T")
 
@@ -38,6 +42,7 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    signature = operator.attrgetter("shape", "dtype", "device", "layout")
     # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
     forward_needs_tangents = True
 
@@ -51,10 +56,11 @@ class TorchBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
         if isinstance(x, np.ndarray):
             x = _readable(x)
+        kind = None if dtype is None else getattr(torch, dtype)
         try:
-            return torch.as_tensor(
-                x, dtype=None if dtype is None else getattr(torch, dtype), device=device
-            )
+            if isinstance(x, torch.Tensor):  # as_tensor would take it to the default device
+                return x.to(device or x.device, kind or x.dtype)
+            return torch.as_tensor(x, dtype=kind, device=device)
         except (RuntimeError, AssertionError) as error:
             if device is None:
                 raise
@@ -92,10 +98,10 @@ class TorchBackend(Backend):
         return bool(x.is_floating_point())
 
     def is_traced(self, x: Array) -> bool:
-        if bool(torch._C._functorch.is_functorch_wrapped_tensor(x)):
-            return True
         # While make_fx records, tensors look plain, but their values must not be looked at.
-        return get_proxy_mode() is not None or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        if _private.is_wrapped(x) or _private.tracing():
+            return True
+        return type(x) not in (torch.Tensor, torch.nn.Parameter)
 
     def devices(self) -> tuple[str, ...]:
         found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -112,6 +118,12 @@ class TorchBackend(Backend):
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
 
+    def alias(self, x: Array) -> Array:
+        if not isinstance(x, torch.nn.Parameter) and not x.requires_grad:
+            return x  # no parameter to anyone
+        with torch.enable_grad():  # a view made without a graph would not lead back to `x`
+            return x.view_as(x)
+
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
@@ -126,8 +138,10 @@ class TorchBackend(Backend):
 
         recorded = torch.func.grad(checked, has_aux=True)
 
+        @in_our_words()
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
-            if not _tape.transforming():
+            _tape.refuse_script_trace()
+            if not _tape.transforming() and not _tape.has_tangents():
                 return _tape.value_and_grad(fn, xs, on_disconnected)
             # torch.func.grad records its backward pass, so that it can be differentiated again. For
             # the outermost gradient that would be a graph in memory which nobody asks for; the
@@ -135,8 +149,8 @@ class TorchBackend(Backend):
             if not _tape.inside_a_gradient():
                 with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
                 value, pull_back, (_, aux) = with_pull_back
-                if not _tape.records(value):
-                    (grads,) = pull_back(torch.ones_like(value), False, False)
+                if not _private.records(value):
+                    (grads,) = _private.pull_back_once(pull_back, torch.ones_like(value))
                     return value, aux, grads
             grads, (value, aux) = recorded(xs)
             return value, aux, grads
@@ -150,9 +164,9 @@ class TorchBackend(Backend):
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
         try:
-            if get_proxy_mode() is not None:
+            if _private.tracing():
                 # While it is recorded, torch crashes where it would otherwise raise an error.
-                with disable_proxy_modes_tracing():
+                with _private.untraced():
                     torch.func.jvp(fn, (xs,), (tangents,))
             return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
         except RuntimeError as error:
@@ -168,22 +182,25 @@ class TorchBackend(Backend):
         self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
     ) -> ArraysFn:
         apply: Any = _Rule.apply
-        return lambda xs: tuple(apply(forward, backward, *xs))
+
+        def call(xs: Arrays) -> Arrays:
+            if _tape.forward_mode():
+                raise BackendError(
+                    "torch has no forward mode (torch.func.jvp, jacfwd, hessian, forward_ad) for "
+                    'a rule that runs again in the backward pass. Use mode="reverse", or '
+                    "differentiate in reverse mode: torch.func.grad, jacrev."
+                )
+            return tuple(apply(forward, backward, *xs))
+
+        return call
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        before = self._random_bytes()
-        with _tape.outermost():
-            found = fn(_tape.detached(xs))
-        if self._random_bytes() != before:
-            return "draws random numbers, of which there would be others"
-        if any(y.requires_grad for y in found):
-            return "depends on a tensor that it closes over, whose gradient would be lost"
-        return ""
+        from metaframe_torch._hidden import hidden_effect
 
-    def _random_bytes(self) -> dict[str, bytes]:
-        # A new tensor belongs to the transforms that are active, and these do not show its values.
-        with torch._C._DisableFuncTorch(), disable_proxy_modes_tracing():
-            return {name: state.tobytes() for name, state in self.random_state().items()}
+        return hidden_effect(fn, xs, self.random_state)
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
@@ -209,12 +226,30 @@ class TorchBackend(Backend):
         return call
 
     def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        from metaframe_torch._compile import compile_traced
+
         return compile_traced(fn, examples)
 
+    def ambient(self) -> Hashable:
+        return Ambient.now()
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        return (
+            _tape.transforming()
+            or _tape.has_tangents()
+            or _private.modes_active()
+            or _private.hooks_on_saved()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or not _PLAIN.issuperset(map(type, xs))
+        )
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return _tape.uncompiled(fn)
+
     def needed_a_value(self, error: Exception) -> bool:
-        # torch has no class for it, only these words of vmap, of torch.func and of the tracer.
-        words = ("data-dependent control flow", "on a Tensor inside", "out of a tracing tensor")
-        return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+        if type(error).__name__ in _private.VALUE_NEEDED:
+            return True
+        return isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_VALUE)
 
     def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
         streams = {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -234,7 +269,9 @@ class TorchBackend(Backend):
         flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
         unflatten: Callable[[Any, Iterable[Any]], Any],
     ) -> None:
-        _pytree.register_pytree_node(
+        if _private.REGISTER_NODE.found is None:
+            return  # torch.func refuses one by itself
+        _private.REGISTER_NODE.found(
             cls,
             lambda node: flatten(node)[:2],
             lambda children, metadata: unflatten(metadata, children),
@@ -242,12 +279,20 @@ class TorchBackend(Backend):
         )
 
     def workers(self) -> Workers:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        from metaframe_torch import _distributed
+
         return _distributed.workers()
 
     def join(self, place: Place) -> AbstractContextManager[object]:
+        from metaframe_torch import _distributed
+
         return _distributed.join(place)
 
     def lost_others(self, error: Exception) -> bool:
+        from metaframe_torch import _distributed
+
         return _distributed.lost_others(error)
 
     def adapter(self, model: object) -> TorchAdapter | None:
@@ -265,15 +310,30 @@ class TorchBackend(Backend):
     def native_optimizer(self, optimizer: object) -> TorchOptimizer | None:
         return TorchOptimizer(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
+    def differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return InExactForms(fn)
+
+    @in_our_words()
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:
         # Inside a transform nothing is recorded for autograd; only the transform can say.
-        if torch._C._functorch.peek_interpreter_stack() is not None and callable(loss):
+        if _private.transforming() and callable(loss):
             return super().loss_gradient(loss, xs, first_order=first_order)
         return tape_gradient(loss, xs, first_order=first_order)
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_NO_VALUE = (
+    "data-dependent control flow",
+    "on a Tensor inside",
+    "not supported for tensor subclasses",
+    "data pointer of Tensor",
+    "data is not allocated yet",
+    "for 'meta' device type",
+)
+"""torch's words where a value is asked for that is not known, as far as it has no class for it:
+those of vmap, of torch.func and of tensors without memory."""
 _NO_FORWARD_MODE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
 """torch's words for it; there is no class of error."""
 
@@ -310,13 +370,17 @@ class _Rule(torch.autograd.Function):
             # Nobody differentiates this backward pass. The transpose needs a graph of its own,
             # which must not reach back into the one that is being walked.
             xs, cotangents = _tape.detached(xs), _tape.detached(cotangents)
+        else:
+            # A tensor of a transform that has ended, as under jacrev, is none that a rule within
+            # this one may be given. A view of it is a tensor of those that are active.
+            xs = tuple(x.view_as(x) for x in xs)
         with torch.enable_grad():
             return (None, None, *ctx.transpose(xs, cotangents))
 
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-    return lambda xs: tuple(mapped(*xs))
+    return in_our_words()(lambda xs: tuple(mapped(*xs)))
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaframe_torch import _tape
+from metaframe_torch import _private, _tape
 
 
 def batch_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
@@ -37,6 +37,8 @@ def batch_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     """
     if _tape.transforming() or _tape.has_tangents() or not _ours(x, scale, shift):
         return F.batch_norm(x, None, None, scale, shift, training=True, momentum=0.0, eps=eps)
+    if _private.BATCH_NORM.found is None or _private.BATCH_NORM_BACKWARD.found is None:
+        return _composed(x, scale, shift, eps)
     apply: Any = _BatchNorm.apply
     result: Tensor = apply(x, scale, shift, eps)[0]
     return result
@@ -52,6 +54,15 @@ def _ours(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     return all(y is None or (y.dtype == x.dtype and y.shape == channels) for y in (scale, shift))
 
 
+def _composed(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+    """The same in operations whose derivatives of every order are right."""
+    over, shape = (0, *range(2, x.ndim)), (1, -1, *(1,) * (x.ndim - 2))
+    centred = x - x.mean(over, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps)
+    scaled = normal if scale is None else normal * scale.view(shape)
+    return scaled if shift is None else scaled + shift.view(shape)
+
+
 _DEVICES = ("cpu", "cuda")
 """Where the third result of `native_batch_norm` is known to be r."""
 
@@ -61,7 +72,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Any:
-        return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
+        return _private.BATCH_NORM.found(x, scale, shift, None, None, True, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,7 +142,7 @@ def _fused(
     g: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, r: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first derivatives by x, scale and shift."""
-    by_x, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
+    by_x, by_scale, by_shift = _private.BATCH_NORM_BACKWARD.found(
         g, x, scale, None, None, mean, r, True, eps, [True, True, True]
     )
     return by_x, by_scale, by_shift

@@ -11,77 +11,69 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch._inductor.config
-from torch._guards import TracingContext, tracing
-from torch._inductor import compile as inductor_compile
-from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from metaframe.backend import Array, Arrays, ArraysFn
-from metaframe_torch import _tape
-
-logger = logging.getLogger("metaframe.compile")
+from metaframe.backend.types import Array, Arrays, ArraysFn
+from metaframe.errors import CompileError, MetaframeError
+from metaframe_torch import _private, _tape
+from metaframe_torch._ambient import Ambient, Streams, without_autocast
+from metaframe_torch._trace import Traced, traced
 
 _one_at_a_time = threading.RLock()  # inductor's state is the process's
 
 
 def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     """`fn` as one compiled graph for tensors like `examples`."""
-    programs: dict[bool, Callable[..., Any]] = {}
-
-    def program(xs: Arrays) -> Callable[..., Any]:
-        # Two at most, since `fn` may do something else where gradients are enabled.
-        recording = torch.is_grad_enabled()
-        if recording not in programs:
-            if programs:
-                logger.debug("a program once more, for gradients %s", "on" if recording else "off")
-            programs[recording] = _program(fn, xs)
-        return programs[recording]
+    if any(x.layout is not torch.strided or x.is_meta for x in examples):
+        return fn  # inductor knows no other layouts, and without memory there is nothing to run
+    streams = Streams.now()
+    with _one_at_a_time, _collection_paused():
+        found = traced(fn, [_plain(x.detach()) for x in examples])
+        drawn = Streams.now() != streams
+        if found.recorded:
+            return _uncompiled(fn)
+        program = _compiled(found)
+    # The casts are part of the program, which must not be cast once more.
+    scope = without_autocast if any(Ambient.now().autocast) else contextlib.nullcontext
 
     def run(xs: Arrays) -> Arrays:
-        return tuple(program(xs)(*[x if x.is_contiguous() else x.contiguous() for x in xs]))
+        with scope():
+            return tuple(program(*map(_plain, xs)))
 
-    if not _tape.transforming():  # what a transform hands over are no tensors to compile for
-        program(examples)
-    differentiable = _tape.taped(run, fn)
-    return lambda xs: fn(xs) if _tape.transforming() else differentiable(xs)
-
-
-def _program(fn: ArraysFn, examples: Arrays) -> Callable[..., Any]:
-    outputs: list[Array] = []
-
-    def flat(*xs: Array) -> list[Array]:
-        outputs[:] = fn(xs)
-        return list(outputs)
-
-    # Compiled code relies on the strides of its inputs, and callers do not think of them.
-    plain = [x.detach().contiguous() for x in examples]
-    with _one_at_a_time, _collection_paused():
-        graph = make_fx(flat)(*plain)
-        if any(y.requires_grad for y in outputs):
-            # By what `fn` closes over, whose gradient compiled code would lose.
-            return lambda *xs: fn(xs)
-        return _compiled(graph, plain)
+    # Numbers of Python and NumPy are part of the program; run again, the function gets them too.
+    return _tape.taped(run, streams.replayed(fn) if drawn else fn)
 
 
-def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
+def _plain(x: Array) -> Array:
+    """`x` as compiled code reads it: in order, without a sign that is still to be applied."""
+    if x.is_neg() or x.is_conj():
+        x = x.resolve_neg().resolve_conj()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _uncompiled(fn: ArraysFn) -> ArraysFn:
+    """`fn`, of whose results compiled code would lose a derivative."""
+
+    def run(xs: Arrays) -> Arrays:
+        warnings.warn(_tape.CLOSES_OVER, stacklevel=2)
+        return fn(xs)
+
+    return run
+
+
+def _compiled(found: Traced) -> Callable[..., Any]:
+    graph = found.graph
     graph.graph.eliminate_dead_code()
-    for node in graph.graph.find_nodes(op="placeholder"):
-        # make_fx gives each its own FakeTensorMode, and the C++ wrapper wants one for all.
-        node.meta.pop("val", None)
     graph.recompile()
     settings = {
         # Kernels are called from C++: on small models Python takes longer than they do. With CUDA
         # that would need the toolkit's headers on the user's machine.
-        "cpp_wrapper": all(x.device.type == "cpu" for x in plain),
+        "cpp_wrapper": all(x.device.type == "cpu" for x in found.examples),
         # What calls them is compiled apart from them, with less optimisation and headers that are
         # prepared for either: a second less for each program.
         "cpp_wrapper_build_separate": True,
@@ -92,14 +84,20 @@ def _compiled(graph: GraphModule, plain: list[Array]) -> Callable[..., Any]:
         # seven on a machine where nothing was compiled yet: a compiler that knows C++20, as torch's
         # headers need, knows them all.
         "cpp.vec_isa_ok": True,
+        # Random numbers are those of the function as it is, after the same seed.
+        "fallback_random": True,
     }
-    # Inductor keeps a program for later processes only if shapes have an environment, as those of
-    # `torch.compile` do. Here they are all fixed.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    shapes: list[Any] = [mode.from_tensor(x, static_shapes=True) for x in plain]
-    with torch.no_grad(), tracing(TracingContext(mode)), torch._inductor.config.patch(settings):
-        compiled: Callable[..., Any] = inductor_compile(graph, shapes)
-    return compiled
+    try:
+        with without_autocast():
+            return _private.inductor(graph, found.examples, settings)
+    except Exception as error:
+        if isinstance(error, MetaframeError):
+            raise
+        raise CompileError(
+            "torch's compiler fails on an operation of a compiled function: "
+            f"{str(error).strip().splitlines()[0]}. Write it in other operations, or call the "
+            "function without compile."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -10,11 +11,12 @@ from weakref import ref
 
 import torch
 import torch.distributed as dist
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
-from metaframe.backend import Array, Arrays
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import Part, Place, Workers
 from metaframe.errors import InputError
-from metaframe.workers import ALONE, Part, Place, Workers
+from metaframe_torch import _private
+from metaframe_torch._ambient import outside
 
 LAST_WORD = "metaframe/last_word"
 
@@ -61,7 +63,7 @@ class TorchWorkers(Workers):
         super().__init__(dist.get_world_size(), dist.get_rank(), dist.get_world_size())
 
     def each(self, part: Part, tasks: Arrays, *, shared: bool) -> Arrays:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _private.transforming():
             raise InputError(_DIFFERENTIATED.format("torch.func.grad or vmap"))
         if not shared:
             length = tasks[0].shape[0] // self.count
@@ -70,17 +72,21 @@ class TorchWorkers(Workers):
         return part(tasks, self.process, self._all_sum)
 
     def _all_sum(self, x: Array) -> Array:
-        if get_proxy_mode() is not None:
+        if _private.tracing():
             # The form that a graph can hold; it returns a new tensor.
-            from torch.distributed import _functional_collectives as functional
-
-            return functional.all_reduce(x, "sum", _world())
+            return _private.COLLECTIVES.required(x, "sum", _world())
         apply: Any = _Sum.apply
         return apply(x)
 
     def tell(self, text: str) -> list[str]:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        with disable_proxy_modes_tracing(), torch.no_grad():
+        # The current device is that of a thread.
+        device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+        # In another thread, where a trace that goes on in this one does not see it.
+        told = functools.partial(self._told, text, device)
+        return outside(told) if _private.tracing() else told()
+
+    def _told(self, text: str, device: str) -> list[str]:
+        with torch.no_grad():
             data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
             sizes = self._gathered(torch.tensor([data.numel()], device=device))
             longest = max(int(size) for size in sizes)
@@ -96,19 +102,19 @@ class TorchWorkers(Workers):
         return rows
 
     def leave_word(self, text: str) -> None:
-        with suppress(RuntimeError):  # it may be the store's own process that is gone
-            self._store().set(LAST_WORD, text)
+        if _private.DEFAULT_STORE.found is not None:
+            with suppress(RuntimeError):  # it may be the store's own process that is gone
+                _private.DEFAULT_STORE.found().set(LAST_WORD, text)
 
     def last_word(self) -> str | None:
+        if _private.DEFAULT_STORE.found is None:
+            return None
         try:
-            store = self._store()
+            store = _private.DEFAULT_STORE.found()
             store.set_timeout(timedelta(seconds=1))
             return store.get(LAST_WORD).decode() if store.check([LAST_WORD]) else None
         except RuntimeError:
             return None
-
-    def _store(self) -> Any:
-        return dist.distributed_c10d._get_default_store()
 
 
 def _world() -> dist.ProcessGroup:
@@ -122,9 +128,7 @@ _known: list[tuple[ref[dist.ProcessGroup], TorchWorkers]] = []
 
 
 def workers() -> Workers:
-    """Those of the default process group; nobody else if there is none."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return ALONE
+    """Those of the default process group."""
     group = _world()
     if not _known or _known[0][0]() is not group:
         _known[:] = [(ref(group), TorchWorkers())]

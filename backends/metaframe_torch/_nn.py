@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaframe.optable import NNTable, Pads
-from metaframe_torch import _tape
+from metaframe.backend.tables import NNTable, Pads
+from metaframe_torch import _private
 from metaframe_torch._batch_norm import batch_norm
 
 
@@ -42,7 +42,7 @@ class TorchNN(NNTable):
     ) -> Tensor | None:
         if eps == 0 or x.ndim not in (2, 4) or x.numel() <= x.shape[-1]:
             return None
-        if _tape.gradients_active() > 2:
+        if _private.gradients_active() > 2:
             return None  # torch's third derivative is wrong
         # As a convolution lays out its images, and `conv2d` has permuted them.
         images = x if x.ndim == 2 else x.permute(0, 3, 1, 2)

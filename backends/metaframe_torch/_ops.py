@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -76,7 +77,9 @@ class TorchOps(OpsTable):
         return x * torch.sign(x)
 
     def sign(self, x: Tensor) -> Tensor:
-        return torch.sign(x)
+        # torch.sign of NaN is 0.
+        found = torch.sign(x)
+        return torch.where(torch.isnan(x), math.nan, found) if x.is_floating_point() else found
 
     def sin(self, x: Tensor) -> Tensor:
         return torch.sin(x)

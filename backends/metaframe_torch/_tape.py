@@ -11,6 +11,7 @@ layers are silently wrong there. A caller may do so all the same, by a transform
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +19,20 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.autograd.graph import get_gradient_edge
 
-from metaframe.backend import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.selection import current_selection, selected
+from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.errors import InputError
+from metaframe_torch import _private
+from metaframe_torch._ambient import Ambient, Streams
 
+CLOSES_OVER = (
+    "a function of one task, or a compiled one, uses tensors that require grad and are not among "
+    "its arguments. So that their gradient is right, tasks run one by one and nothing is compiled. "
+    "Detach them, pass them as variables, or call this under torch.no_grad()."
+)
 _requires_grad = operator.attrgetter("requires_grad")
 _inside = ContextVar("inside", default=False)
 """Is a gradient by the tape being taken?"""
@@ -60,6 +67,23 @@ def value_and_grad(
     return (value, aux, grads) if recorded else (value.detach(), detached(aux), grads)
 
 
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as it is, also within a `torch.compile`, which would lose second-order terms of a cost.
+
+    `torch.compile` goes on after it, and with `fullgraph=True` refuses it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes a second
+        return fn
+    disabled: Callable[..., Any] = torch.compiler.disable(fn, reason=NOT_COMPILED)
+    return disabled
+
+
+NOT_COMPILED = (
+    "metaframe takes gradients of its own, of which torch.compile would lose some. Compile the "
+    "whole step by metaframe.compile, or do without fullgraph=True"
+)
+
+
 def refuse_inference_mode() -> None:
     """An error where the tape would record nothing, whatever it is told."""
     if torch.is_inference_mode_enabled():
@@ -68,25 +92,41 @@ def refuse_inference_mode() -> None:
         )
 
 
+def refuse_script_trace() -> None:
+    """An error where torch.jit.trace would record a gradient as a constant, or crash."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise InputError(
+            "torch.jit.trace records no gradients. Compile the step by metaframe.compile, or trace "
+            "the model alone."
+        )
+
+
 def _closes_over(value: Array, inputs: Arrays) -> bool:
     """Is `value` on the tape by more than `inputs`?"""
-    known = {id(x) for x in inputs}
-    seen, ahead = set(), [value.grad_fn]
+    seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of the nodes at the ends
-        if variable is not None and id(variable) not in known:
+        if not node.next_functions:  # another leaf
             return True
+        seen.add(node)
         ahead += [following for following, _ in node.next_functions]
     return False
 
 
 def has_tangents() -> bool:
     """May tensors be dual ones, of forward-mode differentiation?"""
-    return forward_ad._current_level >= 0
+    try:
+        forward_ad.make_dual(torch.empty(0), torch.empty(0))
+    except RuntimeError:  # outside of a dual level
+        return False
+    return True
+
+
+def forward_mode() -> bool:
+    """May a tangent of forward-mode differentiation, of torch.func or not, be lost here?"""
+    return _private.forward_mode_active() or has_tangents()
 
 
 @contextmanager
@@ -104,9 +144,14 @@ def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     without_transforms = taped(quick, exact)
 
     def call(xs: Arrays) -> Arrays:
-        if not transforming():
-            return without_transforms(xs)
-        return exact(xs) if inside_a_gradient() else quick(xs)
+        if transforming():
+            return exact(xs) if inside_a_gradient() else quick(xs)
+        refuse_script_trace()
+        # Dual tensors are differentiated from outside too, and no transform of torch.func goes
+        # with hooks on what is saved for a backward pass, such as those of a checkpoint.
+        if has_tangents() or _private.hooks_on_saved():
+            return exact(xs)
+        return without_transforms(xs)
 
     return call
 
@@ -115,20 +160,21 @@ def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     """`recordable` where no transform is active."""
 
     def call(xs: Arrays) -> Arrays:
-        if _inside.get():
+        if _inside.get() or has_tangents():
             return exact(xs)
         if not torch.is_grad_enabled():
             return quick(xs)
         wanted = any(map(_requires_grad, xs))
+        before = Streams.now() if wanted else None
         found = quick(detached(xs) if wanted else xs)
-        if any(map(_requires_grad, found)):
-            warnings.warn(
-                "a function of one task, or a compiled one, uses tensors that require grad and are "
-                "not among its arguments. So that their gradient is right, tasks run one by one "
-                "and nothing is compiled. Detach them, pass them as variables, or call this under "
-                "torch.no_grad().",
-                stacklevel=2,
-            )
+        closes_over = any(map(_requires_grad, found))
+        if closes_over:
+            warnings.warn(CLOSES_OVER, stacklevel=2)
+        if before is not None and before != Streams.now():
+            # Going back, `exact` would draw others. It is recorded as it draws the same ones.
+            before.restore()
+            return exact(xs)
+        if closes_over:
             return exact(xs)
         if not wanted:
             return found
@@ -143,7 +189,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, exact: ArraysFn, found: Arrays, *xs: Array) -> Arrays:
-        ctx.exact = exact
+        ctx.exact, ctx.ambient, ctx.selection = exact, Ambient.now(), current_selection()
         ctx.save_for_backward(*xs)
         ctx.mark_non_differentiable(*(y for y in found if not y.is_floating_point()))
         ctx.set_materialize_grads(False)
@@ -152,7 +198,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Array | None) -> tuple[Array | None, ...]:
         again = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with selected(ctx.selection), ctx.ambient.resumed(), torch.enable_grad():
             # Aliases: the gradient stops at them, and a further one goes on to what they stand for.
             xs = tuple(x.view_as(x) if again else x.detach() for x in ctx.saved_tensors)
             wanted = [
@@ -180,22 +226,9 @@ def detached(xs: Arrays) -> Arrays:
 
 def inside_a_gradient() -> bool:
     """Is a torch.func transform that differentiates active?"""
-    return gradients_active() > 0
-
-
-def gradients_active() -> int:
-    """How many torch.func transforms that differentiate are active."""
-    gradients = (TransformType.Grad, TransformType.Jvp)
-    return sum(level.key() in gradients for level in retrieve_all_functorch_interpreters())
-
-
-def records(x: Array) -> bool:
-    """Does autograd's tape record `x`, below the transforms that are active?"""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return bool(x.requires_grad)
+    return _private.gradients_active() > 0
 
 
 def transforming() -> bool:
     """Is a transform of torch.func or a trace active?"""
-    return torch._C._functorch.peek_interpreter_stack() is not None or get_proxy_mode() is not None
+    return _private.transforming() or _private.tracing()

@@ -14,7 +14,7 @@ import latex2mathml.converter
 import rich_click as click
 
 from metaframe.cli.app import cli
-from metaframe.cli.flags import GROUPS
+from metaframe.cli.options import GROUPS
 
 CLI_MARK = "<!-- commands -->"
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)

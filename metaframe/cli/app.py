@@ -12,12 +12,12 @@ from typing import Any
 import rich_click as click
 
 from metaframe import __version__
-from metaframe.backend import available_backends
-from metaframe.cli import algorithms, presets, runs, tables, uses
+from metaframe.backend.registry import available_backends
+from metaframe.cli import algorithms, applicable, datasets, presets, runs
 from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
-from metaframe.cli.flags import GROUPS, given, setting_flags
+from metaframe.cli.options import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
 from metaframe.training.interrupt import TERMINATED, Terminated
@@ -117,7 +117,7 @@ def train(
     output = Output(as_json=as_json, quiet=quiet)
     settings = presets.preset(preset).settings if preset else {}
     config = resolve(given(flags), file, settings)
-    for warning in uses.warnings(config):
+    for warning in applicable.warnings(config):
         output.remark(f"warning: {warning}")
     folder = out or runs.default_folder(config)
     extras = runs.Extras(plots, tensorboard)
@@ -317,7 +317,7 @@ def list_(as_json: bool, quiet: bool) -> None:
     """The data sets, algorithms and presets there are."""
     output = Output(as_json=as_json, quiet=quiet)
     groups = {
-        "data sets": {name: entry.about for name, entry in tables.DATASETS.items()},
+        "data sets": {name: entry.about for name, entry in datasets.DATASETS.items()},
         "algorithms": {name: entry.about for name, entry in algorithms.ALGORITHMS.items()},
         "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
     }

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from metaframe import optim
-from metaframe.backend import use_backend
+from metaframe.backend.selection import use_backend
 from metaframe.cli.config import RunConfig
 from metaframe.cli.experiment import step_settings
 from metaframe.cli.workloads import SEED, Workload
+from metaframe.core.task_map import strategy
 from metaframe.learners import MAML
-from metaframe.meta import strategy
 from metaframe.tasks import Task
 from metaframe.training import MetaTrainer
 

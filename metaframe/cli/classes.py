@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metaframe.cli import tables
+from metaframe.cli import datasets
 from metaframe.cli.config import RunConfig
 from metaframe.cli.errors import UsageError
 from metaframe.errors import InputError
@@ -67,7 +67,7 @@ def _splits(config: RunConfig) -> tuple[Split, ...]:
 
 
 def _names(config: RunConfig, splits: Sequence[Split]) -> Names:
-    classes = tables.dataset(config.dataset).classes
+    classes = datasets.dataset(config.dataset).classes
     return {} if classes is None else {split: classes(config, split) for split in splits}
 
 

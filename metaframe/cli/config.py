@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metaframe.cli.errors import UsageError
+from metaframe.core.inner_loop import Mode
+from metaframe.core.task_map import TaskMap
 from metaframe.errors import nearest
-from metaframe.inner import Mode
-from metaframe.learners.config import Norm
-from metaframe.meta import TaskMap
+from metaframe.learners.settings import Norm
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]

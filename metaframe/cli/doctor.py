@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from metaframe.backend import load_backend, use_backend
+from metaframe.backend.registry import load_backend
+from metaframe.backend.selection import use_backend
 from metaframe.cli.errors import UsageError
 from metaframe.errors import nearest
 from metaframe.testing import Report, check_meta_gradient

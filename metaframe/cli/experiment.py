@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from metaframe import nn, optim
-from metaframe.backend import known_backends, load_backend, use_backend
-from metaframe.cli import algorithms, tables
+from metaframe.backend.registry import known_backends, load_backend
+from metaframe.backend.selection import use_backend
+from metaframe.cli import algorithms, datasets
+from metaframe.cli.applicable import check_fit, defaults, has_use
 from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
-from metaframe.cli.uses import check_fit, defaults, has_use
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -71,7 +72,7 @@ class Experiment:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.dataset = tables.dataset(config.dataset)
+        self.dataset = datasets.dataset(config.dataset)
         self.loss_fn = nn.mse if self.dataset.regression else nn.cross_entropy
         self.metric = None if self.dataset.regression else nn.accuracy
         model = self.dataset.model(config)
@@ -124,7 +125,7 @@ class Experiment:
         return evaluate(
             self.learner,
             self.loss_fn,
-            tables.test_tasks(self.config),
+            datasets.test_tasks(self.config),
             self.config.eval_tasks,
             steps=self.eval_steps,
             metric=self.metric,

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metaframe import tree
-from metaframe.backend import backend_of
-from metaframe.cli import runs, tables
+from metaframe.backend.selection import backend_of
+from metaframe.cli import datasets, runs
 from metaframe.cli.experiment import Experiment
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task
@@ -99,7 +99,7 @@ def _number(value: float | None) -> float:
 
 def predictions(experiment: Experiment) -> Figure:
     """What the learner says of held-out tasks: curves before and after, or pictures."""
-    source = tables.test_tasks(experiment.config)
+    source = datasets.test_tasks(experiment.config)
     first = [source[i] if isinstance(source, list) else source.task(i) for i in range(4)]
     if experiment.dataset.regression:
         return _fits(experiment, first)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metaframe.cli.errors import UsageError
-from metaframe.cli.flags import GROUPS
+from metaframe.cli.options import GROUPS
 from metaframe.cli.output import described
 from metaframe.cli.runs import read_result
 from metaframe.errors import nearest

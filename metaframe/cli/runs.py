@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaframe.backend import load_backend
-from metaframe.cli import tables
+from metaframe.backend.registry import load_backend
+from metaframe.cli import datasets
 from metaframe.cli.classes import CLASSES, check_classes, record_classes
 from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
@@ -208,7 +208,7 @@ def _trained(
     config: RunConfig, folder: Path, output: Output, extras: Extras, start: Start
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    tables.check_tasks(config)
+    datasets.check_tasks(config)
     if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise MissingDependencyError("TensorBoard", "tensorboardX", "pip install tensorboardX")
     with selected(config) as workers:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import nn
-from metaframe.backend import use_backend
+from metaframe.backend.selection import use_backend
 
 Array = np.ndarray[Any, Any]
 SEED = 0

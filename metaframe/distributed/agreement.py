@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Backend, is_neutral, owner
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import is_neutral
 from metaframe.errors import BackendError, DistributedError
 
 NUMBERS = (int, float, complex, np.number, np.bool_)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.distributed.session import PEERS
 
 GRACE = 30.0
@@ -38,7 +38,7 @@ def launch(command: Sequence[str], processes: int, *, grace: float = GRACE) -> i
     Raises:
         InputError: `processes` is out of range.
     """
-    checks.integer(processes, "processes", at_least=1)
+    arguments.integer(processes, "processes", at_least=1)
     with started(command, environments(processes)) as running, _handing_on_signals(running):
         first = _first_failure(running)
         if first is None:

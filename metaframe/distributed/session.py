@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from metaframe.backend import Backend, current_selection, load_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import load_backend
+from metaframe.backend.selection import current_selection
+from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, DistributedError
-from metaframe.workers import ALONE, Place, Workers
 
 TIMEOUT = 300.0
 """Seconds, where nothing else is said."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from metaframe.boundary import Array, Arrays, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.backend.workers import AllSum, Share, Workers
 from metaframe.errors import InputError
-from metaframe.workers import AllSum, Share, Workers
 
 SumOver = Callable[[Arrays], tuple[Arrays, Arrays]]
 """Tasks and, last, their weights -> (weighted sums over them, stacked results)."""

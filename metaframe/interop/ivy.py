@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from metaframe import tree
-from metaframe.backend import Selection, follow, known_backends, load_backend
+from metaframe.backend.registry import known_backends, load_backend
+from metaframe.backend.selection import Selection, follow
 from metaframe.errors import BackendError
 
 
@@ -56,10 +57,32 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 """What would be removed as soon as nothing refers to it."""
 
 
-def adapt(ivy: ModuleType) -> None:
-    """Make the classes of `ivy`, which a user has imported, known. Another `ivy` has none."""
+def adapt(ivy: ModuleType) -> Callable[[], None] | None:
+    """Make the classes of `ivy`, which a user has imported, known. Another `ivy` has none.
+
+    Returns:
+        A function that does the same for the copies of itself that `ivy.with_backend` has made
+        since, each of which has classes of its own.
+    """
     if not hasattr(ivy, "Container") or not hasattr(ivy, "Array"):
-        return
+        return None
+    _adapt_classes(ivy)
+    copies: dict[str, list[ModuleType]] = getattr(ivy, "compiled_backends", {})
+    known: set[int] = set()
+
+    def look_again() -> None:
+        if sum(map(len, copies.values())) == len(known):
+            return
+        for copy in (copy for made in copies.values() for copy in made):
+            if id(copy) not in known:
+                known.add(id(copy))
+                _adapt_classes(copy)
+
+    look_again()
+    return look_again
+
+
+def _adapt_classes(ivy: ModuleType) -> None:
     tree.register(ivy.Container, _flatten, partial(_unflatten, ivy))
     tree.register_wrapper(ivy.Array, lambda array: array.data, partial(_wrap, ivy))
     selected: Callable[[], Selection | None] = partial(_selected, ivy)

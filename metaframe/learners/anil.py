@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from metaframe import tree
-from metaframe.backend import is_neutral, owner
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import is_neutral
 from metaframe.errors import InputError
 from metaframe.learners.maml import MAML
 from metaframe.models import adapter_of

@@ -8,7 +8,7 @@ from metaframe.errors import InputError
 from metaframe.learners.anil import part_names
 from metaframe.learners.maml import MAML
 from metaframe.models import adapter_of
-from metaframe.models.around import WithContext
+from metaframe.models.wrapped import WithContext
 
 
 class CAVIA(MAML):

@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from metaframe import checks, ops, optim, tree
-from metaframe.backend import Array, Backend, backend_of
+import numpy as np
+
+from metaframe import arguments, ops, optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import is_inexact
+from metaframe.backend.selection import backend_of, convert_neutral, current_selection
+from metaframe.backend.types import Array
+from metaframe.core import checks, rates
+from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
-from metaframe.update import UpdateRule, update_rule
 
 Params = dict[str, Array]
 LearningRate = float | Array | Mapping[str, Array]
-"""One rate for all parameters, or one for each by name."""
+"""One rate for all parameters, or one for each by its name or that of a part of the model."""
 Loss = Array | Callable[[Params], Array]
 """A loss, or a function from parameters to a loss."""
 GRADIENT_DESCENT = update_rule(optim.sgd(), stop_gradients=False)
@@ -73,6 +79,7 @@ def functional_forward(
     tensor([[3.]])
     """
     adapter = adapter_of(model)
+    params = _converted(params)
     values = {**adapter.params(), **_known(params, adapter.params(), "params")}
     state = {**adapter.state(), **_known(buffers or {}, adapter.state(), "buffers")}
     return adapter.call(values, state, Inputs(args, kwargs))[0]
@@ -92,10 +99,10 @@ def inner_step(
     Args:
         params: parameters by name, the point at which the loss is.
         loss: a function of `params`; on torch also a loss computed from them.
-        lr: one step size, or one for each adapted parameter by name.
+        lr: one step size, or one for each adapted parameter, by its name or that of its layer.
         first_order: take the gradients for constants.
-        adapt_names: parameters to update, by default all floating ones; the others are passed on
-            as the same objects.
+        adapt_names: parameters to update, by default all but integers and booleans; the others
+            are passed on as the same objects.
         allow_unused: leave adapted parameters that the loss does not depend on as they are.
 
     Returns:
@@ -104,18 +111,23 @@ def inner_step(
     Raises:
         InputError: an unknown name, nothing to adapt, or a loss that depends on none of it.
         UnusedParameterError: an unused parameter, with `allow_unused=False`.
-        InputTypeError: a loss that is an array, where operations are not recorded.
+        InputTypeError: a loss that is an array, where operations are not recorded, or a parameter
+            to update that is complex.
 
     >>> import torch
     >>> params = {"w": torch.tensor(1.0, requires_grad=True)}
     >>> inner_step(params, (params["w"] - 3.0) ** 2, lr=0.25)
     {'w': tensor(2., grad_fn=<AddBackward0>)}
     """
-    params = dict(params)
+    params = _converted(params)
     backend = backend_of(*params.values())
-    names = adapted_names(_floating(params, backend), adapt_names)
+    known = tuple(name for name, x in params.items() if is_inexact(x, backend))
+    names = adapted_names(known, adapt_names)
+    checks.learnable(params, names, backend)
+    adapted = {name: params[name] for name in names}
+    rate = GRADIENT_DESCENT.rate(rate_for(lr, names, params), adapted)
     grads = gradients(backend, params, names, loss, first_order, allow_unused)
-    return descend(params, grads, GRADIENT_DESCENT, (), rate_for(lr, names, params))[0]
+    return descend(params, grads, GRADIENT_DESCENT, (), rate)[0]
 
 
 def adapt(
@@ -153,8 +165,8 @@ def adapt(
     >>> adapt(model, start, build_loss, lr=0.25, inner_steps=2)["weight"].item()
     0.25
     """
-    checks.integer(inner_steps, "inner_steps", at_least=1)
-    checks.function(build_loss, "build_loss")
+    arguments.integer(inner_steps, "inner_steps", at_least=1)
+    arguments.function(build_loss, "build_loss")
     trainable = [name for name in adapter_of(model).trainable() if name in params]
     names = adapted_names(trainable, adapt_names)
     for _ in range(inner_steps):
@@ -232,7 +244,10 @@ def descend(
     state: Any,
     rate: optim.Rate,
 ) -> tuple[Params, Any]:
-    """`params` after one update, and the rule's new state; unused ones stay the same objects."""
+    """`params` after one update, and the rule's new state; unused ones stay the same objects.
+
+    `rate` is what `rule.rate` returns.
+    """
     current = {name: params[name] for name in grads}
     filled = {n: ops.zeros_like(current[n]) if g is None else g for n, g in grads.items()}
     changed, state, _ = rule.apply(current, filled, state, rate)
@@ -240,31 +255,46 @@ def descend(
 
 
 def rate_for(
-    lr: LearningRate, names: Sequence[str], known: Collection[str] | None = None
+    lr: LearningRate,
+    names: Sequence[str],
+    known: Collection[str] | None = None,
+    *,
+    name: str = "lr",
 ) -> optim.Rate:
-    """`lr` in the structure of the adapted parameters, or the one rate for all.
+    """`lr` by name for the adapted parameters, or the one rate for all.
 
-    A mapping may have rates for other parameters as well, if they are among those `known`.
+    A mapping may have rates for other parameters as well, if they are among those `known`, and for
+    parts of a model, such as a layer: the rate at "layer1" is that of all of its parameters.
     """
-    if not isinstance(lr, Mapping):
-        if not tree.is_leaf(lr):
-            raise InputTypeError(
-                "the learning rate is a number or an array, or a mapping from the names of "
-                f"parameters to such; received {lr!r}."
-            )
-        return checks.learning_rate(lr)
-    if missing := [name for name in names if name not in lr]:
-        raise InputError(f"lr has no rate for the adapted parameters {missing}.")
-    for name in lr:
-        if known is not None and name not in known:
-            raise InputError(
-                f"lr has {name!r}, which is no parameter. {nearest(name, tuple(known))}"
-            )
-    return checks.learning_rate({name: lr[name] for name in names})
+    if not isinstance(lr, Mapping) and not tree.is_leaf(lr):
+        raise InputTypeError(
+            f"{name} is a number or an array, or a mapping from the names of parameters to such; "
+            f"received {lr!r}."
+        )
+    lr = checks.learning_rate(lr, name)
+    if not rates.is_structure(lr):
+        return lr
+    others = None if known is None else tuple(known)
+    found = rates.matched(lr, names, name=name, known=others, noun="parameter")
+    return dict(zip(names, found, strict=True))
 
 
-def _floating(params: Params, backend: Backend) -> tuple[str, ...]:
-    return tuple(name for name, x in params.items() if backend.is_floating(x))
+def _converted(params: Mapping[str, Array]) -> Params:
+    """`params` with NumPy arrays as arrays of the selected backend, if one is selected."""
+    selection = current_selection()
+    if selection is None or not any(isinstance(x, np.ndarray) for x in params.values()):
+        return dict(params)
+    arrays = convert_neutral(tuple(params.values()), backend_of(*params.values()))
+    return dict(zip(params, arrays, strict=True))
+
+
+def array_like(x: Any, like: Params, backend: Backend) -> Array:
+    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
+    example = next(p for p in like.values() if backend.is_floating(p))
+    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
+    return backend.asarray(
+        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
+    )
 
 
 def _known(values: Mapping[str, Array], known: Mapping[str, Array], what: str) -> dict[str, Array]:

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from metaframe import checks, modes, ops, optim, tree
-from metaframe.backend import Array, Arrays, Backend
+from metaframe import arguments, ops, optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import recompute
 from metaframe.errors import InputError
-from metaframe.learners.config import Norm
 from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
+from metaframe.learners.settings import Norm
 
 
 class ImplicitMAML(MAML):
@@ -67,7 +69,7 @@ class ImplicitMAML(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.integer(cg_steps, "cg_steps", at_least=1)
+        arguments.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
             raise InputError(f"proximal must be a positive number, received {proximal!r}.")
         super().__init__(
@@ -112,14 +114,14 @@ def implicit(
         return (backend.value_and_grad(loss)(solution)[2],)
 
     def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
-        solution, _, arrays = modes.split(xs, sizes)
+        solution, _, arrays = recompute.split(xs, sizes)
 
         def system(u: Arrays) -> Arrays:
-            (curvature,) = modes.vjp(backend, lambda s: gradient(s, arrays), (solution,), u)
+            (curvature,) = recompute.vjp(backend, lambda s: gradient(s, arrays), (solution,), u)
             return tuple(a + b / strength for a, b in zip(u, curvature, strict=True))
 
         u = conjugate_gradient(backend, system, cotangents, cg_steps)
-        (rest,) = modes.vjp(backend, lambda a: gradient(solution, a), (arrays,), u)
+        (rest,) = recompute.vjp(backend, lambda a: gradient(solution, a), (arrays,), u)
         zeros = tuple(ops.zeros_like(x) for x in solution)
         return (*zeros, *u, *(None if x is None else -x / strength for x in rest))
 
@@ -138,7 +140,7 @@ def conjugate_gradient(
     count = len(right)
 
     def body(carry: Arrays) -> Arrays:
-        x, residual, direction, _ = modes.split(carry, (count, count, count))
+        x, residual, direction, _ = recompute.split(carry, (count, count, count))
         product = system(direction)
         size = _dot(residual, residual)
         rate = size / _or_one(_dot(direction, product))

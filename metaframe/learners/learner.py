@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, Self
 
-from metaframe import checks
-from metaframe.backend import Array
+import numpy as np
+
+from metaframe import arguments, tree
+from metaframe.backend.types import Array
+from metaframe.core import checks
 from metaframe.errors import InputError
-from metaframe.learners.config import AdaptConfig
-from metaframe.learners.functional import Params, descend, gradients
+from metaframe.learners.functional import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
+from metaframe.learners.parts import Find, Part, attribute
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models import Inputs, ModelAdapter
-from metaframe.models.per_step import at_step
+from metaframe.models.per_step import STEP, at_step
 
 LossFn = Callable[[Any, Any], Array]
 """`loss_fn(prediction, target) -> scalar`."""
@@ -25,6 +31,12 @@ class Learner:
     model and its running statistics stay as they are. The adapted parameters remain a
     differentiable function of the meta-parameters.
 
+    A learner answers like its model: `learner.log_prob(s, a)`, `learner.encoder(x)` and
+    `learner.weight` are those of the model with the adapted parameters, and so are
+    `named_parameters()` and `state_dict()`. Names that the learner has itself come first, and
+    what would change the model is refused. A method or a layer that is taken from a learner stays
+    the learner's: it computes with the parameters that the learner has when it is called.
+
     >>> import torch
     >>> from metaframe.learners import MAML
     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
@@ -33,6 +45,8 @@ class Learner:
     >>> torch.nn.functional.mse_loss(learner(x), y).backward()
     >>> maml.module.weight.grad.shape
     torch.Size([1, 1])
+    >>> learner.weight is learner.params["weight"], learner.in_features
+    (True, 1)
     """
 
     def __init__(
@@ -51,8 +65,8 @@ class Learner:
         self._learned = learned
         self._method = method
         self._statistics = adapter.state()
-        self._rule = config.rule
         self._supporting = False
+        self._training: bool | None = None
         self._taken = 0
         self._has_support = config.norm != "support"
         self._start: Params | None = None
@@ -60,7 +74,109 @@ class Learner:
             self._begin(params)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output with the current parameters."""
+        """The model's output with the current parameters; NumPy arrays are converted."""
+        args, kwargs = self._converted((args, kwargs))
+        return self._run(None, args, kwargs)
+
+    forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute, a method or a part of the model, under the current parameters.
+
+        Raises:
+            AttributeError: the model has none of this name, with the nearest name.
+        """
+        if name.startswith("__") or "_adapter" not in self.__dict__:  # while it is unpickled
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in self.params:
+            return self.params[name]
+        return attribute(_Model(self), lambda model: model, name, "")
+
+    def __getitem__(self, key: Any) -> Any:
+        """A part of a model that has parts by number or name, such as a `Sequential`."""
+        return Part(_Model(self), lambda model: model, "the model")[key]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_Model(self).look(dir)})
+
+    def named_parameters(self) -> Iterator[tuple[str, Array]]:
+        """Names and current parameters, in the model's order."""
+        yield from self.params.items()
+
+    def parameters(self) -> Iterator[Array]:
+        """The current parameters, in the model's order."""
+        yield from self.params.values()
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Names and arrays of what is no parameter, such as running statistics."""
+        yield from ((name, x) for name, x in self._statistics.items() if name != STEP)
+
+    def buffers(self) -> Iterator[Array]:
+        """The arrays of `named_buffers`."""
+        yield from (x for _, x in self.named_buffers())
+
+    def state_dict(self) -> dict[str, Array]:
+        """Current parameters and buffers by name, detached.
+
+        On torch what the model's own `state_dict` returns, which `load_state_dict` of the model
+        takes.
+        """
+        if hasattr(self._adapter.model, "state_dict"):
+            own: dict[str, Array] = _Model(self).look(lambda model: model.state_dict())
+            return own
+        stop = self._adapter.backend.stop_gradient
+        named = (*self.named_parameters(), *self.named_buffers())
+        return {name: stop(self._adapter.backend.asarray(x)) for name, x in named}
+
+    def clone(self) -> Self:
+        """A learner that goes on from here by itself; derivatives go through to this one."""
+        other = copy.copy(self)
+        other.params = dict(self.params)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A learner of a copied model, whose parameters are detached from this one's."""
+        stop = self._adapter.backend.stop_gradient
+        other = copy.copy(self)
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            if name in ("params", "_given", "_start") and value is not None:
+                value = {n: stop(self._adapter.backend.asarray(x)) for n, x in value.items()}
+            vars(other)[name] = copy.deepcopy(value, memo)
+        return other
+
+    def train(self, mode: bool = True) -> Self:
+        """Call the model in training mode from here on, or in evaluation mode.
+
+        It decides what dropout does, in this learner alone: the model keeps its own mode. Batch
+        normalisation follows `norm=`, except that Keras has one switch for both, which is this.
+
+        Raises:
+            InputError: a model that has no such mode.
+        """
+        if not self._adapter.switchable:
+            raise InputError(
+                "the model has no training mode that a learner could switch. Pass what it takes "
+                "for it in the call, such as learner(x, deterministic=True)."
+            )
+        arguments.choice(mode, "mode", (True, False))
+        self._training = mode
+        return self
+
+    def eval(self) -> Self:
+        """`train(False)`."""
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is called in training mode."""
+        if self._training is None:
+            own: bool = attribute(_Model(self), lambda model: model, "training", "")
+            return own
+        return self._training
+
+    def _run(self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call of the model, or of something of it, on the examples in hand."""
         if self._start is None and not self._supporting:
             raise InputError("this learner has seen no support set yet. Call adapt_on first.")
         if not (self._supporting or self._has_support):
@@ -68,14 +184,29 @@ class Learner:
                 "norm='support' normalises by the support set, which this learner has not seen. "
                 "Adapt first, with adapt_on or with a function passed to adapt."
             )
-        inputs = Inputs(
-            args, kwargs, self.config.forward("support" if self._supporting else "query")
-        )
-        state = at_step(self._statistics, self._taken)
-        output, state = self._adapter.call(self.params, state, inputs)
+        output, state = self._evaluate(call, args, kwargs)
         if self._supporting:
             self._statistics = state
         return output
+
+    def _evaluate(self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        phase: Literal["support", "query"] = "support" if self._supporting else "query"
+        forward = self.config.forward(phase)
+        if self._training is not None:
+            forward = replace(forward, training=self._training)
+        params = self.params
+        if call is not None:  # without what the algorithm adds to the model
+            params = {name: params[name] for name in self._adapter.params()}
+        state = at_step(self._statistics, self._taken)
+        return self._adapter.call(params, state, Inputs(args, kwargs, forward, call))
+
+    def _converted(self, inputs: Any) -> Any:
+        """`inputs` with NumPy arrays as arrays like the parameters, as `meta_value_and_grad`."""
+
+        def convert(x: Any) -> Any:
+            return array_like(x, self.params, self._adapter.backend) if _is_numpy(x) else x
+
+        return tree.map(convert, inputs) if any(map(_is_numpy, tree.leaves(inputs))) else inputs
 
     def adapt(self, support_loss: Array | Callable[[Learner], Array]) -> Self:
         """Take one differentiable inner step.
@@ -100,6 +231,8 @@ class Learner:
             )
         if not callable(support_loss) and self.config.norm == "support":
             raise InputError("norm='support' needs adapt_on, or a function passed to adapt.")
+        if callable(support_loss):
+            support_loss = self._adapter.backend.differentiable(support_loss)
         return self._step(support_loss)
 
     def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
@@ -107,15 +240,17 @@ class Learner:
 
         Args:
             loss_fn: `loss_fn(prediction, target) -> scalar`.
-            x: inputs.
-            y: targets.
+            x: inputs; NumPy arrays are converted.
+            y: targets, alike.
             steps: how many, at least 1; default: the configured `inner_steps`.
 
         Raises:
             InputError: fewer steps than one; otherwise as `adapt`.
         """
-        checks.function(loss_fn, "loss_fn")
+        arguments.function(loss_fn, "loss_fn")
+        loss_fn = self._adapter.backend.differentiable(loss_fn)
         steps = self.config.steps(steps, at_least=1)
+        x, y = self._converted((x, y))
         support = self._support(loss_fn, x, y)
         if self._method.begin is not None and (self._start is None or steps == 0):
             self._begin(self._method.begin(support, self._given))
@@ -129,7 +264,7 @@ class Learner:
 
     def _begin(self, params: Params) -> None:
         self.params = self._start = params
-        self._rule_state = self._rule.init({name: params[name] for name in self.config.names})
+        self._rule_state = self.config.rule.init({name: params[name] for name in self.config.names})
 
     def _step(self, support_loss: Any) -> Self:
         config, penalised = self.config, self._method.penalty is not None
@@ -150,9 +285,10 @@ class Learner:
             config.first_order,
             config.allow_unused,
         )
-        self.params, self._rule_state = descend(
-            self.params, grads, self._rule, self._rule_state, config.rate(self._learned)
-        )
+        adapted = {name: self.params[name] for name in config.names}
+        rule = config.rule
+        rate = rule.rate(config.rate(self._learned), adapted, name="inner_lr")
+        self.params, self._rule_state = descend(self.params, grads, rule, self._rule_state, rate)
         self._taken += 1
         if config.norm == "support":
             self._see_support(support_loss)
@@ -169,7 +305,9 @@ class Learner:
             x,
             y,
             lambda params, x: self._sibling(params)(x),
-            lambda batch, params: loss_fn(self._sibling(params)(batch[0]), batch[1]),
+            lambda batch, params: checks.scalar(
+                loss_fn(self._sibling(params)(batch[0]), batch[1]), "loss_fn", self._adapter.backend
+            ),
             self.config.names,
             self._adapter.backend,
         )
@@ -186,3 +324,36 @@ class Learner:
         sibling = self._sibling(self.params)
         support_loss(sibling)
         self._statistics, self._has_support = sibling._statistics, True
+
+
+class _Model:
+    """The model of a learner, for its parts."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._adapter = learner._adapter
+        self.names = list(learner.params)
+        self.withholds = self._adapter.withholds
+
+    def look(self, find: Find) -> Any:
+        """`find(model)`, a value as the user has it outside of the call."""
+        return self._learner._evaluate(lambda model: self._read(find(model)), (), {})[0]
+
+    def call(self, find: Find, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`find(model)(*args, **kwargs)`, as a call of the learner."""
+
+        def called(model: Any, *xs: Any, **named: Any) -> Any:
+            return self._read(find(model)(*xs, **named))
+
+        return self._learner._run(called, args, kwargs)
+
+    def _read(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._read, value))
+        if type(value) is dict:
+            return {key: self._read(item) for key, item in value.items()}
+        return self._adapter.read(value)
+
+
+def _is_numpy(x: object) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind in "biuf"

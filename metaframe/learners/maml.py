@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, optim
-from metaframe.learners.config import AdaptConfig, Norm
+from metaframe import arguments, optim
 from metaframe.learners.functional import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method
+from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.models import adapter_of
 
 
@@ -24,11 +24,13 @@ class MAML(MetaLearner):
 
     Args:
         module: the model, see `metaframe.models`; its parameters are the meta-parameters.
-        inner_lr: inner step size, or one for each adapted parameter by name; `None` if `update`
-            brings its own.
+        inner_lr: inner step size, or one for each adapted parameter, by its name or that of a part
+            of the model, such as a layer; a rate may be an array that broadcasts to the shape of
+            its parameter. `None` if `update` brings its own.
         inner_steps: default number of inner steps, at least 1.
         first_order: take the inner gradients for constants (FOMAML).
-        adapt_names: names of the parameters to adapt; default: all trainable ones.
+        adapt_names: names of the parameters to adapt; default: all trainable ones, at the time of
+            each adaptation. Frozen ones do not adapt.
         allow_unused: leave adapted parameters that a support loss does not depend on as they are;
             False makes that an error.
         norm: statistics of batch normalisation. "batch": of the examples in hand, so predictions
@@ -42,7 +44,8 @@ class MAML(MetaLearner):
 
     Raises:
         InputError: fewer steps than one, no parameters to adapt, an unknown name.
-        InputTypeError: not a model.
+        InputTypeError: not a model, or a trainable parameter that cannot be learned, such as a
+            complex one.
 
     >>> import torch
     >>> from metaframe.learners import MAML
@@ -74,10 +77,46 @@ class MAML(MetaLearner):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.integer(inner_steps, "inner_steps", at_least=1)
+        arguments.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
         if inner_lr is not None:
-            rate_for(inner_lr, names, {*adapter.params(), *adapter.adaptable()})
-        config = AdaptConfig(names, inner_lr, inner_steps, first_order, allow_unused, norm, update)
+            known = {*adapter.params(), *adapter.adaptable()}
+            rate_for(inner_lr, names, known, name="inner_lr")
+        config = AdaptConfig(
+            names,
+            inner_lr,
+            inner_steps,
+            first_order,
+            allow_unused,
+            norm,
+            update,
+            every=adapt_names is None,
+        )
+        config.check_rate(adapter.params())
         super().__init__(adapter, config, Method())
+
+    @property
+    def inner_lr(self) -> LearningRate | None:
+        """The inner step size, or those by name."""
+        return self.config.inner_lr
+
+    @property
+    def inner_steps(self) -> int:
+        """The default number of inner steps."""
+        return self.config.inner_steps
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the inner gradients are constants."""
+        return self.config.first_order
+
+    @property
+    def adapt_names(self) -> tuple[str, ...]:
+        """Names of the parameters that adapt."""
+        return self.config.names
+
+    @property
+    def allow_unused(self) -> bool:
+        """Whether a support loss may leave adapted parameters out."""
+        return self.config.allow_unused

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from metaframe import checks, ops, tree
-from metaframe.backend import Array, Arrays
-from metaframe.inner import StepView
-from metaframe.learners.config import Norm
+from metaframe import arguments, ops, tree
+from metaframe.backend.types import Array, Arrays
+from metaframe.core.inner_loop import StepView
+from metaframe.core.task_program import Outcome, TaskRun, adapted_cost
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
-from metaframe.learners.objective import TaskRun, adapted_query_loss
+from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.models.per_step import StepAffine, row
 from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
@@ -51,7 +52,7 @@ class MAMLPlusPlus(MAML):
 
     Args:
         module: see `MAML`.
-        inner_lr: where every rate starts.
+        inner_lr: where every rate starts, see `MAML`; an array has one number a step.
         inner_steps: K; the paper takes 5.
         first_order: see `MAML`; for all epochs.
         adapt_names: see `MAML`.
@@ -85,8 +86,8 @@ class MAMLPlusPlus(MAML):
         multi_step_epochs: int = 0,
         second_order_from: int = 0,
     ) -> None:
-        checks.integer(multi_step_epochs, "multi_step_epochs", at_least=0)
-        checks.integer(second_order_from, "second_order_from", at_least=0)
+        arguments.integer(multi_step_epochs, "multi_step_epochs", at_least=0)
+        arguments.integer(second_order_from, "second_order_from", at_least=0)
         adapter = adapter_of(module)
         if learn_norms:
             adapter = StepAffine(adapter, inner_steps)
@@ -107,12 +108,10 @@ class MAMLPlusPlus(MAML):
         self._second_order_from = second_order_from
         if learn_rates:
             params, steps = self._adapter.params(), (inner_steps,)
-            self.rates = self._learn(
-                {
-                    n: self.config.rate_of(n) + ops.zeros(steps, like=params[n])
-                    for n in self.config.names
-                }
-            )
+            like = {n: ops.zeros(steps, like=params[n]) for n in self.config.names}
+            self.rates = self._learn(self.config.starting_rates(like))
+        # One object, since another method is another program.
+        self._multi_step = Method(partial(multi_step_loss, inner_steps=inner_steps))
         self._follow(self._phase)
 
     def _phase(self, epoch: int) -> Phase:
@@ -125,7 +124,7 @@ class MAMLPlusPlus(MAML):
         weights = multi_step_weights(config.inner_steps, epoch, self._multi_step_epochs)
         # The loss before the first step has no weight.
         weights = np.concatenate([[0.0], weights])
-        return Phase(config, Method(multi_step_loss), {"weights": weights})
+        return Phase(config, self._multi_step, {"weights": weights})
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> np.ndarray[Any, Any]:
@@ -153,22 +152,23 @@ def multi_step_weights(steps: int, epoch: int, epochs: int) -> np.ndarray[Any, A
     return weights
 
 
-def multi_step_loss(run: TaskRun) -> Array:
+def multi_step_loss(run: TaskRun, *, inner_steps: int) -> Outcome:
     """The weighted sum of the query losses after each step.
 
     With another number of steps than was configured, as in an evaluation, it is the last alone.
     """
-    if run.setting.steps != run.setting.config.inner_steps:
-        return adapted_query_loss(run)
+    if run.steps != inner_steps:
+        return adapted_cost(run)
     weights = run.schedule["weights"]
 
-    def observe(at: Params, view: StepView | None, index: Array) -> Arrays:
+    def observe(at: Arrays, view: StepView | None, index: Array) -> Arrays:
         del view
-        return (row(weights, index) * run.query_loss(run.ordered(at), index),)
+        return (row(weights, index) * run.outer(at, index)[0],)
 
-    result = run.adapted(observe)
-    (total,) = result.total
-    return total + weights[-1] * run.query_loss(result.variables)
+    found = run.adapted(observe)
+    (total,) = found.total
+    loss, report = run.outer(found.params, None)
+    return Outcome(total + weights[-1] * loss, found.params, report)
 
 
 def rate_for_each_step() -> Optimizer:

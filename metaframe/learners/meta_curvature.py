@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from metaframe import checks, ops
-from metaframe.backend import Array, backend_of
-from metaframe.learners.config import Norm
+from metaframe import ops
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
+from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.optim import Grads, Optimizer, Params, Rate, State
 
@@ -65,7 +68,12 @@ class MetaCurvature(MAML):
         *,
         norm: Norm = "batch",
     ) -> None:
-        checks.learning_rate(inner_lr)
+        inner_lr = checks.learning_rate(inner_lr, "inner_lr")
+        if not isinstance(inner_lr, int | float):
+            raise InputTypeError(
+                f"inner_lr of MetaCurvature is one number for all, received {inner_lr!r}. Its "
+                "matrices learn what differs between parameters."
+            )
         adapter = adapter_of(module)
         super().__init__(
             adapter,

@@ -8,24 +8,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks
-from metaframe.backend import Array, Backend
-from metaframe.compile import compile
+from metaframe import arguments
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
+from metaframe.backend.workers import Share
+from metaframe.core import checks
+from metaframe.core.compile import compile
+from metaframe.core.inner_loop import Mode
+from metaframe.core.meta_gradient import MetaResult
+from metaframe.core.task_map import Execution, TaskMap, strategy
 from metaframe.errors import InputError, nearest
-from metaframe.inner import Mode
-from metaframe.learners.config import AdaptConfig, Norm
-from metaframe.learners.functional import Params
+from metaframe.learners import parameters
+from metaframe.learners.functional import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
-from metaframe.learners.objective import Meta, Setting, array_like, as_batch
-from metaframe.learners.pure import LEARNED, Adaptation, MetaGradient, divided
+from metaframe.learners.names import named, renamed
+from metaframe.learners.native_class import Wrapper
+from metaframe.learners.objective import Meta, Setting, as_batch
+from metaframe.learners.pure import Adaptation, MetaGradient, divided
+from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.learners.statistics import StatisticsOfTasks
-from metaframe.learners.wrapper import Wrapper
-from metaframe.meta import Execution, MetaResult, TaskMap, strategy
 from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
-from metaframe.workers import Share
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -56,6 +61,7 @@ class MetaLearner(Wrapper):
 
     def __init__(self, adapter: ModelAdapter, config: AdaptConfig, method: Method) -> None:
         super().__init__()
+        checks.learnable(adapter.params(), adapter.trainable(), adapter.backend)
         if config.norm == "per-step":
             adapter = StepStatistics(adapter, config.inner_steps)
             self.step_statistics = adapter.tables.model  # on torch to be saved and moved
@@ -86,8 +92,7 @@ class MetaLearner(Wrapper):
         return self._adapter.call(self._adapter.params(), self._adapter.state(), inputs)[0]
 
     def _unadapted_norm(self) -> Norm:
-        # There is no support set here.
-        return "batch" if self.config.norm == "support" else self.config.norm
+        return "batch" if self.config.norm == "support" else self.config.norm  # no support set
 
     def _follow(self, phase_of: Callable[[int], Phase]) -> None:
         """Let the epoch decide what the algorithm does, from here on."""
@@ -104,7 +109,7 @@ class MetaLearner(Wrapper):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        checks.integer(epoch, "epoch", at_least=0)
+        arguments.integer(epoch, "epoch", at_least=0)
         if epoch != self._epoch:
             self._enter(epoch)
 
@@ -123,13 +128,16 @@ class MetaLearner(Wrapper):
         Raises:
             InputError: an unknown name.
         """
-        values, given = self.meta_parameters(), dict(params or {})
+        values = self.meta_parameters()
+        given = renamed(params or {}, self, values)
         for name in given:
             if name not in values:
                 raise InputError(f"no meta-parameter called {name!r}. {nearest(name, values)}")
-        meta = self._divided({**values, **given})
-        start = {**self._adapter.params(), **meta["params"]}
-        return Learner(self._adapter, start, meta["learned"], self._adapting, self._method)
+        meta, alias = self._divided(given), self.backend.alias
+        start = {n: alias(x) for n, x in self._adapter.params().items() if n not in meta["params"]}
+        ordered = {name: {**start, **meta["params"]}[name] for name in self._adapter.params()}
+        learned = {**parameters.of_rule(self._learned), **meta["learned"]}
+        return Learner(self._adapter, ordered, learned, self._adapting, self._method)
 
     def meta_parameters(self) -> Params:
         """The meta-parameters by name, live where the framework's parameters are.
@@ -137,10 +145,25 @@ class MetaLearner(Wrapper):
         They are the model's trainable parameters, and with the prefix "learned/" what the update
         rule learns.
         """
-        params = self._adapter.params()
-        meta = {name: params[name] for name in self._adapter.trainable()}
-        learned = self._learned.params() if self._learned is not None else {}
-        return {**meta, **_prefixed(learned)}
+        return parameters.meta_parameters(self._adapter, self._learned)
+
+    def not_learned(self) -> dict[str, str]:
+        """The arrays of the model that are no meta-parameters, and why.
+
+        Returns:
+            By name "frozen", the dtype of a parameter of integers or booleans, or "state" for what
+            is no parameter, such as running statistics and what TensorFlow and Keras freeze.
+
+        >>> import torch
+        >>> from metaframe import MAML
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1, bias=False))
+        >>> model[0].bias.requires_grad_(False)
+        Parameter containing:
+        ...
+        >>> MAML(model).not_learned()
+        {'0.bias': 'frozen'}
+        """
+        return parameters.left_out(self._adapter, self._learned)
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set meta-parameters by name: in the model where it can be changed, in `module` else.
@@ -148,7 +171,7 @@ class MetaLearner(Wrapper):
         Raises:
             InputError: an unknown name or another shape.
         """
-        meta = self._divided(values)
+        meta = self._divided(renamed(values, self, self.meta_parameters()))
         self._adapter.assign(meta["params"])
         self.module = self._adapter.model
         if self._learned is not None:
@@ -182,7 +205,8 @@ class MetaLearner(Wrapper):
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
-            `meta_parameters`; and `aux["costs"]`, the loss of each task.
+            `meta_parameters`; and `aux["costs"]`, the loss of each task. On torch `grads` has
+            them by the names of `named_parameters()` too: "module.weight" is "weight".
 
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
@@ -196,7 +220,7 @@ class MetaLearner(Wrapper):
             distributed=distributed,
         )
         result: MetaResult = self._run(gradient, tasks, compiled)
-        return result._replace(grads={n: result.grads[n] for n in self.meta_parameters()})
+        return result._replace(grads=named(result.grads, self, self.meta_parameters()))
 
     def meta_gradient(
         self,
@@ -298,8 +322,7 @@ class MetaLearner(Wrapper):
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
         """Adaptation to one task, step by step and as pure functions, for evaluations."""
-        setting = self._setting(loss_fn)
-        return Adaptation(setting, self._learned is not None, self._flags)
+        return Adaptation(self._setting(loss_fn), self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:
         """The values of `meta_parameters`, as constants of no record of operations."""
@@ -308,24 +331,26 @@ class MetaLearner(Wrapper):
 
     def variables(self) -> dict[str, Any]:
         """The meta-parameters as the objects that the framework's own optimizers update."""
-        variables = self._adapter.variables()
-        meta = {name: variables[name] for name in self._adapter.trainable()}
-        learned = self._learned.variables() if self._learned is not None else {}
-        return {**meta, **_prefixed(learned)}
+        variables = {
+            **self._adapter.variables(),
+            **parameters.prefixed(self._learned.variables() if self._learned is not None else {}),
+        }
+        return {name: variables[name] for name in self.meta_parameters()}
 
     def constants(self) -> Meta:
         """What else a meta-gradient depends on: other parameters, state, the method's schedule.
 
         Of no record of operations, as `meta_arrays`.
         """
-        meta = frozenset(self._adapter.trainable())
         params = self._adapter.params()
+        meta = frozenset(parameters.trainable(self._adapter, params))
         # The model may have moved to another device or dtype since.
         schedule = {n: array_like(x, params, self.backend) for n, x in self._schedule.items()}
         groups = {
             "params": {n: x for n, x in params.items() if n not in meta},
             "state": self._adapter.state(),
             "schedule": schedule,
+            "learned": parameters.of_rule(self._learned, trained=False),
         }
         asarray, stop = self.backend.asarray, self.backend.stop_gradient
         return {kind: {n: stop(asarray(x)) for n, x in xs.items()} for kind, xs in groups.items()}
@@ -333,24 +358,16 @@ class MetaLearner(Wrapper):
     @property
     def backend(self) -> Backend:
         """The backend of the model."""
-        return self._adapter.backend
+        backend: Backend = self._adapter.backend
+        return backend
 
     @property
     def _adapting(self) -> AdaptConfig:
-        """The settings, without the parameters that were frozen since they were made."""
-        config, adaptable = self.config, frozenset(self._adapter.adaptable())
-        names = tuple(name for name in config.names if name in adaptable)
+        """The settings for the parameters that are trained now."""
+        config = self.config
+        names = parameters.adapting(config, self._adapter, self._learned)
         if names == config.names:
             return config
-        # Where a frozen one counts as state, as with Keras, it is there.
-        known = {*adaptable, *self._adapter.params(), *self._adapter.state()}
-        if lost := [name for name in config.names if name not in known]:
-            raise InputError(
-                f"the model has no parameters {lost}, which it had when it was wrapped. Wrap it "
-                "again."
-            )
-        if not names:
-            raise InputError(f"all of the parameters to adapt are frozen: {list(config.names)}.")
         if (
             self._narrowed is None
             or self._narrowed[0] is not config
@@ -370,9 +387,10 @@ class MetaLearner(Wrapper):
         mode: Mode = "reverse",
         metric: LossFn | None = None,
     ) -> Setting:
-        checks.function(loss_fn, "loss_fn")
+        arguments.function(loss_fn, "loss_fn")
         config = self._adapting
         steps = config.steps(steps, at_least=0)
+        loss_fn = self.backend.differentiable(loss_fn)
         return Setting(self._adapter, config, self._method, loss_fn, steps, mode, metric)
 
     def _run(self, fn: Program, tasks: Task | Sequence[Task], compiled: bool | None) -> Any:
@@ -393,7 +411,3 @@ class MetaLearner(Wrapper):
 
     def _divided(self, values: Mapping[str, Array]) -> Meta:
         return divided(values, self._learned is not None)
-
-
-def _prefixed(learned: Params) -> Params:
-    return {LEARNED + name: value for name, value in learned.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from metaframe import ops
-from metaframe.learners.config import Norm
+from metaframe.backend.types import Array
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
+from metaframe.learners.settings import Norm
 
 
 class MetaSGD(MAML):
@@ -16,12 +16,13 @@ class MetaSGD(MAML):
 
         theta' = theta - alpha * grad L_support(theta),   alpha of the shape of theta and learned
 
-    The rates are meta-parameters next to the model's: on torch parameters of the wrapper, under
-    `rates`; everywhere in `meta_parameters()`, under "learned/".
+    The rates are meta-parameters next to the model's: in `lrs`, a mapping from the names of the
+    adapted parameters, which on torch is a part of the wrapper, so that `parameters()` and
+    `state_dict()` have them; and in `meta_parameters()`, under "learned/".
 
     Args:
         module: the model, see `MAML`.
-        inner_lr: where every rate starts: a number, or one for each adapted parameter by name.
+        inner_lr: where every rate starts, see `MAML`.
         inner_steps: see `MAML`.
         first_order: see `MAML`. With one inner step the rates get their
             exact gradient either way; with more the part that goes through later gradients is
@@ -34,6 +35,9 @@ class MetaSGD(MAML):
     >>> maml = MetaSGD(torch.nn.Linear(1, 1))
     >>> sorted(maml.meta_parameters())
     ['bias', 'learned/bias', 'learned/weight', 'weight']
+    >>> maml.lrs["bias"]
+    Parameter containing:
+    tensor([0.0100], requires_grad=True)
     """
 
     def __init__(
@@ -51,6 +55,12 @@ class MetaSGD(MAML):
             module, inner_lr, inner_steps, first_order, adapt_names, allow_unused, norm=norm
         )
         params = self._adapter.params()
-        self.rates = self._learn(
-            {n: self.config.rate_of(n) * ops.ones_like(params[n]) for n in self.config.names}
+        self.lrs: Mapping[str, Array] = self._learn(
+            self.config.starting_rates({n: params[n] for n in self.config.names})
         )
+        """The live rates, by the names of the parameters that they are for."""
+
+    @property
+    def rates(self) -> Mapping[str, Array]:
+        """The same as `lrs`."""
+        return self.lrs

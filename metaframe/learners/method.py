@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from metaframe.backend import Array, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
+from metaframe.core.task_program import Objective
 from metaframe.learners.functional import Params
-
-if TYPE_CHECKING:
-    from metaframe.learners.objective import TaskRun
 
 
 class Support(NamedTuple):
@@ -43,7 +42,7 @@ class Method:
         finish: `(support, where it began, adapted) -> parameters`, after the last step.
     """
 
-    objective: Callable[[TaskRun], Array] | None = None
+    objective: Objective | None = None
     begin: Callable[[Support, Params], Params] | None = None
     penalty: Callable[[Params, Params], Array] | None = None
     finish: Callable[[Support, Params, Params], Params] | None = None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from metaframe import checks, optim, tree
-from metaframe.backend import Array, Backend, is_neutral
+from metaframe import tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import is_neutral
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
+from metaframe.core.inner_loop import InnerLoop, InnerResult, InnerSettings, Mode, Observer
+from metaframe.core.task_program import TaskRun, adapted_cost
 from metaframe.errors import InputTypeError
-from metaframe.inner import InnerLoop, InnerResult, InnerSettings, Mode, Observer
-from metaframe.learners.config import AdaptConfig
-from metaframe.learners.functional import Params, gradients
+from metaframe.learners.functional import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models import Forward, Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
@@ -38,19 +41,22 @@ class Setting:
     mode: Mode
     metric: LossFn | None = None
 
+    def loss(self, prediction: Any, target: Any) -> Array:
+        """What `loss_fn` returns."""
+        return self.adapter.backend.user_function(self.loss_fn)(prediction, target)
+
     def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
         """The task's contribution to the meta-objective, and what to report of it."""
-        objective = self.method.objective or adapted_query_loss
-        run = TaskRun(self, meta, constants, task)
-        cost = objective(run)
-        if self.metric is None:
-            return cost, {"costs": cost}
-        score = self.metric(run.prediction, task.query_y)
-        return cost, {"costs": cost, "scores": checks.scalar(score, "metric", self.adapter.backend)}
+        run = ModelOnTask(self, meta, constants, task).run()
+        found = (self.method.objective or adapted_cost)(run)
+        report = {"costs": found.cost}
+        if self.metric is not None:
+            (report["scores"],) = found.report
+        return found.cost, report
 
 
-class TaskRun:
-    """One task: its losses and its inner loop, as functions of named parameters.
+class ModelOnTask:
+    """A model on one task: its losses and its inner loop, as functions of named parameters.
 
     `start` are all parameters before the first step, if they are known already.
     """
@@ -65,10 +71,9 @@ class TaskRun:
     ) -> None:
         self.setting = setting
         self.task = task
-        self.schedule = constants["schedule"]
-        """What changes from one call to the next and is not differentiated."""
+        self._schedule = constants["schedule"]
         self._state = constants["state"]
-        self._learned = meta["learned"]
+        self._learned = {**constants["learned"], **meta["learned"]}
         self.support = Support(
             task.support_x,
             task.support_y,
@@ -79,6 +84,9 @@ class TaskRun:
         )
         self.start = self._begun({**constants["params"], **meta["params"]}, start)
         """All parameters before the first step."""
+        self._adapting = tuple(sorted(setting.config.names))
+        self._held = tuple(name for name in self.start if name not in setting.config.names)
+        self._batch = tree.Packed((self.support.x, self.support.y), setting.adapter.backend.owns)
 
     def _begun(self, params: Params, start: Params | None) -> Params:
         if start is not None:
@@ -87,24 +95,61 @@ class TaskRun:
         begin = self.setting.method.begin
         return params if begin is None else begin(self.support, params)
 
-    def adapted(self, observe: Observer | None = None) -> InnerResult:
-        """All parameters after the inner loop, and the sums of what the observer returned."""
-        setting = self.setting
-        if setting.steps == 0:
-            return InnerResult(self.start, ())
-        if not setting.config.allow_unused:
+    def run(self) -> TaskRun:
+        """The task program, on flat arrays."""
+        if self.setting.steps and not self.setting.config.allow_unused:
             self._check_all_used()
-        result = self.loop(self.start).run(setting.steps, observe)
-        params = self.ordered(result.variables)
-        if setting.method.finish is not None:
-            params = setting.method.finish(self.support, self.start, params)
-        return InnerResult(params, result.total)
+        loop, start, context = self.loop(), self.params, self.context
+        finish = self.setting.method.finish
 
-    def query_loss(self, params: Params, step: Array | None = None) -> Array:
-        """The loss on the query set, after this many steps; by default after all."""
-        self.prediction = self.predict(params, self.task.query_x, step)
-        """What the last query loss was computed from."""
-        return self.setting.loss_fn(self.prediction, self.task.query_y)
+        def adapted(observe: Observer | None = None) -> InnerResult:
+            if self.setting.steps == 0:
+                return InnerResult(start, (), ())
+            found = loop.run(start, context, self.setting.steps, observe)
+            if finish is None:
+                return found
+            after = finish(self.support, self.start, self.named(found.params))
+            return found._replace(params=tuple(after[name] for name in self._adapting))
+
+        return TaskRun(
+            start,
+            self.setting.steps,
+            adapted,
+            partial(loop.cost_and_gradient, context=context),
+            self._query,
+            self._schedule,
+        )
+
+    @property
+    def params(self) -> Arrays:
+        """The parameters that adapt, before the first step."""
+        return tuple(self.start[name] for name in self._adapting)
+
+    @property
+    def context(self) -> Arrays:
+        """What else the inner cost depends on: other parameters, support set, the step."""
+        step = (self._state[STEP],) if STEP in self._state else ()
+        return (*(self.start[name] for name in self._held), *self._batch.arrays, *step)
+
+    def loop(self) -> InnerLoop:
+        """The inner loop."""
+        config = self.setting.config
+        settings = InnerSettings(
+            config.rate(self._learned),
+            config.update,
+            1 if config.first_order else 2,
+            self.setting.mode,
+            context_of_step=_at_step if STEP in self._state else None,
+            lr_name="inner_lr",
+        )
+        spec = tree.structure(dict.fromkeys(self._adapting, 0))
+        return InnerLoop(self.setting.adapter.backend, self._inner_cost, spec, settings)
+
+    def named(self, params: Arrays, held: Arrays | None = None) -> Params:
+        """All parameters by name, in the model's own order."""
+        adapted = dict(zip(self._adapting, params, strict=True))
+        others = self.start if held is None else dict(zip(self._held, held, strict=True))
+        return {n: adapted[n] if n in adapted else others[n] for n in self.start}
 
     def predict(self, params: Params, x: Any, step: Array | None = None) -> Any:
         """The model's output for examples that it did not adapt on, all in one batch."""
@@ -114,53 +159,43 @@ class TaskRun:
             _, state = self._call(params, state, record, self.task.support_x)
         return self._call(params, state, self.setting.config.forward("query"), x)[0]
 
-    @property
-    def rate(self) -> optim.Rate:
-        """What the update rule is given as learning rate."""
-        return self.setting.config.rate(self._learned)
-
-    def ordered(self, params: Params) -> Params:
-        """In the model's own order, which a structure does not keep."""
-        return {name: params[name] for name in self.start}
-
     def recorded(self, params: Params, x: Any, step: Any) -> Params:
         """The model's state when batch normalisation takes the statistics of `x` and keeps them."""
         forward = replace(self.setting.config.forward("query"), norm="record", twice=False)
         return self._call(params, at_step(self._state, step), forward, x)[1]
 
-    def loop(self, start: Params) -> InnerLoop:
-        """The inner loop from `start`."""
-        config, batch = self.setting.config, (self.support.x, self.support.y)
-        stepwise = STEP in self._state
-        settings = InnerSettings(
-            self.rate,
-            config.update,
-            1 if config.first_order else 2,
-            self.setting.mode,
-            batch_of_step=_with_step if stepwise else None,
-        )
-        chosen = tree.leaves({name: name in config.names for name in start})
-        return InnerLoop(
-            self.inner_cost,
-            start,
-            (*batch, self._state[STEP]) if stepwise else batch,
-            chosen,
-            settings,
-        )
+    def _query(self, params: Arrays, step: Array | None) -> tuple[Array, Arrays]:
+        """The query loss after this many steps, by default after all, and then the score too."""
+        setting, target = self.setting, self.task.query_y
+        prediction = self.predict(self.named(params), self.task.query_x, step)
+        loss = self._loss(prediction, target)
+        if setting.metric is None or step is not None:
+            return loss, ()
+        score = setting.adapter.backend.user_function(setting.metric)(prediction, target)
+        return loss, (checks.scalar(score, "metric", setting.adapter.backend),)
 
-    def inner_cost(self, batch: Any, params: Params) -> Array:
+    def _inner_cost(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         """What the inner loop minimises: the support loss, and the algorithm's penalty."""
-        loss, penalty = self._support_loss(batch, params), self.setting.method.penalty
-        if penalty is None:
-            return loss
-        names = self.setting.config.names
-        return loss + penalty(*({n: p[n] for n in names} for p in (params, self.start)))
+        held = len(self._held)
+        named = self.named(params, context[:held])
+        count = len(self._batch.arrays)
+        batch = self._batch.unpack(context[held : held + count])
+        cost = self._support_loss((*batch, *context[held + count :]), named)
+        penalty = self.setting.method.penalty
+        if penalty is not None:
+            names = self.setting.config.names
+            cost = cost + penalty(*({n: p[n] for n in names} for p in (named, self.start)))
+        return cost, (cost,)
 
     def _support_loss(self, batch: Any, params: Params) -> Array:
         x, y, *step = batch
         state = at_step(self._state, *step) if step else self._state
-        output, _ = self._call(self.ordered(params), state, self._support_forward(), x)
-        return self.setting.loss_fn(output, y)
+        output, _ = self._call(params, state, self._support_forward(), x)
+        return self._loss(output, y)
+
+    def _loss(self, prediction: Any, target: Any) -> Array:
+        loss = self.setting.loss(prediction, target)
+        return checks.scalar(loss, "loss_fn", self.setting.adapter.backend)
 
     def _support_forward(self) -> Forward:
         forward = self.setting.config.forward("support")
@@ -181,13 +216,8 @@ class TaskRun:
         )
 
 
-def _with_step(batch: Any, step: Array) -> Any:
-    return (*batch[:2], step)
-
-
-def adapted_query_loss(run: TaskRun) -> Array:
-    """What MAML minimises: the query loss of the adapted parameters."""
-    return run.query_loss(run.adapted().variables)
+def _at_step(context: Arrays, step: Array) -> Arrays:
+    return (*context[:-1], step)
 
 
 def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Task:
@@ -216,12 +246,3 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
 
     batch: Task = tree.map(convert, stacked)
     return batch
-
-
-def array_like(x: Any, like: Params, backend: Backend) -> Array:
-    """Neutral `x` on the device of these parameters, and in their dtype if it is floating."""
-    example = next(p for p in like.values() if backend.is_floating(p))
-    dtype = backend.dtype_name(example) if np.asarray(x).dtype.kind == "f" else None
-    return backend.asarray(
-        x, dtype, None if backend.is_traced(example) else backend.device_of(example)
-    )

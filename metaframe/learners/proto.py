@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, ops, optim
-from metaframe.backend import Array, backend_of
+from metaframe import arguments, ops, optim
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
-from metaframe.learners.config import AdaptConfig, Norm
 from metaframe.learners.functional import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method, Support
+from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.models import adapter_of
-from metaframe.models.around import HEAD, WithHead
+from metaframe.models.wrapped import HEAD, WithHead
 
 
 class ProtoNet(MetaLearner):
@@ -139,7 +140,7 @@ def _check_labels(labels: np.ndarray[Any, Any], ways: int) -> None:
 
 
 def _from_prototypes(ways: int) -> Method:
-    checks.integer(ways, "ways", at_least=2)
+    arguments.integer(ways, "ways", at_least=2)
     return Method(begin=functools.partial(_with_head, ways=ways))
 
 

@@ -12,12 +12,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metaframe.backend import Array
-from metaframe.errors import MetaframeError
-from metaframe.inner import first_index
+from metaframe.backend.types import Array
+from metaframe.core.constants import Settled
+from metaframe.core.inner_loop import first_index
+from metaframe.core.meta_gradient import MetaResult, meta_value_and_grad
+from metaframe.core.task_map import Execution
+from metaframe.errors import BackendError, MetaframeError
 from metaframe.learners.functional import Params
-from metaframe.learners.objective import Meta, Setting, TaskRun
-from metaframe.meta import Execution, MetaResult, meta_value_and_grad
+from metaframe.learners.objective import Meta, ModelOnTask, Setting
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
@@ -32,7 +34,7 @@ NOT_VECTORISED = (
 
 
 @dataclass(frozen=True)
-class MetaGradient:
+class MetaGradient(Settled):
     """`(meta, constants, batch) -> (cost, grads, aux)`.
 
     `meta` and `constants` are what a learner's `meta_arrays` and `constants` return; `grads` are
@@ -65,10 +67,9 @@ class MetaGradient:
         )
         try:
             return transformed(meta, batch)
-        except MetaframeError:
-            raise
         except Exception as error:
-            if self.how.task_map in ("auto", "vmap"):
+            ours = isinstance(error, MetaframeError) and not isinstance(error, BackendError)
+            if self.how.task_map in ("auto", "vmap") and not ours:
                 error.add_note(NOT_VECTORISED)
             raise
 
@@ -86,7 +87,7 @@ class Adapted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Settled):
     """The inner loop of one task, taken apart.
 
     Training differentiates through the whole loop and looks at its end. An evaluation looks at
@@ -99,26 +100,36 @@ class Adaptation:
 
     def start(self, meta: Params, constants: Meta, task: Task) -> Adapted:
         """Before the first step."""
-        start, config = self._run(meta, constants, task).start, self.setting.config
-        adapting = {name: start[name] for name in config.names}
-        taken = first_index(next(iter(start.values())))
-        begun = {} if self.setting.method.begin is None else start
+        at, config = self._on_task(meta, constants, task), self.setting.config
+        adapting = {name: at.start[name] for name in config.names}
+        taken = first_index(next(iter(at.start.values())))
+        begun = {} if self.setting.method.begin is None else at.start
         return Adapted(adapting, config.rule.init(adapting), taken, begun)
 
     def step(self, at: Adapted, meta: Params, constants: Meta, task: Task) -> Adapted:
         """One step further on the support set."""
-        run = self._run(meta, constants, task, at)
-        after, state = run.loop({**run.start, **at.params}).advance(at.rule_state, at.taken)
-        return Adapted({n: after[n] for n in at.params}, state, at.taken + 1, at.begun)
+        model = self._on_task(meta, constants, task, at)
+        found = model.loop().run(
+            tuple(at.params[name] for name in sorted(at.params)),
+            model.context,
+            1,
+            state=at.rule_state,
+            index=at.taken,
+        )
+        after = model.named(found.params)
+        return Adapted({n: after[n] for n in at.params}, found.state, at.taken + 1, at.begun)
 
     def predict(self, at: Adapted, meta: Params, constants: Meta, task: Task, x: Any) -> Any:
         """The model's output for `x`, all examples in one batch."""
-        run = self._run(meta, constants, task, at)
-        return run.predict(run.ordered({**run.start, **at.params}), x, at.taken)
+        model = self._on_task(meta, constants, task, at)
+        params = {name: at.params.get(name, value) for name, value in model.start.items()}
+        return model.predict(params, x, at.taken)
 
-    def _run(self, meta: Params, constants: Meta, task: Task, at: Adapted | None = None) -> TaskRun:
+    def _on_task(
+        self, meta: Params, constants: Meta, task: Task, at: Adapted | None = None
+    ) -> ModelOnTask:
         begun = (at.begun or None) if at else None
-        return TaskRun(self.setting, divided(meta, self.learned), constants, task, begun)
+        return ModelOnTask(self.setting, divided(meta, self.learned), constants, task, begun)
 
 
 def divided(values: Mapping[str, Array], learned: bool) -> Meta:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from metaframe import checks, ops, optim
-from metaframe.backend import Array, Arrays
+from metaframe import optim
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks, rates
+from metaframe.core.inner_loop import StepView
+from metaframe.core.task_program import Outcome, TaskRun, with_gradient
 from metaframe.errors import InputError
-from metaframe.inner import StepView
-from metaframe.learners.config import Norm
-from metaframe.learners.functional import Params
+from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
-from metaframe.learners.objective import TaskRun
+from metaframe.learners.settings import AdaptConfig, Norm
 
 
 class Reptile(MAML):
@@ -32,7 +34,7 @@ class Reptile(MAML):
 
     Args:
         module: see `MAML`.
-        inner_lr: alpha, a positive number.
+        inner_lr: alpha, positive; see `MAML`.
         inner_steps: K. With one step the direction is a plain gradient of the mean support loss.
         adapt_names: see `MAML`; the direction is zero for the others.
         allow_unused: see `MAML`.
@@ -52,7 +54,7 @@ class Reptile(MAML):
     def __init__(
         self,
         module: Any,
-        inner_lr: float = 0.01,
+        inner_lr: LearningRate = 0.01,
         inner_steps: int = 5,
         adapt_names: Iterable[str] | None = None,
         allow_unused: bool = True,
@@ -60,35 +62,33 @@ class Reptile(MAML):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
     ) -> None:
-        checks.learning_rate(inner_lr)
-        if not isinstance(inner_lr, (int, float)) or inner_lr == 0:
+        if inner_lr is None:
             raise InputError(
-                f"Reptile divides by inner_lr, which has to be a positive number; received "
-                f"{inner_lr!r}."
+                "Reptile divides by inner_lr, which has to be positive; received None."
             )
+        rates.refuse_zero(checks.learning_rate(inner_lr, "inner_lr"), "inner_lr", "Reptile")
         super().__init__(
             module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
         )
-        self._method = Method(displacement, finish=_constants)
+        self._method = Method(partial(displacement, config=self.config), finish=_constants)
 
 
-def displacement(run: TaskRun) -> Array:
+def displacement(run: TaskRun, *, config: AdaptConfig) -> Outcome:
     """A cost with the value of the query loss and the gradient of Reptile's direction."""
-    if run.setting.steps == 0:
+    if run.steps == 0:
         raise InputError(
             "Reptile's direction is the sum of its inner updates: take one step or more."
         )
-    result = run.adapted(_updates)
-    cost = ops.stop_gradient(run.query_loss(result.variables))
-    config = run.setting.config
-    for name, moved in zip(sorted(config.names), result.total, strict=True):
-        # Zero, with the constant factor as its gradient.
-        offset = run.start[name] - ops.stop_gradient(run.start[name])
-        cost = cost - ops.sum(offset * ops.stop_gradient(moved) / config.inner_lr)
-    return cost
+    found, names = run.adapted(_updates), sorted(config.names)
+    loss, report = run.outer(found.params, None)
+    start = dict(zip(names, run.start, strict=True))
+    rate = rates.spread(config.rate({}), start, name="inner_lr")
+    moved = rates.divided(dict(zip(names, found.total, strict=True)), rate)
+    direction = [-moved[name] for name in names]
+    return Outcome(with_gradient(loss, run.start, direction), found.params, report)
 
 
-def _updates(at: Params, view: StepView | None, index: Array) -> Arrays:
+def _updates(at: Arrays, view: StepView | None, index: Array) -> Arrays:
     del at, index
     return view.updates if view is not None else ()
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metaframe import ops, tree
-from metaframe.backend import Array, Arrays
-from metaframe.inner import StepView
+from metaframe.backend.types import Array, Arrays
+from metaframe.core.inner_loop import StepView
+from metaframe.core.meta_gradient import map_tasks
+from metaframe.core.task_map import Strategy
 from metaframe.learners.functional import Params
-from metaframe.learners.objective import Meta, Setting, TaskRun
+from metaframe.learners.objective import Meta, ModelOnTask, Setting
 from metaframe.learners.pure import divided
-from metaframe.meta import Strategy, map_tasks
 from metaframe.models.per_step import StepStatistics, placed
 
 if TYPE_CHECKING:
@@ -36,31 +37,31 @@ class StatisticsOfTasks:
         """The statistics of every layer at theta_0 .. theta_K."""
 
         def of_task(task: Task) -> Params:
-            return observed(TaskRun(self.setting, divided(meta, self.learned), constants, task))
+            model = ModelOnTask(self.setting, divided(meta, self.learned), constants, task)
+            return observed(model)
 
         mapped = map_tasks(of_task, task_map=self.task_map, chunk_size=self.chunk_size)
         means: Params = tree.map(lambda x: ops.mean(x, axis=0), mapped(batch))
         return means
 
 
-def observed(run: TaskRun) -> Params:
+def observed(model: ModelOnTask) -> Params:
     """One task's statistics: of its support set before each step, of its query set after all."""
-    adapter, task = run.setting.adapter, run.task
+    adapter, task, steps = model.setting.adapter, model.task, model.setting.steps
     assert isinstance(adapter, StepStatistics), "the policy put it there"
     names = sorted(adapter.statistics)
 
-    def rows(params: Params, x: Array, step: Array) -> Arrays:
-        found = run.recorded(run.ordered(params), x, step)
+    def rows(params: Arrays, x: Array, step: Array) -> Arrays:
+        found = model.recorded(model.named(params), x, step)
         return tuple(placed(found[name], step, adapter.rows) for name in names)
 
-    def observe(at: Params, view: StepView | None, index: Array) -> Arrays:
+    def observe(at: Arrays, view: StepView | None, index: Array) -> Arrays:
         del view
         return rows(at, task.support_x, index)
 
-    result = run.adapted(observe)
-    last = adapter.backend.asarray(run.setting.steps, "int32")
-    query = rows(result.variables, task.query_x, last)
-    if not result.total:
+    found = model.run().adapted(observe)
+    query = rows(found.params, task.query_x, adapter.backend.asarray(steps, "int32"))
+    if not found.total:
         return dict(zip(names, query, strict=True))
-    both = zip(result.total, query, strict=True)
+    both = zip(found.total, query, strict=True)
     return dict(zip(names, (support + of_query for support, of_query in both), strict=True))

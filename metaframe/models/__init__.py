@@ -16,14 +16,14 @@ come from anywhere and `params` is any structure of arrays, such as
   have to be made before, and those of a closure are refused.
 """
 
-from metaframe.models.adapter import BatchNorm as BatchNorm
-from metaframe.models.adapter import Forward as Forward
-from metaframe.models.adapter import Inputs as Inputs
-from metaframe.models.adapter import ModelAdapter as ModelAdapter
-from metaframe.models.adapter import NamedParameters as NamedParameters
-from metaframe.models.find import FunctionalModel as FunctionalModel
-from metaframe.models.find import adapter_of as adapter_of
-from metaframe.models.find import functional as functional
+from metaframe.backend.model import BatchNorm as BatchNorm
+from metaframe.backend.model import Forward as Forward
+from metaframe.backend.model import Inputs as Inputs
+from metaframe.backend.model import ModelAdapter as ModelAdapter
+from metaframe.backend.model import NamedParameters as NamedParameters
+from metaframe.models.lookup import FunctionalModel as FunctionalModel
+from metaframe.models.lookup import adapter_of as adapter_of
+from metaframe.models.lookup import functional as functional
 
 __all__ = [
     "BatchNorm",

@@ -12,7 +12,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from metaframe import ops
-from metaframe.backend import Backend, backend_of, known_backends, load_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.registry import known_backends, load_backend
+from metaframe.backend.selection import backend_of
 from metaframe.errors import InputError
 from metaframe.models._keras_call import (
     Call,
@@ -23,8 +26,27 @@ from metaframe.models._keras_call import (
     not_built,
     unbuilt,
 )
-from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
-from metaframe.models.flags import Flags
+from metaframe.models.attributes import Flags
+
+CHANGING = frozenset(
+    [
+        "build",
+        "compile",
+        "evaluate",
+        "export",
+        "fit",
+        "load_weights",
+        "predict",
+        "predict_on_batch",
+        "quantize",
+        "save",
+        "save_weights",
+        "set_weights",
+        "test_on_batch",
+        "train_on_batch",
+    ]
+)
+"""Methods that Keras gives every model, and that run, change or save the one it is."""
 
 
 class KerasAdapter(ModelAdapter):
@@ -36,6 +58,8 @@ class KerasAdapter(ModelAdapter):
     Keras. Losses that layers add, such as those of regularizers, belong to the loss function: a
     model may return them, `return y, self.losses`.
     """
+
+    switchable = True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -131,11 +155,21 @@ class KerasAdapter(ModelAdapter):
         seen = {n: x / (1 - momenta[n]) for n, x in found.items() if x is not None}
         return called.output, {**state, **seen}
 
+    def read(self, value: Any) -> Any:
+        """The value of a variable, which is the model's own again after the call."""
+        return value.value if isinstance(value, keras().Variable) else value
+
+    def withholds(self, owner: Any, name: str) -> bool:
+        """Methods of Keras that train, save or change a model."""
+        own = getattr(getattr(type(owner), name, None), "__module__", "")
+        return name in CHANGING and own.partition(".")[0] == "keras"
+
     def _called(
         self, inputs: Inputs, variables: Params, values: Params, recorded: Iterable[str]
     ) -> Call:
-        norm, layers = inputs.forward.norm, self._layers()
-        training = None if norm is None else norm != "frozen"
+        norm, training, layers = inputs.forward.norm, inputs.forward.training, self._layers()
+        if training is None and norm is not None:
+            training = norm != "frozen"
         run = self._run(inputs, training)
 
         def call() -> Call:
@@ -149,7 +183,7 @@ class KerasAdapter(ModelAdapter):
             called, read = self.backend.run_foreign(call, twice=inputs.forward.twice)
         given = set(map(id, values.values()))
         self._check_own(called, [x for x in read if id(x) not in given])
-        return called
+        return called  # type: ignore[no-any-return]
 
     def _run(self, inputs: Inputs, training: bool | None) -> Any:
         model, args, kwargs = self.model, inputs.args, dict(inputs.kwargs)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from metaframe.backend import Array
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.models._keras_private import forget_losses
 

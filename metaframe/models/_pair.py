@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from metaframe import ops, tree
-from metaframe.backend import backend_of, convert_neutral
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, Params
+from metaframe.backend.selection import backend_of, convert_neutral
 from metaframe.errors import InputTypeError
-from metaframe.models.adapter import BatchNorm, Inputs, ModelAdapter, Params
 from metaframe.nn.layers import recorded_statistics
 from metaframe.nn.models import Model
 
@@ -57,7 +58,7 @@ class PairAdapter(ModelAdapter):
         )
 
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        """`apply(params, *args, **kwargs)`."""
+        """`apply(params, *args, **kwargs)`; `inputs.call` gets that function of `*args`."""
         structure, norm = self._structured(params), inputs.forward.norm
         if norm == "frozen" and self._norms:
             given = {
@@ -65,10 +66,13 @@ class PairAdapter(ModelAdapter):
                 for name in self._norms
             }
             structure = {**structure, **given}
+        run = functools.partial(self._apply, structure)
+        if inputs.call is not None:
+            run = functools.partial(inputs.call, run)
         if norm != "record":  # a framework's own batch normalisation does not record
-            return self._apply(structure, *inputs.args, **inputs.kwargs), state
+            return run(*inputs.args, **inputs.kwargs), state
         with recorded_statistics() as found:
-            output = self._apply(structure, *inputs.args, **inputs.kwargs)
+            output = run(*inputs.args, **inputs.kwargs)
         own = {
             f"{name}/{what}": value
             for name, pair in zip(self._norms, found, strict=bool(self._norms))
@@ -88,16 +92,40 @@ def _is_number(x: object) -> bool:
     return isinstance(x, (int, float))  # equal ones may be the same object
 
 
+def _is_transform(x: object) -> bool:
+    """Is it what `haiku.transform` returns, by its fields?"""
+    return getattr(x, "_fields", None) == ("init", "apply")
+
+
 def pair_adapter(model: object) -> ModelAdapter | None:
-    """The adapter of a pair; None for anything else."""
+    """The adapter of a pair; None for anything else.
+
+    Raises:
+        InputTypeError: functions without parameters.
+    """
     if isinstance(model, Model):
         raise InputTypeError(
             "a metaframe.nn model has no parameters of its own. Pass them with it: "
             "(model, model.init(seed))."
         )
-    if not (isinstance(model, tuple) and len(model) == 2):
+    if not isinstance(model, tuple):
+        return None
+    if _is_transform(model) or any(map(_is_transform, model)):
+        raise InputTypeError(
+            "the functions (init, apply), such as haiku.transform returns, have no parameters of "
+            "their own, and whether apply takes a state and a random key they do not say. Say how "
+            "the model is called: (lambda params, x: transformed.apply(params, None, x), params), "
+            "and with a state (lambda params, x: transformed.apply(params, state, None, x)[0], "
+            "params)."
+        )
+    if len(model) != 2:
         return None
     function, params = model
+    if callable(function) and callable(params) and tree.is_leaf(params):
+        raise InputTypeError(
+            "a pair is a function and its parameters, (apply, params), received two functions. "
+            "Pass what init returns as the second."
+        )
     if isinstance(function, Model):
         return PairAdapter(function.apply, params, function.norms)
     return PairAdapter(function, params) if callable(function) else None

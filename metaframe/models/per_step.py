@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from metaframe import ops
-from metaframe.backend import Array, backend_of
+from metaframe.backend.model import Inputs, ModelAdapter, NamedParameters, Params
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core.inner_loop import first_index
 from metaframe.errors import InputError
-from metaframe.inner import first_index
-from metaframe.models.adapter import Inputs, ModelAdapter, NamedParameters, Params
-from metaframe.models.around import Around
 from metaframe.models.values import kept, live
+from metaframe.models.wrapped import Around
 
 STEP = "inner step"
 """The point an adaptation is at, among the state of a model that looks at it."""
@@ -133,6 +134,11 @@ class StepAffine(_PerStep):
     def params(self) -> Params:
         """The model's, with tables in the places of scales and shifts."""
         return {**self.inner.params(), **self.tables.params()}
+
+    def trainable(self) -> tuple[str, ...]:
+        """The model's, without tables that were frozen."""
+        frozen = {*self.tables.params()}.difference(self.tables.trainable())
+        return tuple(name for name in self.inner.trainable() if name not in frozen)
 
     def adaptable(self) -> tuple[str, ...]:
         """The model's, without scales and shifts."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from metaframe import checks, tree
-from metaframe.backend import Array, Backend
-from metaframe.models.adapter import Inputs, ModelAdapter, Params
-from metaframe.models.around import Around
-from metaframe.models.find import adapter_of
+from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import Inputs, ModelAdapter, Params
+from metaframe.backend.types import Array
+from metaframe.models.lookup import adapter_of
+from metaframe.models.wrapped import Around
 
 DTYPES = ("bfloat16", "float16")
 
@@ -33,7 +34,7 @@ def mixed_precision(model: Any, dtype: str = "bfloat16") -> ModelAdapter:
     >>> maml(torch.ones(2, 3)).dtype, maml.meta_parameters()["weight"].dtype
     (torch.float32, torch.float32)
     """
-    checks.choice(dtype, "dtype", DTYPES)
+    arguments.choice(dtype, "dtype", DTYPES)
     return _Narrow(adapter_of(model), dtype)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Backend
-from metaframe.models.adapter import NamedParameters, Params
+from metaframe.backend.contract import Backend
+from metaframe.backend.model import NamedParameters, Params
 
 
 class ValuesAdapter(NamedParameters):
@@ -18,8 +18,8 @@ class ValuesAdapter(NamedParameters):
         return dict(self.model)
 
     def write(self, params: Params) -> None:
-        """Replace the values."""
-        self.model = dict(params)
+        """Replace the values, in the mapping that its users have."""
+        self.model.update(params)
 
 
 def live(values: Params, backend: Backend) -> NamedParameters:

@@ -26,11 +26,13 @@ from metaframe.nn.layers import layer_norm as layer_norm
 from metaframe.nn.layers import max_pool2d as max_pool2d
 from metaframe.nn.layers import mean_pool as mean_pool
 from metaframe.nn.losses import accuracy as accuracy
+from metaframe.nn.losses import binary_cross_entropy as binary_cross_entropy
 from metaframe.nn.losses import cross_entropy as cross_entropy
 from metaframe.nn.losses import mse as mse
 from metaframe.nn.models import Model as Model
 from metaframe.nn.models import conv4 as conv4
 from metaframe.nn.models import mlp as mlp
+from metaframe.ops import softplus as softplus
 
 __all__ = [
     "Initializer",
@@ -38,6 +40,7 @@ __all__ = [
     "accuracy",
     "attention",
     "batch_norm",
+    "binary_cross_entropy",
     "conv2d",
     "conv4",
     "cross_entropy",
@@ -57,6 +60,7 @@ __all__ = [
     "ones",
     "relu",
     "softmax",
+    "softplus",
     "truncated_normal",
     "zeros",
 ]

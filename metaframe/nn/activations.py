@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array
+from metaframe.backend.types import Array
 from metaframe.ops._dispatch import native
 
 

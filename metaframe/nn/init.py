@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metaframe import ops
-from metaframe.backend import Array
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 
 Values = np.ndarray[Any, np.dtype[np.float64]]

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-from metaframe.backend import Array
+from metaframe.backend.tables import Pads
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.ops._dispatch import native
-from metaframe.optable import Pads
 
 Statistics = tuple[Array, Array]
 """Mean and variance, (channels,) each."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array, Arrays, Backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError
-from metaframe.ops._dispatch import native
+from metaframe.ops._dispatch import native, need_floating
+from metaframe.ops._elementwise import log1p_exp_of_minus_abs
 
 
 def mse(prediction: Array, target: Array) -> Array:
@@ -14,12 +16,7 @@ def mse(prediction: Array, target: Array) -> Array:
     2.0
     """
     backend, (prediction, target) = native(prediction, target)
-    if tuple(prediction.shape) != tuple(target.shape):
-        # (N, 1) and (N,) would broadcast to (N, N) and give a plausible number.
-        raise InputError(
-            "mse needs two arrays of the same shape, received prediction "
-            f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Reshape one of them."
-        )
+    _check_same_shape("mse", prediction=prediction, target=target)
     return backend.ops.mean(backend.ops.square(prediction - target))
 
 
@@ -44,6 +41,36 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return -table.mean(table.sum(chosen, -1) / count)
 
 
+def binary_cross_entropy(logits: Array, targets: Array) -> Array:
+    """The mean of `log(1 + exp(z)) - z * y` over logits `z` and targets `y`.
+
+    It is `-y log(p) - (1 - y) log(1 - p)` with `p = sigmoid(z)`, without overflow, and with exact
+    derivatives of every order by both arguments.
+
+    Args:
+        logits: any shape.
+        targets: the same shape: probabilities, or 0 and 1 of any dtype.
+
+    Raises:
+        InputError: two shapes.
+        InputTypeError: logits that are not floating.
+
+    >>> logits = ops.asarray([0.0, 1000.0, -1000.0])
+    >>> round(float(nn.binary_cross_entropy(logits, ops.asarray([1.0, 1.0, 1.0]))), 4)
+    333.5644
+    """
+    backend, (logits, targets) = native(logits, targets)
+    need_floating("binary_cross_entropy", backend, logits)
+    _check_same_shape("binary_cross_entropy", logits=logits, targets=targets)
+    table = backend.ops
+    dtype, positive = backend.dtype_name(logits), logits > 0
+    # The linear parts are joined before they are multiplied, so that nothing cancels.
+    slope = table.astype(positive, dtype) - table.astype(targets, dtype)
+    certain = (slope == 0.0) & (logits - logits != 0.0)  # infinity times 0 would be NaN
+    linear = table.where(certain, 0.0, logits) * slope
+    return table.mean(linear + log1p_exp_of_minus_abs(backend, logits, positive))
+
+
 def accuracy(logits: Array, labels: Array) -> Array:
     """The share of (...) integer labels that (..., classes) logits put first.
 
@@ -54,6 +81,16 @@ def accuracy(logits: Array, labels: Array) -> Array:
     table = backend.ops
     hit = table.astype(table.argmax(logits, -1), "int32") == table.astype(labels, "int32")
     return table.mean(table.astype(hit, backend.dtype_name(logits)))
+
+
+def _check_same_shape(name: str, **arrays: Array) -> None:
+    # (N, 1) and (N,) would broadcast to (N, N) and give a plausible number.
+    one, other = (tuple(x.shape) for x in arrays.values())
+    if one != other:
+        received = " and ".join(f"{key} {tuple(x.shape)}" for key, x in arrays.items())
+        raise InputError(
+            f"{name} needs two arrays of the same shape, received {received}. Reshape one of them."
+        )
 
 
 def _classification(name: str, logits: Array, labels: Array) -> tuple[Backend, Arrays]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from metaframe import ops
-from metaframe.backend import Array
-from metaframe.container import Container
+from metaframe.backend.types import Array
+from metaframe.core.container import Container
 from metaframe.errors import InputError
 from metaframe.nn import init
 from metaframe.nn.activations import relu

@@ -4,7 +4,9 @@ A function runs on the framework its arrays belong to. With a backend selected, 
 Python numbers are converted first. What all frameworks write alike is not repeated here: the
 arithmetic and comparison operators, `x[...]`, `x.shape`, `x.dtype`.
 
-At a tie, `maximum`, `minimum`, `max`, `min` and `clip` share the gradient evenly on every backend.
+First and second derivatives at kinks, ties and bounds are the same on every backend; the page
+docs/reference/derivatives.md lists them. Operators are the framework's own: where an argument may
+be zero, write `ops.abs(x)` and `ops.power(x, n)`, not `abs(x)` and `x**n`.
 The examples assume `from metaframe import ops` and a selected backend, whichever it is.
 """
 
@@ -17,10 +19,12 @@ from metaframe.ops._elementwise import log as log
 from metaframe.ops._elementwise import log1p as log1p
 from metaframe.ops._elementwise import maximum as maximum
 from metaframe.ops._elementwise import minimum as minimum
+from metaframe.ops._elementwise import power as power
 from metaframe.ops._elementwise import safe_sqrt as safe_sqrt
 from metaframe.ops._elementwise import sigmoid as sigmoid
 from metaframe.ops._elementwise import sign as sign
 from metaframe.ops._elementwise import sin as sin
+from metaframe.ops._elementwise import softplus as softplus
 from metaframe.ops._elementwise import sqrt as sqrt
 from metaframe.ops._elementwise import square as square
 from metaframe.ops._elementwise import tanh as tanh
@@ -39,6 +43,8 @@ from metaframe.ops._reduce import logsumexp as logsumexp
 from metaframe.ops._reduce import max as max
 from metaframe.ops._reduce import mean as mean
 from metaframe.ops._reduce import min as min
+from metaframe.ops._reduce import norm as norm
+from metaframe.ops._reduce import std as std
 from metaframe.ops._reduce import sum as sum
 from metaframe.ops._reduce import var as var
 from metaframe.ops._shape import broadcast_to as broadcast_to
@@ -76,18 +82,22 @@ __all__ = [
     "mean",
     "min",
     "minimum",
+    "norm",
     "one_hot",
     "ones_like",
     "pad",
+    "power",
     "reshape",
     "safe_sqrt",
     "sigmoid",
     "sign",
     "sin",
+    "softplus",
     "sqrt",
     "square",
     "squeeze",
     "stack",
+    "std",
     "stop_gradient",
     "sum",
     "take",

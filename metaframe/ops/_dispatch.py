@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array, Arrays, Backend, backend_of, convert_neutral
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, convert_neutral
+from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputTypeError
 
 
@@ -37,3 +39,16 @@ def _keep_number(x: Array | float, backend: Backend) -> Array | float:
     if isinstance(x, float):
         return float(x)  # a NumPy scalar is an array to JAX and would widen the result
     return x if isinstance(x, int) else convert_neutral((x,), backend)[0]
+
+
+def need_floating(name: str, backend: Backend, x: Array) -> None:
+    """Refuse integers where frameworks disagree: TensorFlow rounds, torch refuses, JAX converts.
+
+    Raises:
+        InputTypeError: `x` is not floating.
+    """
+    if not backend.is_floating(x):
+        raise InputTypeError(
+            f"{name} needs a floating array, received {backend.dtype_name(x)}. "
+            'Convert it: ops.astype(x, "float32").'
+        )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from metaframe.backend import Array
-from metaframe.ops._dispatch import native, native_or_number
+import math
+
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array
+from metaframe.errors import InputError, InputTypeError
+from metaframe.ops._dispatch import native, native_or_number, need_floating
 
 
 def exp(x: Array) -> Array:
@@ -81,6 +85,54 @@ def square(x: Array) -> Array:
     return backend.ops.square(x)
 
 
+def power(x: Array, exponent: float) -> Array:
+    """`x` to the power of a number.
+
+    Unlike the operator `**`, whose derivatives at zero differ between frameworks, it has all
+    derivatives of `1`, `x`, `x * x` and so on, wherever `x` is.
+
+    Args:
+        x: floating, or integers with an exponent of 0, 1, 2, ...
+        exponent: a finite number. With one that is not whole, a negative `x` gives NaN. For an
+            exponent to be learned write `ops.exp(exponent * ops.log(x))`, with positive `x`.
+
+    Raises:
+        InputTypeError: the exponent is no number, or integers get a fraction for a result.
+        InputError: the exponent is infinite or NaN.
+
+    >>> ops.to_numpy(ops.power(ops.asarray([0.0, 3.0]), 2)).tolist()
+    [0.0, 9.0]
+    """
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float):
+        raise InputTypeError(
+            f"power needs a Python number as the exponent, received {type(exponent).__name__}. For "
+            "an array: ops.exp(exponent * ops.log(x))."
+        )
+    if not math.isfinite(exponent):
+        raise InputError(f"power needs a finite exponent, received {exponent}.")
+    backend, (x,) = native(x)
+    whole = float(exponent).is_integer()
+    if whole and 0 <= exponent <= _LARGEST_PRODUCT:
+        return _product(backend, x, int(exponent))
+    if not whole or exponent < 0:
+        need_floating("power with a negative or fractional exponent", backend, x)
+    # Where -0.0 has a root, the frameworks give it different derivatives; 0.0 has one.
+    return x ** int(exponent) if whole else (x + 0.0) ** exponent
+
+
+_LARGEST_PRODUCT = 16
+"""The exponent up to which `power` multiplies. By the rule for `**` the derivative of order n + 1
+of `x**n` is 0 times infinity at zero, in some frameworks."""
+
+
+def _product(backend: Backend, x: Array, count: int) -> Array:
+    """`count` factors `x`, by squaring."""
+    if count < 2:
+        return x if count else backend.ops.ones_like(x)
+    root = backend.ops.square(_product(backend, x, count // 2))
+    return root * x if count % 2 else root
+
+
 def abs(x: Array) -> Array:
     """The absolute value; its gradient at zero is zero.
 
@@ -141,8 +193,33 @@ def sigmoid(x: Array) -> Array:
     return backend.ops.sigmoid(x)
 
 
+def softplus(x: Array) -> Array:
+    """`log(1 + exp(x))`, without overflow and with exact derivatives of every order.
+
+    >>> found = ops.to_numpy(ops.softplus(ops.asarray([-1000.0, 0.0, 1000.0])))
+    >>> [round(x, 4) for x in found.tolist()]
+    [0.0, 0.6931, 1000.0]
+    """
+    backend, (x,) = native(x)
+    need_floating("softplus", backend, x)
+    positive = x > 0
+    return backend.ops.where(positive, x, 0.0) + log1p_exp_of_minus_abs(backend, x, positive)
+
+
+def log1p_exp_of_minus_abs(backend: Backend, x: Array, positive: Array) -> Array:
+    """`log(1 + exp(-|x|))`, where `positive` says which sign of `x` is the absolute value.
+
+    Chosen by `where`, each side keeps its own derivatives at zero; those of `abs` would lose the
+    second one there. What is added for a side has to be chosen alike.
+    """
+    table = backend.ops
+    return table.log1p(table.exp(table.where(positive, -x, x)))
+
+
 def maximum(x: Array | float, y: Array | float) -> Array:
     """The larger of two arrays, or of an array and a number, with broadcasting.
+
+    Where they are equal, each gets half of the gradient.
 
     Raises:
         InputTypeError: a float next to an array of integers.
@@ -159,6 +236,8 @@ def maximum(x: Array | float, y: Array | float) -> Array:
 def minimum(x: Array | float, y: Array | float) -> Array:
     """The smaller of two arrays, or of an array and a number, with broadcasting.
 
+    Where they are equal, each gets half of the gradient.
+
     Raises:
         InputTypeError: a float next to an array of integers.
 
@@ -172,11 +251,19 @@ def minimum(x: Array | float, y: Array | float) -> Array:
 
 
 def clip(x: Array, low: Array | float, high: Array | float) -> Array:
-    """`x` limited to `[low, high]`.
+    """`x` limited to `[low, high]`, or `high` where `low` is above it.
+
+    At a bound `x` and the bound get half of the gradient each. Where the bounds are equal, nothing
+    depends on `x`: its gradient is zero, and the bounds get half each.
 
     >>> ops.to_numpy(ops.clip(ops.asarray([-2.0, 0.5, 3.0]), 0.0, 1.0)).tolist()
     [0.0, 0.5, 1.0]
     """
+    backend, (x, low, high) = native_or_number(x, low, high)
+    equal = low == high
+    if equal is not False:
+        known = x == x  # a NaN stays one
+        x = backend.ops.where(known if equal is True else known & equal, low, x)
     return minimum(maximum(x, low), high)
 
 

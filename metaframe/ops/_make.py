@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import Array, backend_of, convert_neutral, current_selection, owner
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import backend_of, convert_neutral, current_selection
+from metaframe.backend.types import Array
 from metaframe.errors import InputTypeError
 from metaframe.ops._dispatch import native
 

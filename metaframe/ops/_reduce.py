@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from metaframe.backend import Array, Backend
-from metaframe.errors import InputTypeError
-from metaframe.ops._dispatch import native
-from metaframe.optable import Axis
+from metaframe.backend.contract import Backend
+from metaframe.backend.tables import Axis
+from metaframe.backend.types import Array
+from metaframe.ops._dispatch import native, need_floating
+from metaframe.ops._elementwise import safe_sqrt
 
 
 def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
@@ -29,7 +30,7 @@ def mean(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     [2.0, 3.0]
     """
     backend, (x,) = native(x)
-    _need_floating("mean", backend, x)
+    need_floating("mean", backend, x)
     return backend.ops.mean(x, axis, keepdims)
 
 
@@ -40,13 +41,37 @@ def var(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     [1.0, 9.0]
     """
     backend, (x,) = native(x)
-    _need_floating("var", backend, x)
+    need_floating("var", backend, x)
     table = backend.ops
     return table.mean(table.square(x - table.mean(x, axis, keepdims=True)), axis, keepdims)
 
 
+def std(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The standard deviation, the root of `var`; its gradient is zero where all are equal.
+
+    >>> ops.to_numpy(ops.std(ops.asarray([[1.0, 3.0], [2.0, 8.0]]), axis=1)).tolist()
+    [1.0, 3.0]
+    """
+    backend, (x,) = native(x)
+    need_floating("std", backend, x)
+    # As distance from one of them equal elements are zeros, and their mean is exact.
+    anchor = backend.stop_gradient(backend.ops.min(x, axis, keepdims=True))
+    return safe_sqrt(var(x - anchor, axis, keepdims))
+
+
+def norm(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """The Euclidean norm, `sqrt(sum(x * x))`; its gradient at zero is zero.
+
+    >>> ops.to_numpy(ops.norm(ops.asarray([[3.0, 4.0], [0.0, 0.0]]), axis=1)).tolist()
+    [5.0, 0.0]
+    """
+    backend, (x,) = native(x)
+    need_floating("norm", backend, x)
+    return safe_sqrt(backend.ops.sum(backend.ops.square(x), axis, keepdims))
+
+
 def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The largest element.
+    """The largest element; equal ones share the gradient evenly.
 
     >>> ops.to_numpy(ops.max(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
     [2.0, 4.0]
@@ -58,7 +83,7 @@ def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 
 def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The smallest element.
+    """The smallest element; equal ones share the gradient evenly.
 
     >>> ops.to_numpy(ops.min(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
     [1.0, 3.0]
@@ -101,6 +126,8 @@ def _largest(backend: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
 def argmax(x: Array, axis: int = -1) -> Array:
     """The index of the largest element, the first one at a tie; the integer dtype is native.
 
+    The first NaN, if there is one.
+
     >>> ops.to_numpy(ops.argmax(ops.asarray([[1.0, 2.0], [4.0, 4.0]]))).tolist()
     [1, 0]
     """
@@ -116,12 +143,3 @@ def logsumexp(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """
     backend, (x,) = native(x)
     return backend.ops.logsumexp(x, axis, keepdims)
-
-
-def _need_floating(name: str, backend: Backend, x: Array) -> None:
-    # On integers the frameworks disagree: TensorFlow rounds down, torch refuses, JAX converts.
-    if not backend.is_floating(x):
-        raise InputTypeError(
-            f"{name} needs a floating array, received {backend.dtype_name(x)}. "
-            'Convert it: ops.astype(x, "float32").'
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from metaframe.backend import Array
+from metaframe.backend.types import Array
 from metaframe.errors import InputError
 from metaframe.ops._dispatch import native
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import InputError, MissingDependencyError, nearest
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -26,7 +26,7 @@ _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 def check_size(size: int) -> int:
     """`size`, a side in pixels."""
-    size = checks.integer(size, "size", at_least=1)
+    size = arguments.integer(size, "size", at_least=1)
     if size > _LARGEST_SIZE:
         raise InputError(f"size must be at most {_LARGEST_SIZE}, received size={size}.")
     return size

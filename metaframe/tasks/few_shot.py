@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks.lazy import LazyImages
 from metaframe.tasks.sampling import SPLITS, IndexedSampler, Split, division_rng, permutation
@@ -100,7 +100,7 @@ def _split_counts(sizes: Sequence[float], total: int) -> list[int]:
             f"sizes must be three numbers (train, validation, test), received {sizes!r}."
         )
     if all(isinstance(size, int | np.integer) for size in sizes):
-        counts = [checks.integer(size, "a split size", at_least=0) for size in sizes]
+        counts = [arguments.integer(size, "a split size", at_least=0) for size in sizes]
         if sum(counts) > total:
             raise InputError(
                 f"sizes={tuple(counts)} needs {sum(counts)} classes, there are {total}."
@@ -172,9 +172,9 @@ class FewShotSampler(IndexedSampler):
         dtype: Any = None,
     ) -> None:
         super().__init__(seed=seed, split=split, device=device, dtype=dtype)
-        self.ways = checks.integer(ways, "ways", at_least=1)
-        self.shots = checks.integer(shots, "shots", at_least=1)
-        self.queries = checks.integer(queries, "queries", at_least=1)
+        self.ways = arguments.integer(ways, "ways", at_least=1)
+        self.shots = arguments.integer(shots, "shots", at_least=1)
+        self.queries = arguments.integer(queries, "queries", at_least=1)
         self.rotations = bool(rotations)
         self._images, own_labels = _check_examples(images, labels, self.rotations)
         chosen = split_classes(own_labels) if classes is None else classes

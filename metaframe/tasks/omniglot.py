@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import InputError, UnknownKeyError, nearest
 from metaframe.tasks._files import locate, open_files, stamp
 from metaframe.tasks._omniglot_files import DRAWERS, SIDE, SOURCE, read_drawings, read_runs
@@ -217,7 +217,7 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
 
 
 def _check_size(size: int) -> int:
-    size = checks.integer(size, "size", at_least=1)
+    size = arguments.integer(size, "size", at_least=1)
     if size > SIDE:
         raise InputError(f"size must be at most {SIDE}, the drawings' own, received size={size}.")
     return size

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import Selection, current_selection, is_neutral
+from metaframe import arguments, tree
+from metaframe.backend.selection import Selection, current_selection, is_neutral
 from metaframe.errors import InputError, InputTypeError, nearest
 from metaframe.tasks.task import Task, stack_tasks
 
@@ -98,7 +98,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 def _word(name: str, value: int) -> int:
-    number = checks.integer(value, name, at_least=0)
+    number = arguments.integer(value, name, at_least=0)
     if number >= _WORD:
         raise InputError(f"{name} must be below 2**64, received {name}={number}.")
     return number
@@ -193,7 +193,7 @@ class IndexedSampler(abc.ABC):
 
     def sample(self, meta_batch_size: int) -> list[Task]:
         """Tasks number `position` to `position + meta_batch_size - 1`; moves `position` on."""
-        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
+        count = arguments.integer(meta_batch_size, "meta_batch_size", at_least=1)
         tasks = [self.task(self._position + i) for i in range(count)]
         self._position += count
         return tasks
@@ -206,7 +206,7 @@ class IndexedSampler(abc.ABC):
             share: the numbers, from 0, of those to draw of them; default: all. `position` moves on
                 by the whole batch all the same.
         """
-        count = checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
+        count = arguments.integer(meta_batch_size, "meta_batch_size", at_least=1)
         start = self._position
         numbers = range(count) if share is None else share
         drawn = [self.draw(task_rng(self.seed, self.split, start + i)) for i in numbers]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks
-from metaframe.backend import backends_in_use
+from metaframe import arguments
+from metaframe.backend.registry import backends_in_use
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks.sampling import IndexedSampler, Split, uniform
 from metaframe.tasks.task import Task
@@ -72,8 +72,8 @@ class SinusoidTaskSampler(IndexedSampler):
         self.phase_range = _interval("phase_range", phase_range)
         self.x_range = _interval("x_range", x_range)
         self.freq_range = _interval("freq_range", freq_range)
-        self.k_support = checks.integer(k_support, "k_support", at_least=1)
-        self.k_query = checks.integer(k_query, "k_query", at_least=1)
+        self.k_support = arguments.integer(k_support, "k_support", at_least=1)
+        self.k_query = arguments.integer(k_query, "k_query", at_least=1)
 
     def draw(self, rng: np.random.Generator) -> Task:
         """One task; see the class for the order of the draws."""

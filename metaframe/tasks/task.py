@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import backend_of, is_neutral, register_with_frameworks
+from metaframe.backend.registry import register_with_frameworks
+from metaframe.backend.selection import backend_of, is_neutral
 from metaframe.errors import InputError, InputTypeError
 
 Array = Any

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from metaframe.backend import Backend
+from metaframe.backend.contract import Backend
 
 
 class Streams:

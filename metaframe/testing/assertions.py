@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import available_backends, backend_of, load_backend, owner, use_backend
-from metaframe.compile import Compiled
+from metaframe import arguments, tree
+from metaframe.backend.registry import available_backends, load_backend, owner
+from metaframe.backend.selection import backend_of, use_backend
+from metaframe.core.compile import Compiled, Signature
+from metaframe.core.inner_loop import Cost
 from metaframe.errors import InputError, InputTypeError
-from metaframe.inner import Cost
 from metaframe.tasks import Task, TaskSampler
 from metaframe.testing.differences import components
 from metaframe.testing.subject import ONE_STEP, Adaptation, Step, Subject, Values
@@ -97,7 +98,7 @@ def assert_backends_agree(
     >>> from metaframe import ops
     >>> assert_backends_agree(lambda x: ops.sum(x**2), np.arange(3.0))
     """
-    checks.choice(dtype, "dtype", tuple(PRECISION))
+    arguments.choice(dtype, "dtype", tuple(PRECISION))
     names = list(backends or (b.name for b in available_backends() if b.version is not None))
     if len(names) < 2:
         raise InputError(f"to agree takes two backends, received {names}. Install another one.")
@@ -181,16 +182,24 @@ def assert_compiled_once(fn: Callable[..., Any]) -> None:
         )
 
 
-def _changes(signatures: Sequence[tuple[Any, ...]]) -> Iterable[str]:
-    (first_spec, first_selection, *first), *others = signatures
-    for i, (spec, selection, *kinds) in enumerate(others, start=2):
-        if selection != first_selection:
-            yield f"  program {i}: another selection: {selection}, not {first_selection}"
-        if spec != first_spec:
-            yield f"  program {i}: the arguments have another structure: {spec}, not {first_spec}"
+def _changes(signatures: Sequence[Signature]) -> Iterable[str]:
+    first, *others = signatures
+    for i, other in enumerate(others, start=2):
+        if other.selection != first.selection:
+            yield f"  program {i}: another selection: {other.selection}, not {first.selection}"
+        if other.ambient != first.ambient:
+            yield (
+                f"  program {i}: another state of the framework, such as a default dtype: "
+                f"{other.ambient}, not {first.ambient}"
+            )
+        if (other.structure, other.keys) != (first.structure, first.keys):
+            yield (
+                f"  program {i}: the arguments have another structure: {other.structure}, "
+                f"not {first.structure}"
+            )
             continue
-        chains = tree.key_chains(tree.unflatten(spec, range(len(kinds))))
-        for chain, kind, before in zip(chains, kinds, first, strict=True):
+        chains = tree.key_chains(tree.unflatten(other.structure, range(len(other.leaves))))
+        for chain, kind, before in zip(chains, other.leaves, first.leaves, strict=True):
             if kind != before:
                 # The first part says whether it was an argument or a keyword argument.
                 yield f"  program {i}: argument {chain[2:]!r}: {kind}, not {before}"
@@ -219,7 +228,7 @@ def assert_no_leak(
     >>> from metaframe.tasks import SinusoidTaskSampler
     >>> assert_no_leak(SinusoidTaskSampler(seed=0), SinusoidTaskSampler(seed=0, split="test"))
     """
-    checks.integer(tasks, "tasks", at_least=1)
+    arguments.integer(tasks, "tasks", at_least=1)
     seen: list[set[bytes]] = []
     for number, source in enumerate((sampler, *others)):
         drawn = _drawn(source, tasks)

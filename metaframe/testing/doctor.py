@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metaframe import checks, tree
-from metaframe.backend import backend_of, load_backend, use_backend
-from metaframe.convert import convert
+from metaframe import arguments, tree
+from metaframe.backend.convert import convert
+from metaframe.backend.registry import load_backend
+from metaframe.backend.selection import backend_of, use_backend
+from metaframe.core.inner_loop import Cost, Order
 from metaframe.errors import InputError
-from metaframe.inner import Cost, Order
 from metaframe.testing._causes import causes, redrawn
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
@@ -88,7 +89,7 @@ def check_meta_gradient(
     ('lost second-order term',)
     """
     for name in executions:
-        checks.choice(name, "executions", EXECUTIONS)
+        arguments.choice(name, "executions", EXECUTIONS)
     if step is not None and backends:
         raise InputError(
             f"backends={tuple(backends)} would run your cost on other frameworks, and a step is of "

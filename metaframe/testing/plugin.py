@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
-from metaframe.backend import Backend, known_backends, nothing_selected, use_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import known_backends
+from metaframe.backend.selection import nothing_selected, use_backend
 from metaframe.errors import nearest
 
 REQUIRED = "METAFRAME_REQUIRED_BACKENDS"

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks, optim, tree
-from metaframe.backend import Array, Backend, backend_of, is_neutral
+from metaframe import arguments, optim, tree
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import backend_of, is_neutral
+from metaframe.backend.types import Array
+from metaframe.core import checks
+from metaframe.core.inner_loop import Cost, Mode, Order, inner_loop
+from metaframe.core.meta_gradient import map_tasks, meta_value_and_grad
+from metaframe.core.steps import BatchFn
+from metaframe.core.task_map import TaskMap
 from metaframe.errors import InputError, InputTypeError
-from metaframe.inner import Cost, Mode, Order, inner_loop
-from metaframe.meta import TaskMap, map_tasks, meta_value_and_grad
-from metaframe.objectives import BatchFn
 
 Values = np.ndarray[Any, Any]
 Step = Callable[[tree.Tree, tree.Tree], Any]
@@ -107,9 +111,9 @@ class Subject:
         adaptation: Adaptation = ONE_STEP,
         step: Step | None = None,
     ) -> None:
-        checks.function(cost, "cost")
+        arguments.function(cost, "cost")
         if step is not None:
-            checks.function(step, "step")
+            arguments.function(step, "step")
         if not isinstance(adaptation, Adaptation):
             raise InputTypeError(
                 f"adaptation must be an Adaptation, received {type(adaptation).__name__}. Write "
@@ -119,9 +123,11 @@ class Subject:
         self.backend = backend_of(*tree.leaves(variables), *tree.leaves(batch))
         self.variables = double(variables, self.backend)
         self.batch = double(batch, self.backend)
-        self.tasks = checks.tasks(self.batch, None)
-        self.names = tree.key_chains(self.variables)
-        checks.variables(self.variables, (True,) * len(self.names), self.backend, "variables")
+        self.tasks = checks.tasks(tree.Flat(*tree.flatten(self.batch)), None)
+        leaves, spec = tree.flatten(self.variables)
+        self.names = tree.chains(spec)
+        everything = tree.Part(spec, (True,) * len(leaves))
+        checks.variables(leaves, everything, self.backend, "variables")
         self.task_cost = adaptation.task_cost(cost, self.backend)
 
     def numbers(self, structure: tree.Tree) -> list[Values]:
@@ -174,7 +180,7 @@ class Subject:
         self, task_map: TaskMap = "loop", *, order: Order = 2, compiled: bool = False
     ) -> Gradient:
         """Metaframe's own meta-gradient, run in one of its ways."""
-        from metaframe.compile import compile as compile_whole
+        from metaframe.core.compile import compile as compile_whole
 
         task_cost = self.adaptation.task_cost(self.cost, self.backend, order)
         step: Step = meta_value_and_grad(task_cost, task_map=task_map)

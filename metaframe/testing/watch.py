@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import owner
+from metaframe.backend.registry import owner
 
 DEPTH = 10
 """How many attributes and items deep to look."""

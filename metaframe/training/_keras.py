@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import Array, NativeOptimizer
+from metaframe.backend.contract import NativeOptimizer
+from metaframe.backend.types import Array
 from metaframe.errors import CheckpointError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

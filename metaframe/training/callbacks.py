@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import InputTypeError
 from metaframe.training.evaluation import Evaluation
 from metaframe.training.step import StepReport
@@ -122,7 +122,7 @@ class EachStep(Callback):
     """Calls a function of iteration and loss after every step."""
 
     def __init__(self, function: Callable[[int, float], None]) -> None:
-        checks.function(function, "callback")
+        arguments.function(function, "callback")
         self._function = function
 
     def on_step(self, run: Run) -> None:
@@ -152,7 +152,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        checks.integer(patience, "patience", at_least=1)
+        arguments.integer(patience, "patience", at_least=1)
         self._patience = patience
         self._min_delta = min_delta
         self._best = -math.inf

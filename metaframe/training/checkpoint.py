@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metaframe import checks
+from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
 from metaframe.training.callbacks import Callback, Run, merit
 from metaframe.training.parameters import checked_parameters
@@ -331,8 +331,8 @@ class Checkpoints(Callback):
         keep: int = 3,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        checks.integer(every, "every", at_least=1)
-        checks.integer(keep, "keep", at_least=1)
+        arguments.integer(every, "every", at_least=1)
+        arguments.integer(keep, "keep", at_least=1)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._every = every

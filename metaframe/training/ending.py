@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from metaframe.backend import Array
-from metaframe.compile import compile
+from metaframe.backend.types import Array
+from metaframe.backend.workers import AllSum
+from metaframe.core.compile import compile
+from metaframe.learners.functional import array_like
 from metaframe.learners.meta_learner import MetaLearner
-from metaframe.learners.objective import array_like
 from metaframe.training.callbacks import Run
 from metaframe.training.interrupt import Interrupt
-from metaframe.workers import AllSum
 
 AGREE_EVERY = 10
 """Iterations from one exchange to the next, from 0; there is one after every evaluation too."""

@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks, ops, tree
-from metaframe.backend import Array, backend_of
-from metaframe.compile import compile
+from metaframe import arguments, ops, tree
+from metaframe.backend.model import Params
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Array
+from metaframe.core import checks as core_checks
+from metaframe.core.compile import compile
+from metaframe.core.meta_gradient import map_tasks
+from metaframe.core.task_map import Strategy, strategy
 from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import Adaptation, Adapted
-from metaframe.meta import Strategy, map_tasks, strategy
-from metaframe.models.adapter import Params
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
-from metaframe.training import arguments
+from metaframe.training import checks
 from metaframe.training.step import StepSettings
 
 TASKS_AT_ONCE = 50
@@ -175,7 +178,7 @@ class Evaluator:
         settings: StepSettings | None = None,
     ) -> None:
         settings = settings or StepSettings()
-        arguments.learner(maml, loss_fn, metric)
+        checks.learner(maml, loss_fn, metric)
         self._maml = maml
         self._loss_fn = loss_fn
         self._metric = metric
@@ -249,7 +252,7 @@ class Evaluator:
         return found
 
     def _scalar(self, fn: LossFn, name: str, output: Any, task: Task) -> Array:
-        return checks.scalar(fn(output, task.query_y), name, self._maml.backend)
+        return core_checks.scalar(fn(output, task.query_y), name, self._maml.backend)
 
     def _score_one_by_one(self, view: _View, at: Adapted) -> Array:
         task = view.task
@@ -265,7 +268,8 @@ class Evaluator:
         at_once = max(1, EXAMPLES_AT_ONCE // (1 + tree.leaves(task.support_x)[0].shape[0]))
         chunk_size = min(at_once, self._settings.chunk_size or at_once)
         output = map_tasks(alone, task_map=how, chunk_size=chunk_size)(task.query_x)
-        return (self._metric or self._loss_fn)(output, task.query_y)
+        name = "loss_fn" if self._metric is None else "metric"
+        return self._scalar(self._metric or self._loss_fn, name, output, task)
 
 
 class _View(NamedTuple):
@@ -314,10 +318,10 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.
     """
     if isinstance(tasks, Task):
-        total = checks.tasks(tasks, None)
+        total = core_checks.tasks(tree.Flat(*tree.flatten(tasks)), None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
-        checks.integer(num_tasks, "num_tasks", at_least=1)
+        arguments.integer(num_tasks, "num_tasks", at_least=1)
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
     if not isinstance(tasks, Sequence):
         raise InputTypeError(

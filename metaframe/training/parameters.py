@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import Backend
+from metaframe.backend.contract import Backend
 from metaframe.errors import CheckpointError
 from metaframe.learners.meta_learner import MetaLearner
 

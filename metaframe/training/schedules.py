@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from metaframe import checks
+from metaframe import arguments
+from metaframe.core import checks
 from metaframe.training.step import Schedule
 
 
@@ -33,7 +34,7 @@ def cosine(rate: float, steps: int, end: float = 0.0) -> Schedule:
     """
     checks.learning_rate(rate)
     checks.learning_rate(end)
-    checks.integer(steps, "steps", at_least=1)
+    arguments.integer(steps, "steps", at_least=1)
 
     def at(step: int) -> float:
         done = min(step / steps, 1.0)
@@ -48,5 +49,5 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     >>> warmup(constant(1.0), 4)(0), warmup(constant(1.0), 4)(9)
     (0.25, 1.0)
     """
-    checks.integer(steps, "steps", at_least=0)
+    arguments.integer(steps, "steps", at_least=0)
     return lambda step: schedule(step) * min((step + 1) / steps, 1.0) if steps else schedule(step)

@@ -13,20 +13,21 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from metaframe import checks, optim, tree
-from metaframe.backend import Array, Backend, NativeOptimizer
-from metaframe.compile import compile
+from metaframe import arguments, optim, tree
+from metaframe.backend.contract import Backend, NativeOptimizer
+from metaframe.backend.model import Params
+from metaframe.backend.types import Array
+from metaframe.backend.workers import Share
+from metaframe.core.compile import compile
+from metaframe.core.inner_loop import MODES, Mode
+from metaframe.core.task_map import Execution, TaskMap
 from metaframe.errors import CheckpointError, InputError, InputTypeError
-from metaframe.inner import MODES, Mode
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.pure import MetaGradient
-from metaframe.meta import Execution, TaskMap
-from metaframe.models.adapter import Params
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
-from metaframe.workers import Share
 
 Schedule = Callable[[int], float]
 """From the number of steps taken so far to the learning rate of the next one."""
@@ -64,7 +65,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         Execution(self.task_map, self.chunk_size, self.distributed)
-        checks.choice(self.mode, "mode", MODES)
+        arguments.choice(self.mode, "mode", MODES)
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
         """With the default of `compiled` filled in."""

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import checks, tree
+from metaframe import arguments, tree
+from metaframe.backend.workers import Workers
+from metaframe.core import checks as core_checks
 from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.tasks import Task, TaskSampler, stack_tasks
-from metaframe.training import arguments
+from metaframe.training import checks
 from metaframe.training.batches import Batch, batches, is_restorable, warn_of_position
 from metaframe.training.callbacks import Callback, History, Run, merit, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
@@ -25,7 +27,6 @@ from metaframe.training.finite import check_finite, task_to_blame
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.parameters import Arrays, checked_parameters, group
 from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
-from metaframe.workers import Workers
 
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
@@ -94,11 +95,11 @@ class MetaTrainer:
         settings: StepSettings | None = None,
         steps_per_epoch: int = 500,
     ) -> None:
-        arguments.learner(maml, loss_fn, metric)
-        arguments.sampler(task_sampler)
-        checks.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
+        checks.learner(maml, loss_fn, metric)
+        checks.sampler(task_sampler)
+        arguments.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
         if schedule is not None:
-            checks.function(schedule, "schedule")
+            arguments.function(schedule, "schedule")
         self._maml = maml
         self._meta_optimizer = meta_optimizer
         self._loss_fn = loss_fn
@@ -154,7 +155,7 @@ class MetaTrainer:
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
         if not self._distributed:
             return self._advance(batch).loss
-        count = checks.tasks(batch, None)
+        count = core_checks.tasks(tree.Flat(*tree.flatten(batch)), None)
         share = self._workers().share(count)
         return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 
@@ -198,10 +199,10 @@ class MetaTrainer:
             SystemExit: SIGTERM in the same way, with the exit code 143; not in processes that share
                 a run, and not where the signal has a handler.
         """
-        checks.integer(num_iterations, "num_iterations", at_least=0)
-        checks.integer(meta_batch_size, "meta_batch_size", at_least=1)
+        arguments.integer(num_iterations, "num_iterations", at_least=0)
+        arguments.integer(meta_batch_size, "meta_batch_size", at_least=1)
         if eval_every is not None:
-            checks.integer(eval_every, "eval_every", at_least=1)
+            arguments.integer(eval_every, "eval_every", at_least=1)
             if eval_tasks is None:
                 raise InputError(f"eval_every={eval_every} needs eval_tasks, received None.")
             source_of(eval_tasks)  # and not when the first evaluation comes due

@@ -231,3 +231,20 @@ def test_another_selection_is_an_error(
         metaframe.maml_step(batch, cost, None, variables, STEPS, LR, batched="vmap")
     assert f"'{other}' is selected" in str(raised.value)
     assert f"'{backend_name}'" in str(raised.value)
+
+
+def test_a_copy_with_a_backend_of_its_own(backend_name: str, ivy: ModuleType) -> None:
+    """`ivy.with_backend` has classes of its own, whatever ivy's backend is; costs have one axis."""
+    ivy.set_backend("numpy")
+    own = ivy.with_backend(backend_name)
+    assert own.Container is not ivy.Container
+
+    def cost(batch: Any, v: Any) -> Any:
+        hidden = own.tanh(own.matmul(batch["x"], v.layer.w) + v.layer.b)
+        return own.square(hidden - batch["y"]).mean().reshape((1,))
+
+    batch = own.Container({"x": own.array(X), "y": own.array(Y)})
+    variables = own.Container({"layer": {"w": own.array(W), "b": own.array(B)}})
+    found = metaframe.maml_step(batch, cost, None, variables, STEPS, LR, batched=False)
+    check(own, *found[:2])
+    assert found[0].shape == ()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import FLOATING_DTYPES, use_backend
+from metaframe.backend.selection import FLOATING_DTYPES, use_backend
 from metaframe.errors import BackendError
 from metaframe.testing.conformance.clause import Bench, Chapter, close, equal, same
 

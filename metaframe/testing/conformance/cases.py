@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe.backend import Backend, use_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import use_backend
 from metaframe.testing.conformance.clause import Bench, Chapter, Values, close, equal
 
 VALUE = {"float64": 5e-13, "float32": 1e-6}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from metaframe import tree
-from metaframe.backend import Backend, use_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.selection import use_backend
 
 Values = np.ndarray[Any, Any]
 NO_FLOAT64 = "dtype/float64"

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from metaframe.backend import Backend, load_backend
+from metaframe.backend.contract import Backend
+from metaframe.backend.registry import load_backend
 from metaframe.errors import InputError, nearest
 from metaframe.testing.conformance.array_clauses import ARRAYS, DTYPES
 from metaframe.testing.conformance.clause import Clause
+from metaframe.testing.conformance.kinks import KINKS
 from metaframe.testing.conformance.loop_clauses import COMPILE, LOOPS, VMAP
 from metaframe.testing.conformance.nn_clauses import NN
 from metaframe.testing.conformance.ops_clauses import OPS
@@ -27,6 +29,7 @@ CLAUSES: tuple[Clause, ...] = tuple(
         GRADIENTS,
         PRODUCTS,
         VMAP,
+        KINKS,
         LOOPS,
         COMPILE,
         INNER,

@@ -20,7 +20,7 @@ from metaframe import (
     use_backend,
 )
 from metaframe import compile as compile_whole
-from metaframe.inner import MODES
+from metaframe.core.inner_loop import MODES
 from metaframe.testing.conformance.clause import Bench, Chapter, equal
 from metaframe.testing.conformance.closed_form import (
     RATE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from metaframe.backend import load_backend
+from metaframe.backend.registry import load_backend
 from metaframe.testing.conformance.clause import Clause
 from metaframe.testing.conformance.report import clauses_like, gaps
 

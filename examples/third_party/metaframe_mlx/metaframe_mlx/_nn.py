@@ -8,7 +8,7 @@ import math
 import mlx.core as mx
 from mlx.core import array
 
-from metaframe.optable import NNTable, Pads
+from metaframe.backend.tables import NNTable, Pads
 from metaframe_mlx._ops import exp, logsumexp
 
 

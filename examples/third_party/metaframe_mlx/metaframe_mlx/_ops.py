@@ -13,7 +13,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx.core import array
 
-from metaframe.optable import Axis, OpsTable
+from metaframe.backend.tables import Axis, OpsTable
+
+FLAT = 20.0
+"""From here on tanh is 1 to the last bit, in float64 too."""
 
 
 def dtype_named(name: str) -> mx.Dtype:
@@ -30,6 +33,14 @@ def name_of(dtype: mx.Dtype) -> str:
 def exp(x: array) -> array:
     """The exponential, in float64 as a power of e."""
     return mx.power(mx.array(math.e, x.dtype), x) if x.dtype == mx.float64 else mx.exp(x)
+
+
+def tanh(x: array) -> array:
+    """The hyperbolic tangent.
+
+    MLX's derivatives divide by cosh(x) squared, which overflows and makes NaN of the second one.
+    """
+    return mx.tanh(mx.where(mx.abs(x) > FLAT, mx.sign(x) * FLAT, x))
 
 
 def logsumexp(x: array, axis: Axis = None, keepdims: bool = False) -> array:
@@ -96,7 +107,7 @@ class MLXOps(OpsTable):
         return mx.abs(x)
 
     def sign(self, x: array) -> array:
-        return mx.sign(x)
+        return mx.where(mx.isnan(x), mx.stop_gradient(x), mx.sign(x))  # MLX's is 0 for NaN
 
     def sin(self, x: array) -> array:
         return mx.sin(x)
@@ -105,10 +116,10 @@ class MLXOps(OpsTable):
         return mx.cos(x)
 
     def tanh(self, x: array) -> array:
-        return mx.tanh(x)
+        return tanh(x)
 
     def sigmoid(self, x: array) -> array:
-        return 0.5 + 0.5 * mx.tanh(0.5 * x) if x.dtype == mx.float64 else mx.sigmoid(x)
+        return 0.5 + 0.5 * tanh(0.5 * x) if x.dtype == mx.float64 else mx.sigmoid(x)
 
     def maximum(self, x: array, y: array | float) -> array:
         return _pick(x, y, x > y, x < y)

@@ -1,0 +1,98 @@
+"""Functions with a derivative of their own, closures included.
+
+`tf.custom_gradient` differentiates by the arguments of a function and drops what it closes over:
+silently in a graph, whose tapes may lie outside it and are not known yet. So what a function closes
+over becomes arguments of the rule as well, with cotangents found by differentiating the function
+itself. Nothing is substituted: a tape can watch the very tensors that the function uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from metaframe.backend.types import Arrays, ArraysFn
+from metaframe.errors import BackendError, InputError
+from metaframe_tensorflow import _private
+from metaframe_tensorflow._moments import exact_moments
+
+NO_FORWARD_MODE = (
+    "tf.autodiff.ForwardAccumulator does not go through a rule that runs again in the backward "
+    'pass, except around a tf.function. Use mode="reverse", or a tf.GradientTape.'
+)
+CONSTANT_IN_LOOP = (
+    "a step that runs again in the backward pass closes over a tensor or variable from outside of "
+    "the tf.function, and TensorFlow has no way for those into the gradient of a tf.while_loop. "
+    'Make it an argument, in the variables or the batch, run the tasks with "vmap", or use '
+    'mode="reverse".'
+)
+
+
+def with_rule(
+    forward: ArraysFn,
+    backward: Callable[[Arrays, Arrays], Arrays],
+    closed_over: Callable[[ArraysFn, Arrays], Arrays],
+) -> ArraysFn:
+    """`forward`, differentiated by `backward`, and as it is by what `closed_over` finds."""
+    closed: Arrays | None = None
+
+    def call(xs: Arrays) -> Arrays:
+        nonlocal closed
+        if closed is None:
+            closed = closed_over(forward, xs)
+        others, count = tuple(filter(_is_differentiable, closed)), len(xs)
+        constants = any(map(_is_eager, closed))
+        if _private.has_tangents((*xs, *others)):
+            raise BackendError(NO_FORWARD_MODE)
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def rule(*given: Any) -> tuple[list[Any], Callable[..., Any]]:
+            own = given[:count]
+
+            def pull_back(*cotangents: Any, variables: Sequence[Any] = ()) -> Any:
+                if constants and _private.in_gradient_of_loop():
+                    raise InputError(CONSTANT_IN_LOOP)
+                rest = [v for v in variables if all(v is not x for x in others)]
+                grads = _closure_gradients(forward, own, (*others, *rest), cotangents)
+                of_inputs = [*backward(own, cotangents), *grads[: len(others)]]
+                if not variables:
+                    return of_inputs
+                of_rest = dict(zip(map(id, rest), grads[len(others) :], strict=True))
+                return of_inputs, [of_rest.get(id(v)) for v in variables]
+
+            return list(forward(own)), pull_back
+
+        return tuple(rule(*xs, *others))
+
+    return call
+
+
+def traced_closures(fn: ArraysFn, xs: Arrays) -> Arrays:
+    """The tensors and variables that `fn` uses besides `xs`."""
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in xs]
+    traced = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
+    tensors = (x for x in traced.captured_inputs if x.dtype != tf.resource)
+    return (*tensors, *traced.variables)
+
+
+def _is_differentiable(x: Any) -> bool:
+    return bool(x.dtype.is_floating or x.dtype.is_complex)
+
+
+def _is_eager(x: Any) -> bool:
+    return isinstance(x, tf.Variable) or _private.is_eager(x)
+
+
+def _closure_gradients(
+    fn: ArraysFn, xs: Arrays, closed: Sequence[Any], cotangents: Sequence[Any]
+) -> list[Any]:
+    if not closed:
+        return []
+    with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+        watched = [x if isinstance(x, tf.Variable) else _private.as_captured(x) for x in closed]
+        tape.watch(watched)
+        ys = fn(xs)
+    found: list[Any] = tape.gradient(ys, watched, output_gradients=list(cotangents))
+    return found

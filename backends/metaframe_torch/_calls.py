@@ -1,0 +1,283 @@
+"""The calls a model makes into torch, caught on their way.
+
+Batch normalisation uses the statistics that the policy names. What has no second derivative or no
+batching rule is computed in another form (`_kernels`). What would be wrong without an error is
+refused: a parameter that is read from elsewhere than its place, or written to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from metaframe.errors import InputError
+from metaframe.models import Forward
+from metaframe_torch import _kernels, _tape
+from metaframe_torch._batch_norm import batch_norm
+from metaframe_torch._substitution import WRITES, Substitution, carried
+
+Function = Callable[..., Any]
+IN_PLACE = frozenset(
+    f"__{name}__"
+    for name in (
+        *("set", "setitem", "delitem"),
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul"),
+    )
+)
+
+
+class Unmapped(Exception):
+    """What is written to a buffer differs between tasks that are mapped, and the buffer does not.
+
+    Attributes:
+        name: the buffer's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Exact(TorchFunctionMode):
+    """Calls with a second derivative and a batching rule, where torch's own have none."""
+
+    def __init__(self, forms: Mapping[Function, Function]) -> None:
+        super().__init__()
+        self._forms = forms
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._forms.get(func, func)(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class InExactForms:
+    """`fn`, its calls into torch in exact forms; equal to another around the same function."""
+
+    fn: Function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of `fn`."""
+        with Exact(_kernels.exact()):
+            return self.fn(*args, **kwargs)
+
+
+class ModelCalls(Exact):
+    """The calls of one forward pass of a model that has other values.
+
+    With `exact` a second derivative may be taken, or a transform is active.
+    """
+
+    def __init__(self, values: Substitution, forward: Forward, exact: bool) -> None:
+        super().__init__(_kernels.exact() if exact else _kernels.always())
+        self._watched = {**dict.fromkeys(values.unregistered), **values.own}
+        self._unregistered = values.unregistered
+        self._parameters = {id(x): name for name, x in values.params.items()}
+        self._buffers = {id(x): name for name, x in values.state.items()}
+        self._norm, self._repeated = forward.norm, forward.repeated
+        self._recording = torch.is_grad_enabled()
+        self._products: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._aliases: list[Tensor] = []  # kept, since they are known by their identities
+        self.recorded: dict[str, Tensor] = {}
+        """Statistics of the examples, by the names of the buffers that they belong to."""
+        self.read: set[int] = set()
+        """Identities of the tensors in plain attributes that were read."""
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._watched and (name := self._own_among((*args, *kwargs.values()))) is not None:
+            _refuse_own(name, func(*args, **kwargs))
+        if (own := _OF_MODELS.get(func)) is not None:
+            return own(self, func, *args, **kwargs)
+        if args and _writes(func):
+            return self._write(args[0], func, *args, **kwargs)
+        if "out" in kwargs:
+            return self._write(kwargs["out"], func, *args, **kwargs)
+        return self._forms.get(func, func)(*args, **kwargs)
+
+    def _own_among(self, values: Iterable[Any]) -> str | None:
+        """The name of a parameter that another one stands in for, in whatever list or tuple."""
+        for x in values:
+            if id(x) in self._watched:
+                if (name := self._watched[id(x)]) is not None:
+                    return name
+                self.read.add(id(x))
+            if isinstance(x, (list, tuple)) and (name := self._own_among(x)) is not None:
+                return name
+        return None
+
+    def _write(self, target: Any, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """`func`, which changes `target` in place."""
+        if (name := self._parameters.get(id(target))) is not None:
+            raise InputError(f"the model writes to its parameter {name!r}. {WRITES}")
+        if (attribute := self._unregistered.get(id(target))) is not None:
+            raise InputError(carried(attribute[1]))
+        try:
+            return self._forms.get(func, func)(*args, **kwargs)
+        except RuntimeError as error:
+            if (name := self._buffers.get(id(target))) is None or not _tape.transforming():
+                raise
+            raise Unmapped(name) from error
+
+    def _alias(self, func: Function, x: Tensor) -> Tensor:
+        """The memory of `x` apart from autograd, to write to which is to write to `x`."""
+        alias: Tensor = func(x)
+        if (name := self._parameters.get(id(x))) is not None:
+            self._parameters[id(alias)] = name
+            self._aliases.append(alias)
+        return alias
+
+    def _dropout(self, func: Function, *args: Any, **kwargs: Any) -> Tensor:
+        if self._repeated and _drops(*args, **kwargs):
+            raise InputError(
+                "dropout draws another mask when an inner step is run again in the backward pass. "
+                "Use mode='reverse', or switch dropout off with model.eval()."
+            )
+        result: Tensor = func(*args, **kwargs)
+        return result
+
+    def _product(self, func: Function, *args: Any, **kwargs: Any) -> Tensor:
+        product: Tensor = func(*args, **kwargs)
+        if not torch.is_grad_enabled() and not kwargs:
+            self._products[id(product)] = product, args
+        return product
+
+    def _normalize(self, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`F.normalize`, by which spectral normalisation improves vectors among its buffers.
+
+        torch takes these for constants, although they depend on the weight. Here they have a
+        derivative, as the cost of a model has that it computes in training mode.
+        """
+        out = kwargs.pop("out", None)
+        if id(out) not in self._buffers:
+            return func(x, *args, out=out, **kwargs)
+        _, factors = self._products.pop(id(x), (x, ()))
+        with torch.set_grad_enabled(self._recording if factors else torch.is_grad_enabled()):
+            if factors:  # copies of buffers, which are written to next
+                x = torch.mv(*(y.clone() if id(y) in self._buffers else y for y in factors))
+            return self._write(out, torch.Tensor.copy_, out, func(x, *args, **kwargs))
+
+    def _batch_norm(
+        self,
+        func: Function,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The affine part stays apart: `vmap` gets the second derivative of a fused one wrong."""
+        del func
+        moves = training and self._norm is None
+        frozen = not training if self._norm is None else self._norm == "frozen"
+        shape = (-1, *[1] * (x.dim() - 2))
+        if frozen and running_mean is not None and running_var is not None:
+            scale = torch.rsqrt(running_var + eps)
+            normal = (x - running_mean.reshape(shape)) * scale.reshape(shape)
+        else:
+            normal = batch_norm(x, None, None, eps)
+            if moves or self._norm == "record":
+                self._record(x, running_mean, running_var, momentum if moves else None)
+        if weight is not None:
+            normal = normal * weight.reshape(shape)
+        return normal if bias is None else normal + bias.reshape(shape)
+
+    def _record(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | None,
+    ) -> None:
+        """The statistics of `x`, or where the running ones move to by `momentum`, as in torch."""
+        if running_mean is None or running_var is None or not x.numel():
+            return  # a layer that keeps no statistics normalises by the examples' own, always
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        var, mean = torch.var_mean(x, over, correction=0)
+        if momentum is not None:
+            count = x.numel() // x.shape[1]
+            mean = (1 - momentum) * running_mean + momentum * mean.detach()
+            var = (1 - momentum) * running_var + momentum * var.detach() * count / (count - 1)
+        self.recorded[self._buffers[id(running_mean)]] = mean
+        self.recorded[self._buffers[id(running_var)]] = var
+
+    def _instance_norm(
+        self,
+        func: Function,
+        x: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        own = use_input_stats if self._norm is None else self._norm != "frozen"
+        if own or running_mean is None:
+            running_mean = running_var = None
+            own = True
+        result: Tensor = func(x, running_mean, running_var, weight, bias, own, momentum, eps)
+        return result
+
+
+_OF_MODELS: dict[Function, Callable[..., Any]] = {
+    F.batch_norm: ModelCalls._batch_norm,
+    F.instance_norm: ModelCalls._instance_norm,
+    F.normalize: ModelCalls._normalize,
+    torch.mv: ModelCalls._product,
+    torch.Tensor.detach: ModelCalls._alias,
+    torch.detach: ModelCalls._alias,
+    torch.Tensor.data.__get__: ModelCalls._alias,  # type: ignore[attr-defined]
+    F.dropout: ModelCalls._dropout,
+    F.dropout1d: ModelCalls._dropout,
+    F.dropout2d: ModelCalls._dropout,
+    F.dropout3d: ModelCalls._dropout,
+    F.alpha_dropout: ModelCalls._dropout,
+    F.feature_alpha_dropout: ModelCalls._dropout,
+}
+
+
+@functools.cache
+def _writes(func: Function) -> bool:
+    """Does `func` change its first argument in place?"""
+    name = getattr(func, "__name__", "")
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _drops(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    del x, inplace
+    return training and p > 0
+
+
+def _refuse_own(name: str, result: Any) -> None:
+    """A value computed from a parameter that another one stands in for is not the model's."""
+    values = result if isinstance(result, (list, tuple)) else (result,)
+    if any(isinstance(x, Tensor) for x in values):  # and not a shape or a dtype
+        raise InputError(
+            f"the model reads its parameter {name!r} from somewhere else than its attributes, "
+            "such as a list or a closure, where other values cannot be put. Read it from the "
+            "module that holds it, or keep the list as an nn.ParameterList or nn.ModuleList."
+        )

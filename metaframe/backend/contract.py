@@ -1,0 +1,437 @@
+"""The backend boundary: what a framework has to provide.
+
+A backend is transforms and hardly any operations. It sees flat tuples of arrays and never a
+nested structure; core code never asks which backend it has.
+"""
+
+from __future__ import annotations
+
+import abc
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from metaframe.backend.model import ModelAdapter, NamedParameters
+from metaframe.backend.required import Required
+from metaframe.backend.tables import NNTable, OpsTable
+from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.workers import ALONE, Place, Workers
+from metaframe.errors import BackendError, InputTypeError
+from metaframe.tree.foreign import Node
+
+T = TypeVar("T")
+
+
+class NativeOptimizer(Protocol):
+    """An optimizer that holds its own state and changes variables in place."""
+
+    def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
+        """Update `variables` by `grads`, both by name."""
+        ...
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
+        """The state for a checkpoint: arrays by name, and plain values."""
+        ...
+
+    def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
+        """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
+        ...
+
+
+class Backend(Required):
+    """What metaframe needs from a framework.
+
+    A method without a body is required. The others have a correct default, which a backend
+    overrides only to be faster or to use less memory.
+
+    >>> from metaframe.backend.registry import load_backend
+    >>> backend = load_backend("torch")
+    >>> square = backend.value_and_grad(lambda xs: (xs[0] ** 2, ()))
+    >>> value, aux, grads = square((backend.asarray(3.0),))
+    >>> value, grads
+    (tensor(9.), (tensor(6.),))
+    """
+
+    name: str
+    """The framework's import name; also the name users select it by."""
+    ops: OpsTable
+    """The portable array functions, in native calls."""
+    nn: NNTable
+    """The portable layers, in native calls."""
+    module_base: type | None = None
+    """What a wrapper around this framework's models has to derive from, if anything."""
+    compiles_quickly: bool = True
+    """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    forward_needs_tangents: bool = False
+    """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
+    signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
+    """What a compiled program depends on. Every call of one asks it of every array."""
+    conformance_gaps: Mapping[str, str] = MappingProxyType({})
+    """Promises that the framework cannot keep: patterns of clauses of the conformance suite
+    (`metaframe.testing.conformance`), each with its reason."""
+
+    @classmethod
+    def described(cls) -> str:
+        """The backend, as an error names it."""
+        return f"backend {cls.name!r}"
+
+    # -- arrays --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def owns(self, x: object) -> bool:
+        """Is `x` an array of this framework (a tracer or a variable counts)?"""
+
+    @abc.abstractmethod
+    def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        """`x` (own or neutral) as an array; `None` keeps the dtype and the device."""
+
+    @abc.abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """`x` as a NumPy array, detached and on the host."""
+
+    @abc.abstractmethod
+    def dtype_name(self, x: Array) -> str:
+        """The NumPy name of the dtype, such as "float32"."""
+
+    @abc.abstractmethod
+    def is_floating(self, x: Array) -> bool:
+        """Is `x` of a real floating dtype, as a variable has to be?"""
+
+    def is_differentiable(self, x: Array) -> bool:
+        """Can `x` carry a gradient? Floating arrays can, and complex data."""
+        return self.is_floating(x) or self.dtype_name(x).startswith("complex")
+
+    @abc.abstractmethod
+    def is_traced(self, x: Array) -> bool:
+        """Is `x` inside a transform or a compilation, so that it has no value to look at?"""
+
+    @abc.abstractmethod
+    def devices(self) -> tuple[str, ...]:
+        """The names `device=` accepts here."""
+
+    def device_of(self, x: Array) -> str:
+        """Which of `devices` `x` lies on."""
+        return str(x.device)
+
+    @abc.abstractmethod
+    def on_cpu(self, x: Array) -> bool:
+        """Does work on `x` run on a CPU? For a traced array: unless it is told otherwise."""
+
+    def to_dlpack(self, x: Array) -> Any:
+        """`x` as a constant with `__dlpack__`, through which others take its memory."""
+        return self.stop_gradient(x)
+
+    def from_dlpack(self, x: Any) -> Array | None:
+        """The memory of `x`, of another backend's `to_dlpack`; None if it cannot be shared.
+
+        The dtype may come out narrower; the caller looks.
+        """
+        del x
+        return None
+
+    def seed_from(self, generator: object) -> int | None:
+        """A seed below 2**63 drawn from a random generator of the framework; None for others."""
+        del generator
+        return None
+
+    def double_precision(self) -> AbstractContextManager[object]:
+        """A block of code in which float64 is float64, if that has to be switched on."""
+        return nullcontext()
+
+    # -- transforms ----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def stop_gradient(self, x: Array) -> Array:
+        """`x` as a constant."""
+
+    def alias(self, x: Array) -> Array:
+        """`x` as a value that is differentiated into `x` and has flags of its own.
+
+        Freezing it must not freeze `x`. Default: `x`, for a framework whose arrays have no flags.
+        """
+        return x
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
+    ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
+        """`xs -> (scalar, aux, gradients)`, nestable to any depth.
+
+        An input that the scalar does not depend on gets a gradient of zeros. When it depends on
+        none of them, `on_disconnected` is called (it raises the caller's error).
+        """
+
+    @abc.abstractmethod
+    def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        """Cotangents of `xs`: the transposed Jacobian of `fn` at `xs` times `cotangents`."""
+
+    @abc.abstractmethod
+    def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
+        """Tangents of the outputs: the Jacobian of `fn` at `xs` times `tangents`."""
+
+    @abc.abstractmethod
+    def custom_vjp(
+        self, forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays]
+    ) -> ArraysFn:
+        """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
+
+        `backward` returns None for an input that is not differentiable. What `forward` closes over
+        may be differentiated too: a backend either adds its cotangent, or names it in
+        `hidden_inputs`, or raises an error.
+        """
+
+    def checkpoint(self, fn: ArraysFn) -> ArraysFn:
+        """`fn`, which stores only its inputs and runs again in the backward pass."""
+        return self.custom_vjp(fn, lambda xs, cotangents: self.transpose(fn, xs, cotangents))
+
+    def transpose(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
+        """`vjp`, with None for every input that is not differentiable."""
+        places = tuple(i for i, x in enumerate(xs) if self.is_differentiable(x))
+
+        def of_differentiable(values: Arrays) -> Arrays:
+            replaced = dict(zip(places, values, strict=True))
+            return fn(tuple(replaced.get(i, x) for i, x in enumerate(xs)))
+
+        found = self.vjp(of_differentiable, tuple(xs[i] for i in places), cotangents)
+        by_place = dict(zip(places, found, strict=True))
+        return tuple(by_place.get(i) for i in range(len(xs)))
+
+    def lift(self, fn: ArraysFn, xs: Arrays) -> tuple[ArraysFn, Arrays]:
+        """`fn` as a function of `(*xs, *closed)`, and the arrays `closed` that it closes over.
+
+        Called with arrays like `xs`. The default leaves closures where they are.
+        """
+        return lambda arrays: fn(arrays[: len(xs)]), ()
+
+    def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
+        """The dependencies of `fn` besides `xs` that running it again would get wrong.
+
+        Returns:
+            The end of a sentence, such as "draws random numbers"; empty if there are none. A
+            closure is named here if `custom_vjp` would silently drop its gradient.
+
+        Runs `fn`, so that the caller can see what it does to the random streams of Python and
+        NumPy.
+        """
+        fn(xs)
+        return ""
+
+    def with_finite_roots(self, fn: ArraysFn) -> ArraysFn:
+        """`fn`, with derivatives of zero at roots, logarithms and reciprocals of zero.
+
+        For code of others, such as an update rule that divides by the root of a second moment;
+        `ops.safe_sqrt` does the same. Values stay the same. Default: `fn` as it is, whose
+        derivative is NaN there.
+        """
+        return fn
+
+    @abc.abstractmethod
+    def vmap(self, fn: ArraysFn) -> ArraysFn:
+        """`fn` over the leading axis of every input and output.
+
+        An output that depends on no input is repeated.
+        """
+
+    @abc.abstractmethod
+    def compile(self, fn: ArraysFn, examples: Arrays) -> ArraysFn:
+        """`fn` compiled as a whole for arrays like `examples`.
+
+        It is traced before this returns, so that an error in it is raised here.
+        """
+
+    def ambient(self) -> Hashable:
+        """The state of the framework that `compile` builds into a program, as far as it may change.
+
+        Such as a default dtype, autocast, or whether operations are recorded. Every call of a
+        compiled function asks for it. The default says that there is none.
+        """
+        return None
+
+    def runs_inline(self, xs: Sequence[Array]) -> bool:
+        """True where a compiled function of `xs` has to run as it is.
+
+        That is, where a transform or a trace from outside is active that a compiled program would
+        not be part of. False if programs can be transformed like other functions.
+        """
+        del xs
+        return False
+
+    def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of ours, for a framework that translates Python code: to be left alone.
+
+        Every call of a public function asks for it.
+        """
+        return fn
+
+    def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of the user's, as it is where a framework translates Python code.
+
+        Our own code around it is not translated, which must not keep the user's from being so.
+        """
+        return fn
+
+    @abc.abstractmethod
+    def needed_a_value(self, error: Exception) -> bool:
+        """Was `error` raised because traced code asked an array for its value?"""
+
+    def scan(
+        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
+
+        The default is a Python loop: right everywhere, and for a framework without a compiled
+        loop the only form there is.
+        """
+        rows = []
+        for i in range(xs[0].shape[0]):
+            carry, y = fn(carry, tuple(x[i] for x in xs))
+            rows.append(y)
+        return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
+
+    def mapped_value_and_grad(
+        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.
+
+        They are those of `fn(xs, held, task)`. Tasks are mapped over the leading axis; scalars and
+        aux come stacked, gradients summed. What is `held` may be differentiated from outside.
+        The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
+        number for less work, for a framework where that is safe.
+        """
+        return self._gradients_of_tasks(fn, self.vmap)
+
+    def _gradients_of_tasks(
+        self,
+        fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]],
+        mapped: Callable[[ArraysFn], ArraysFn],
+    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+        """`mapped_value_and_grad` by `mapped`, which maps a function over tasks."""
+
+        def of_tasks(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
+            def one(task: Arrays) -> Arrays:
+                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, held, task))(xs)
+                return (*grads, value, *aux)
+
+            out = mapped(one)(tasks)
+            grads, (values, *aux) = out[: len(xs)], out[len(xs) :]
+            return values, tuple(aux), tuple(self.ops.sum(g, axis=0) for g in grads)
+
+        return of_tasks
+
+    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
+        """`fn` applied `times` times.
+
+        With `rolled`, in the memory of one application wherever the framework can. The default
+        implementation is a Python loop, which is unrolled when it is traced.
+        """
+        del rolled
+        for _ in range(times):
+            carry = fn(carry)
+        return carry
+
+    def register_node(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
+        unflatten: Callable[[Any, Iterable[Any]], Any],
+    ) -> None:
+        """Let the framework's own transforms take `cls` apart, if it has such a registry."""
+        del cls, flatten, unflatten
+
+    def node(self, x: object) -> Node | None:
+        """How the framework's own transforms take `x` apart; None if `x` is a leaf to them."""
+        del x
+        return None
+
+    def random_state(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The state of the framework's hidden random streams, for a checkpoint."""
+        return {}
+
+    def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what `random_state` returned."""
+        del state
+
+    # -- many processes or devices ---------------------------------------------------------
+
+    def workers(self) -> Workers:
+        """Who shares the tasks of a sharded step, by what is active: a group, mesh or strategy."""
+        return ALONE
+
+    def join(self, place: Place) -> AbstractContextManager[object]:
+        """Start the framework's engine in this process, for a block of code.
+
+        Raises:
+            BackendError: it has none.
+        """
+        raise BackendError(f"backend {self.name!r} has no engine for several processes.")
+
+    def lost_others(self, error: Exception) -> bool:
+        """Was `error` raised because another process is gone or does not answer?"""
+        del error
+        return False
+
+    # -- models --------------------------------------------------------------------------
+
+    def adapter(self, model: object) -> ModelAdapter | None:
+        """`model` behind the neutral interface; None if it is no model of this framework."""
+        del model
+        return None
+
+    def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
+        """`run()`, which calls a model of another library that computes with this framework.
+
+        With `twice` its result can be differentiated twice. What comes with the result are the
+        framework's own trainable variables that were read meanwhile; none for a framework whose
+        parameters are arrays like others.
+        """
+        del twice
+        return run(), ()
+
+    def live(self, values: dict[str, Array]) -> NamedParameters | None:
+        """`values` as parameters that the framework's own optimizers can update, if it has such."""
+        del values
+        return None
+
+    def kept(self, values: dict[str, Array]) -> NamedParameters | None:
+        """`values` as what the framework saves with a model and does not train, if it has such."""
+        del values
+        return None
+
+    def native_optimizer(self, optimizer: object) -> NativeOptimizer | None:
+        """`optimizer` behind the neutral interface; None if it is none of this framework."""
+        del optimizer
+        return None
+
+    def differentiable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` by operations with a second derivative and a batching rule, as far as there are any.
+
+        For a framework some of whose own operations have none. What it returns is equal to another
+        for the same function.
+        """
+        return fn
+
+    def loss_gradient(
+        self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
+    ) -> tuple[Array | None, ...]:
+        """Gradients of one inner step, constants with `first_order`; None for unused inputs.
+
+        `loss` is a function of `xs`, or, where operations are recorded as they happen, a value
+        computed from them. An unused input may get zeros instead of None, but not if all are.
+        """
+        if not callable(loss):
+            raise InputTypeError(
+                f"{self.name} keeps no record of how a loss was computed, so adapt cannot "
+                "differentiate an array. Pass a function of the learner: "
+                "learner.adapt(lambda learner: loss_fn(learner(x), y))."
+            )
+        function = loss
+        unused: list[bool] = []
+        taken = self.value_and_grad(lambda xs: (function(xs), ()), lambda: unused.append(True))
+        _, _, grads = taken(xs)
+        if unused:
+            return (None,) * len(xs)
+        return tuple(map(self.stop_gradient, grads)) if first_order else grads

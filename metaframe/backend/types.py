@@ -1,0 +1,15 @@
+"""Types of the flat arrays and functions that backends see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Array = Any
+Arrays = tuple[Array, ...]
+ArraysFn = Callable[[Arrays], Arrays]
+"""A pure function from a flat tuple of arrays to a flat tuple of arrays."""
+ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
+"""A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
+ObjectiveFn = Callable[[Arrays], Array]
+"""A pure function from a flat tuple of arrays to a scalar."""

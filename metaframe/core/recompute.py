@@ -1,0 +1,124 @@
+"""How one inner step is differentiated: recomputed in the backward pass, exactly.
+
+Both modes store the inputs of an inner step (the variables, the optimizer's state, the task's data
+and the learning rate) and nothing else, and run the step again in the backward pass. They differ in
+how the gradient g inside a step theta' = U(theta, g(theta, c), s, c) is transposed:
+
+- "remat" transposes it in reverse mode, like everything else;
+- "mixed" takes the product of a cotangent b of g with the Jacobian of g forward over reverse,
+  since the cost's Hessian is symmetric:
+  b^T (dg/dtheta, dg/dc) = d/de grad_{theta, c} cost(theta + e b, c) at e = 0
+  (Kemaev et al. 2025, arXiv 2505.00793, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from metaframe.backend.contract import Backend
+from metaframe.backend.types import Array, Arrays
+from metaframe.core import checks
+
+Gradient = Callable[[Arrays, Arrays], Arrays]
+"""`(params, context) -> gradient of the cost with respect to params`."""
+Apply = Callable[[Arrays, Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
+"""`(params, gradient, state, context) -> (new params, new state)`."""
+Step = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
+"""`(params, state, context) -> (new params, new state)`."""
+
+
+def rematerialised(backend: Backend, gradient: Gradient, apply: Apply) -> Step:
+    """The step, run again in the backward pass."""
+
+    def step(params: Arrays, state: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
+        sizes = (len(params), len(state), len(context))
+
+        def flat(xs: Arrays) -> Arrays:
+            params, state, context, _ = split(xs, sizes)
+            after, state = apply(params, gradient(params, context), state, context)
+            return (*after, *state)
+
+        out = backend.checkpoint(flat)((*params, *state, *context))
+        return out[: len(params)], out[len(params) :]
+
+    return step
+
+
+def forward_over_reverse(backend: Backend, cost: Callable[[Arrays, Arrays], Array]) -> Gradient:
+    """The gradient of `cost`, with Hessian-vector products taken forward over reverse."""
+
+    def gradient(params: Arrays, context: Arrays) -> Arrays:
+        count = len(params)
+        lifted, closed = backend.lift(
+            lambda xs: (cost(xs[:count], xs[count:]),), (*params, *context)
+        )
+
+        def forward(xs: Arrays) -> Arrays:
+            return _gradient_at(backend, lifted, xs, range(count))(xs[:count])
+
+        def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
+            return _curvature_products(backend, lifted, xs, cotangents)
+
+        return backend.custom_vjp(forward, backward)((*params, *context, *closed))
+
+    return gradient
+
+
+def _gradient_at(
+    backend: Backend, cost: Callable[[Arrays], Arrays], xs: Arrays, places: Sequence[int]
+) -> Callable[[Arrays], Arrays]:
+    """The gradient of `cost` with respect to the inputs at `places`, as a function of them."""
+
+    def objective(values: Arrays) -> tuple[Array, Arrays]:
+        replaced = dict(zip(places, values, strict=True))
+        (value,) = cost(tuple(replaced.get(i, x) for i, x in enumerate(xs)))
+        return value, ()
+
+    run = backend.value_and_grad(objective, checks.cost_ignores_variables)
+    return lambda values: run(values)[2]
+
+
+def _curvature_products(
+    backend: Backend, cost: Callable[[Arrays], Arrays], xs: Arrays, directions: Arrays
+) -> Arrays:
+    """The Hessian of `cost` times `directions` in the first inputs, None where there is none."""
+    count = len(directions)
+    moved = tuple(range(count))
+    held = tuple(i for i in range(count, len(xs)) if backend.is_differentiable(xs[i]))
+    gradient = _gradient_at(backend, cost, xs, moved + held)
+    params, others = xs[:count], tuple(xs[i] for i in held)
+    if backend.forward_needs_tangents:
+        zeros = tuple(map(backend.ops.zeros_like, others))
+        products = backend.jvp(gradient, (*params, *others), (*directions, *zeros))
+    else:
+        products = backend.jvp(lambda params: gradient((*params, *others)), params, directions)
+    found = dict(zip(moved + held, products, strict=True))
+    return tuple(found.get(i) for i in range(len(xs)))
+
+
+def vjp(
+    backend: Backend,
+    fn: Callable[..., Sequence[Arrays]],
+    groups: Sequence[Arrays],
+    cotangents: Arrays,
+) -> Sequence[Arrays]:
+    """Cotangents of `groups`, None at the places of arrays that are not differentiable."""
+    sizes = tuple(map(len, groups))
+
+    def flat(xs: Arrays) -> Arrays:
+        return _join(fn(*split(xs, sizes)[:-1]))
+
+    return split(backend.transpose(flat, _join(groups), cotangents), sizes)[:-1]
+
+
+def _join(groups: Sequence[Arrays]) -> Arrays:
+    return tuple(x for group in groups for x in group)
+
+
+def split(xs: Arrays, sizes: Sequence[int]) -> list[Arrays]:
+    """`xs` cut into groups of the given sizes, and one more with what is left."""
+    groups, start = [], 0
+    for size in sizes:
+        groups.append(xs[start : start + size])
+        start += size
+    return [*groups, xs[start:]]

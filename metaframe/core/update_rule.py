@@ -1,0 +1,253 @@
+"""The update rule of an inner step, brought to one form.
+
+Three kinds are accepted: our `optim.Optimizer`, a foreign pair with `init` and `update` (an optax
+`GradientTransformation`), and a function `update(v, grads, lr, stop_gradients=...)` that returns
+new variables. Whatever it is, the variables and the state that it returns have the structure,
+shapes and dtypes of those that it got.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaframe import optim, tree
+from metaframe.backend.registry import owner
+from metaframe.backend.selection import backend_of
+from metaframe.backend.types import Arrays
+from metaframe.core import rates
+from metaframe.errors import InputError, InputTypeError
+from metaframe.optim import Optimizer, Params, Rate, State
+
+RETURNED = "what the inner update returned"
+
+
+class UpdateRule(NamedTuple):
+    """One form for every kind of update."""
+
+    init: Callable[[Params], State]
+    apply: Callable[[Params, Params, State, Rate], tuple[Params, State, Params]]
+    """`(v, grads, state, lr) -> (new v, new state, what was added)`."""
+    rate: Callable[..., Rate]
+    """`rate(lr, v, name=..., known=...)`: what `apply` takes as `lr`, or an error about it.
+
+    The arguments as of `rates.spread`.
+    """
+
+
+def update_rule(
+    update: Any,
+    *,
+    stop_gradients: bool,
+    called: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
+) -> UpdateRule:
+    """`update` as an `UpdateRule`.
+
+    `called(update)` is what is called of an update function, see `Backend.user_function`.
+
+    `stop_gradients` is handed to an update function. Pairs have no such argument: what they return
+    depends on the gradients as they come, and it is for the caller to make those constants.
+    """
+    if update is optim.gradient_descent_update:
+        # As a pair it also says what it added, without the rounding of a difference.
+        update = optim.sgd()
+    if isinstance(update, Optimizer):
+        if optim.rule(update) is None:
+            _check_signature(update.init, "init(v)", None)
+            _check_signature(update.update, "update(grads, state, v, lr)", None, None, None, None)
+        return _pair(update.init, update.update, _rate_of(update))
+    if hasattr(update, "init") and hasattr(update, "update"):
+        return _foreign_pair(update)
+    if callable(update):
+        return _function(update, stop_gradients, called(update))
+    raise InputTypeError(
+        "the inner update is an optim.Optimizer, a pair with init and update, or a function "
+        f"update(v, grads, lr, stop_gradients=...), received {type(update).__name__}."
+    )
+
+
+def _pair(init: Any, update: Any, rate: Callable[..., Rate]) -> UpdateRule:
+    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
+        result = update(grads, state, v, lr)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputTypeError(
+                "the inner update is a pair whose update returns (updates, new state), received "
+                f"{type(result).__name__}."
+            )
+        updates, new_state = result
+        tree.same_structure(updates, tree.structure(v), what=RETURNED)
+        new = optim.apply_updates(v, updates)
+        _check_variables(new, v)
+        _check_state(new_state, state)
+        return new, new_state, updates
+
+    return UpdateRule(init, apply, rate)
+
+
+def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
+    """For a rule of ours a rate for every variable; another one has its own idea of a rate."""
+    if optim.rule(optimizer) is None:
+        return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
+
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        own = rates.only(optimizer.learning_rate, lr)
+        if lr is not None:
+            return rates.spread(lr, v, name=name, known=known)
+        rates.spread(own, v, name="the optimizer's learning_rate", known=known)
+        return None
+
+    return rate
+
+
+def _with_finite_roots(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`update`, code of others, as something to differentiate.
+
+    The square root of a second moment has no derivative where that is zero, as it is for a unit
+    that is dead in every example: `optax.adam` with its default `eps_root=0` would return NaN.
+    """
+
+    def call(*given: Any) -> Any:
+        backend = backend_of(*tree.leaves(given[0]))
+        arguments = tree.Packed(given, backend.owns)
+        results: list[tree.Packed] = []
+
+        def flat(xs: Arrays) -> Arrays:
+            results.append(tree.Packed(update(*arguments.unpack(xs)), backend.owns))
+            return results[-1].arrays
+
+        try:
+            arrays = backend.with_finite_roots(flat)(arguments.arrays)
+        except Exception as error:
+            if not backend.needed_a_value(error):
+                raise
+            return update(*given)  # it looks at values, and runs as it is
+        return results[-1].unpack(arrays)
+
+    return call
+
+
+def _foreign_pair(pair: Any) -> UpdateRule:
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        del v, known
+        if lr is not None:
+            raise InputError(
+                "this update rule brings its own learning rate (it is no optim.Optimizer); "
+                f"pass None as {name}, the inner learning rate, received {lr!r}."
+            )
+        return None
+
+    finite = _with_finite_roots(pair.update)
+
+    def update(grads: Params, state: State, v: Params, lr: Rate) -> Any:
+        del lr
+        result = finite(grads, state, v)
+        if not isinstance(result, tuple) or len(result) != 2:
+            return result
+        # As optax applies them: in the dtype of the variables, whatever it accumulates in.
+        tree.same_structure(result[0], tree.structure(v), what=RETURNED)
+        return tree.map(_in_dtype_of, result[0], v), result[1]
+
+    _check_signature(pair.update, "update(grads, state, v)", None, None, None)
+    return _pair(pair.init, update, rate)
+
+
+def _in_dtype_of(x: Any, like: Any) -> Any:
+    backend = owner(like)
+    if backend is None or not backend.owns(x) or backend.dtype_name(x) == backend.dtype_name(like):
+        return x
+    return backend.ops.astype(x, backend.dtype_name(like))
+
+
+def _function(
+    update: Callable[..., Params], stop_gradients: bool, called: Callable[..., Params]
+) -> UpdateRule:
+    _check_signature(
+        update,
+        "update(v, grads, lr, stop_gradients=...)",
+        None,
+        None,
+        None,
+        stop_gradients=stop_gradients,
+    )
+
+    def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
+        if lr is None or not rates.is_structure(lr):
+            return rates.arrays(lr, v)
+        return rates.spread(lr, v, name=name, known=known)
+
+    finite = _with_finite_roots(functools.partial(called, stop_gradients=stop_gradients))
+
+    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
+        new = finite(v, grads, lr)
+        _check_variables(new, v)
+        return new, state, tree.map(lambda n, o: n - o, new, v)
+
+    return UpdateRule(lambda v: (), apply, rate)
+
+
+def _check_signature(fn: Any, form: str, *args: Any, **kwargs: Any) -> None:
+    try:
+        inspect.signature(fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputTypeError(
+            f"the inner update function is called as {form}: {error}. Take these arguments."
+        ) from None
+    except ValueError:
+        pass  # written in C, and without a signature
+
+
+def _check_variables(new: Params, v: Params) -> None:
+    """New variables are arrays of the structure, shapes and dtypes of the old ones."""
+    spec = tree.structure(v)
+    found = tree.same_structure(new, spec, what=RETURNED)
+    for i, (x, like) in enumerate(zip(found, tree.leaves(v), strict=True)):
+        problem = _difference(x, like) if owner(like) is not None else None
+        if problem is not None:
+            name = tree.key_chains(v)[i]
+            where = f" for {name!r}" if name else ""
+            raise InputError(
+                f"the inner update returned {problem[0]}{where}, whose variable is {problem[1]}. "
+                "Return new variables of the shapes and dtypes of the old ones."
+            )
+
+
+def _check_state(new: State, state: State) -> None:
+    """A new state is arrays of the structure, shapes and dtypes of the old one."""
+    what = "the state that the inner update returned"
+    found = tree.same_structure(new, tree.structure(state), what=what)
+    for i, (x, like) in enumerate(zip(found, tree.leaves(state), strict=True)):
+        problem = _difference(x, like)
+        if problem is not None:
+            raise InputError(
+                f"{what} has {problem[0]} at {tree.key_chains(state)[i]!r}, where it had "
+                f"{problem[1]}. A state consists of arrays whose shapes and dtypes stay; count in "
+                "an array, such as ops.sum(ops.zeros_like(w))."
+            )
+
+
+def _difference(x: Any, like: Any) -> tuple[str, str] | None:
+    """What `x` is and what `like` is, where one cannot stand in the place of the other."""
+    backend = owner(like)
+    if backend is None:
+        same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
+        return None if same else (_described(x), _described(like))
+    alike = backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like)
+    if alike and _same_size(tuple(x.shape), tuple(like.shape)):
+        return None
+    return _described(x), _described(like)
+
+
+def _same_size(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    # TensorFlow has None where a size is not known yet.
+    return len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+
+
+def _described(x: Any) -> str:
+    backend = owner(x)
+    if backend is None:
+        return f"{x!r:.60} ({type(x).__name__})"
+    return f"{backend.dtype_name(x)} of shape {tuple(x.shape)} ({backend.name})"
