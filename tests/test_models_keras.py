@@ -63,7 +63,7 @@ def test_meta_gradient_every_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("framework", "names", "ways"),
     [
-        ("torch", ("implicit", "attention", "augmented"), "vmap"),
+        ("torch", ("implicit", "attention"), "vmap"),
         ("jax", ("plain",), ""),
         slow("torch", tuple(zoo_keras.MODELS), "vmap,scan", id="torch-every model"),
         slow("jax", tuple(n for n in zoo_keras.MODELS if n not in LOOPS), "vmap", id="jax-every"),
