@@ -216,8 +216,8 @@ def _as_built(layers: Sequence[Any], owner: str) -> Iterator[None]:
 
 def not_built(owner: str, names: Sequence[str]) -> str:
     """What to do about a model whose layers of these names are not built."""
-    missing = f"its layers {list(names)} have no weights yet" if names else "it has no weights yet"
+    missing = f"its layers {list(names)} are not built" if names else "it has no weights yet"
     return (
-        f"{owner} is not fully built: {missing}. Call it once on data, in the mode it is used in "
+        f"{owner} is not complete: {missing}. Call it once on data, in the mode it is used in "
         "(training=True or False), before it is handed to metaframe."
     )
