@@ -9,7 +9,7 @@ import pytest
 
 from frameworks import require
 from metaframe.backend import load_backend
-from metaframe.errors import InputError
+from metaframe.errors import BackendError, InputError
 
 
 def mapped(fn: Any, x: Any) -> Any:
@@ -88,3 +88,28 @@ def test_variables_that_are_read_or_made() -> None:
     with pytest.raises(InputError, match="makes the variable 'late' when it is called"):
         backend.run_foreign(lambda: tf.Variable(1.0, name="late"), twice=True)
     del other
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_tensorflow_cannot_vectorise(compiled: bool) -> None:
+    """A branch has no derivative there; an error of the function itself stays what it is."""
+    require("tensorflow")
+    import tensorflow as tf
+
+    backend = load_backend("tensorflow")
+
+    def slope(xs: Any) -> Any:
+        def branched(xs: Any) -> Any:
+            return tf.cond(xs[0] > 0, lambda: tf.exp(xs[0]) * xs[0], lambda: xs[0]), ()
+
+        return backend.value_and_grad(branched)(xs)[2]
+
+    def failing(xs: Any) -> Any:
+        raise KeyError("of the function")
+
+    how = tf.function(autograph=False) if compiled else lambda fn: fn
+    x = (tf.constant([1.0, -1.0]),)
+    with pytest.raises(BackendError, match=r"cannot vectorise.*tf\.cond.*task_map=\"scan\""):
+        how(backend.vmap(slope))(x)
+    with pytest.raises(KeyError, match="of the function"):
+        how(backend.vmap(failing))(x)
