@@ -280,5 +280,5 @@ def test_a_keras_layer_without_weights_is_named() -> None:
         def __call__(self, x: Any) -> Any:
             return self.head(self.dense(x))
 
-    with pytest.raises(InputError, match=r"tf\.Module .*Net is not fully built.*\['dense"):
+    with pytest.raises(InputError, match=r"tf\.Module .*Net is not complete.*\['dense"):
         MAML(Net())(np.ones((2, 3)))

@@ -409,7 +409,7 @@ def augmented() -> Any:
     return made("Plain", flip, move, layer("Flatten"), layer("Dense", 2))
 
 
-# -- what rounds, and so has no slope to compare with --------------------------------------------
+# -- what rounds or cuts gradients, and has no slope to compare with -----------------------------
 
 
 @model()
@@ -437,4 +437,10 @@ def quantized() -> Any:
     return made("Implicit", dense, layer("Dense", 2))
 
 
-ROUNDED = ("low_rank", "mixed_precision", "quantized")
+@model()
+def spectral_norm() -> Any:
+    """A call in training assigns the kernel, and takes its singular vectors for constants."""
+    return made("Implicit", layer("SpectralNormalization", layer("Dense", 4)), layer("Dense", 2))
+
+
+ROUNDED = ("low_rank", "mixed_precision", "quantized", "spectral_norm")

@@ -201,15 +201,24 @@ class TensorFlowBackend(Backend):
         return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        def of_row(row: list[Array]) -> Arrays:
-            # identity: a constant from outside becomes a tensor of the graph, which is repeated.
-            return tuple(tf.identity(y) for y in fn(tuple(row)))
-
         def mapped(*xs: Array) -> list[Array]:
-            # A note of vectorized_map to its own authors, one for each convolution. That their
-            # gradients are taken task by task on TensorFlow is in docs/performance.md.
-            with without_remarks("Conv2DBackpropFilter uses a while_loop"):
-                return list(tf.vectorized_map(of_row, xs))
+            traced: list[bool] = []
+
+            def of_row(row: list[Array]) -> Arrays:
+                # identity: a constant from outside becomes a tensor of the graph, and is repeated.
+                results = tuple(tf.identity(y) for y in fn(tuple(row)))
+                traced.append(True)
+                return results
+
+            try:
+                # A note of vectorized_map to its own authors, one for each convolution. That their
+                # gradients are taken task by task on TensorFlow is in docs/performance.md.
+                with without_remarks("Conv2DBackpropFilter uses a while_loop"):
+                    return list(tf.vectorized_map(of_row, xs))
+            except Exception as error:
+                if not traced:
+                    raise  # by `fn`, and not by what is made of it
+                raise BackendError(_not_vectorised(error)) from error
 
         def call(xs: Arrays) -> Arrays:
             if not tf.executing_eagerly():
@@ -309,6 +318,16 @@ class TensorFlowBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
+
+
+def _not_vectorised(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        f"TensorFlow cannot vectorise the model or the loss over tasks: {' '.join(lines)[:200]} It "
+        "does not know the derivatives of a loop or a branch there, such as that of a recurrent "
+        "layer of Keras without unroll=True, a tf.while_loop or a tf.cond. Run the tasks one after "
+        'the other, task_map="scan" or task_map="loop".'
+    )
 
 
 def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:

@@ -50,10 +50,10 @@ def layers_of(layer: Any) -> list[Any]:
             if id(x) not in found:
                 found[id(x)] = x
                 left.extend(reversed(vars(x).values()))
-        elif isinstance(x, (list, tuple, set)):
-            left.extend(reversed(list(x)))
-        elif isinstance(x, dict):
-            left.extend(reversed(x.values()))
+        elif isinstance(x, (list, tuple, set, dict)):
+            inside = list(x.values() if isinstance(x, dict) else x)
+            if inside and not isinstance(inside[0], (str, int, float)):  # words, sizes
+                left.extend(reversed(inside))
     return list(found.values())
 
 
@@ -216,8 +216,8 @@ def _as_built(layers: Sequence[Any], owner: str) -> Iterator[None]:
 
 def not_built(owner: str, names: Sequence[str]) -> str:
     """What to do about a model whose layers of these names are not built."""
-    missing = f"its layers {list(names)} have no weights yet" if names else "it has no weights yet"
+    missing = f"its layers {list(names)} are not built" if names else "it has no weights yet"
     return (
-        f"{owner} is not fully built: {missing}. Call it once on data, in the mode it is used in "
+        f"{owner} is not complete: {missing}. Call it once on data, in the mode it is used in "
         "(training=True or False), before it is handed to metaframe."
     )
