@@ -22,7 +22,7 @@ from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._roots import with_finite_roots
-from metaframe_tensorflow._rule import traced_closures, with_rule
+from metaframe_tensorflow._rule import closures, with_rule
 
 T = TypeVar("T")
 
@@ -177,14 +177,13 @@ class TensorFlowBackend(Backend):
         if tf.executing_eagerly() and not _private.may_record():
             return ()
         try:
-            return traced_closures(fn, xs)
+            return closures(fn, xs)
         except Exception as error:
             if not self.needed_a_value(error):
                 raise
             return ()  # `hidden_inputs` has looked
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
-        found = fn(tuple(map(self.stop_gradient, xs)))
         from metaframe_tensorflow._hidden import hidden_effect
 
         try:
@@ -193,7 +192,7 @@ class TensorFlowBackend(Backend):
             if not self.needed_a_value(error):
                 raise
         # It can run eagerly and cannot be traced; that it draws random numbers is not known then.
-        if _private.records(found):
+        if _private.records(fn(tuple(map(self.stop_gradient, xs)))):
             return "depends on a tensor that it closes over, whose gradient would be lost"
         return ""
 

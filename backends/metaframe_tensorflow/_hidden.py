@@ -5,10 +5,9 @@ TensorFlow's random operations keep their state in the kernels, where nobody can
 
 from __future__ import annotations
 
-import tensorflow as tf
-
 from metaframe.backend.types import Arrays, ArraysFn
 from metaframe_tensorflow._graph import RANDOM, operations
+from metaframe_tensorflow._rule import traced
 
 _ASSIGNING = ("Assign", "ResourceScatter")
 
@@ -18,9 +17,7 @@ def hidden_effect(fn: ArraysFn, xs: Arrays) -> str:
 
     Traces `fn`, so that it has to be one that can be traced.
     """
-    specs = [tf.TensorSpec(x.shape, x.dtype) for x in xs]
-    traced = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
-    found = operations(traced)
+    found = operations(traced(fn, xs))
     if found & RANDOM:
         return "draws random numbers, of which there would be others"
     if any(name.startswith(_ASSIGNING) for name in found):

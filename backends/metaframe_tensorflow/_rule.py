@@ -9,6 +9,7 @@ itself. Nothing is substituted: a tape can watch the very tensors that the funct
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import tensorflow as tf
@@ -29,6 +30,9 @@ CONSTANT_IN_LOOP = (
     'mode="reverse".'
 )
 
+_looking: ContextVar[bool] = ContextVar("_looking", default=False)
+"""Is a function traced to see what it does, and not to be run?"""
+
 
 def with_rule(
     forward: ArraysFn,
@@ -40,6 +44,8 @@ def with_rule(
 
     def call(xs: Arrays) -> Arrays:
         nonlocal closed
+        if _looking.get():
+            return forward(xs)  # nothing is differentiated
         if closed is None:
             closed = closed_over(forward, xs)
         others, count = tuple(filter(_is_differentiable, closed)), len(xs)
@@ -69,12 +75,22 @@ def with_rule(
     return call
 
 
-def traced_closures(fn: ArraysFn, xs: Arrays) -> Arrays:
-    """The tensors and variables that `fn` uses besides `xs`."""
+def traced(fn: ArraysFn, xs: Arrays) -> Any:
+    """`fn` as a concrete function, to look into."""
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in xs]
-    traced = tf.function(lambda *xs: list(fn(xs)), autograph=False).get_concrete_function(*specs)
-    tensors = (x for x in traced.captured_inputs if x.dtype != tf.resource)
-    return (*tensors, *traced.variables)
+    graph = tf.function(lambda *xs: list(fn(xs)), autograph=False)
+    token = _looking.set(True)
+    try:
+        return graph.get_concrete_function(*specs)
+    finally:
+        _looking.reset(token)
+
+
+def closures(fn: ArraysFn, xs: Arrays) -> Arrays:
+    """The tensors and variables that `fn` uses besides `xs`."""
+    found = traced(fn, xs)
+    tensors = (x for x in found.captured_inputs if x.dtype != tf.resource)
+    return (*tensors, *found.variables)
 
 
 def _is_differentiable(x: Any) -> bool:

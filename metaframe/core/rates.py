@@ -98,7 +98,7 @@ def matched(
         reached = {part for chain in (*chains, *known) for part in _parts(chain)}
         for chain in tree.key_chains(rate):
             if _path(chain) not in reached:
-                near = nearest(chain, (*chains, *known))
+                near = nearest(chain, {*chains, *known})
                 raise InputError(f"{name} has {chain!r}, which is no {noun}. {near}")
     found = {c: next((p for p in _parts(c) if p in given), None) for c in chains}
     if missing := [chain for chain, part in found.items() if part is None]:

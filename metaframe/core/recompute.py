@@ -29,16 +29,20 @@ Step = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
 
 def rematerialised(backend: Backend, gradient: Gradient, apply: Apply) -> Step:
     """The step, run again in the backward pass."""
+    sizes: tuple[int, int, int] = (0, 0, 0)
+
+    def flat(xs: Arrays) -> Arrays:
+        params, state, context, _ = split(xs, sizes)
+        after, state = apply(params, gradient(params, context), state, context)
+        return (*after, *state)
+
+    # One function for all steps of a loop, so that a backend looks into it once.
+    checkpointed = backend.checkpoint(flat)
 
     def step(params: Arrays, state: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
+        nonlocal sizes
         sizes = (len(params), len(state), len(context))
-
-        def flat(xs: Arrays) -> Arrays:
-            params, state, context, _ = split(xs, sizes)
-            after, state = apply(params, gradient(params, context), state, context)
-            return (*after, *state)
-
-        out = backend.checkpoint(flat)((*params, *state, *context))
+        out = checkpointed((*params, *state, *context))
         return out[: len(params)], out[len(params) :]
 
     return step

@@ -222,10 +222,12 @@ def _check_state(new: State, state: State) -> None:
     for i, (x, like) in enumerate(zip(found, tree.leaves(state), strict=True)):
         problem = _difference(x, like)
         if problem is not None:
+            name = tree.key_chains(state)[i]
+            where = f" at {name!r}" if name else ""
             raise InputError(
-                f"{what} has {problem[0]} at {tree.key_chains(state)[i]!r}, where it had "
-                f"{problem[1]}. A state consists of arrays whose shapes and dtypes stay; count in "
-                "an array, such as ops.sum(ops.zeros_like(w))."
+                f"{what} has {problem[0]}{where}, and before it was {problem[1]}. A state consists "
+                "of arrays whose shapes and dtypes stay; count in an array, such as "
+                "ops.sum(ops.zeros_like(w))."
             )
 
 

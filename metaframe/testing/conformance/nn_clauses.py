@@ -160,6 +160,12 @@ def _pooled_nan(b: Bench) -> None:
         same(b.to_np(nn.max_pool2d(image)), [[[[np.nan]]]])
 
 
+@NN.clause("gelu/infinity")
+def _gelu_of_infinity(b: Bench) -> None:
+    """Gelu of infinity is infinity."""
+    same(b.to_np(nn.gelu(np.array([np.inf]))), [np.inf])
+
+
 @NN.clause("cross_entropy/excluded-class")
 def _excluded(b: Bench) -> None:
     """The cross-entropy with an excluded class is finite, and so is its gradient."""

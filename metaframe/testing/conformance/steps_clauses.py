@@ -21,6 +21,7 @@ from metaframe import (
 )
 from metaframe import compile as compile_whole
 from metaframe.core.inner_loop import MODES
+from metaframe.errors import MetaframeError
 from metaframe.testing.conformance.clause import Bench, Chapter, equal
 from metaframe.testing.conformance.closed_form import (
     RATE,
@@ -90,10 +91,36 @@ def _closed_over(mode: Any, b: Bench) -> None:
         if mode == "reverse" or not re.search("closes over|closed-over", str(error)):
             raise
         return
-    # theta' = x + (1 - 2 rate scale)^2 (u - x)
+    assert_close(grads["scale"], np.asarray(_by_scale(x, u, scale)), b.exact)
+
+
+def _by_scale(x: float, u: float, scale: float) -> float:
+    """Of theta'^2, with theta' = x + (1 - 2 rate scale)^2 (u - x)."""
     shrink = 1 - 0.2 * scale
-    by_scale = 2 * (x + shrink**2 * (u - x)) * 2 * shrink * -0.2 * (u - x)
-    assert_close(grads["scale"], np.asarray(by_scale), b.exact)
+    return 2 * (x + shrink**2 * (u - x)) * 2 * shrink * -0.2 * (u - x)
+
+
+def _closed_over_outside(mode: str, b: Bench) -> None:
+    x, u, scale = 0.3, 1.5, 0.7
+
+    def meta_cost(scale: Any) -> Any:
+        def cost(task: Any, v: Any) -> Any:
+            return scale * ops.square(v["u"] - task["x"])
+
+        def outer(task: Any, v: Any) -> Any:
+            del task
+            return ops.square(v["u"])
+
+        args = b.arr({"x": [x]}), cost, outer, b.arr({"u": u}), 2, 0.1
+        return maml_step(*args, batched="vmap", mode=mode, stop_gradients=False)[0]
+
+    try:
+        (found,) = b.to_np(b.gradient(meta_cost, b.arr(scale)))
+    except MetaframeError as error:
+        if mode == "reverse" or "closes over" not in str(error):
+            raise
+        return
+    assert_close(found, np.asarray(_by_scale(x, u, scale)), b.exact)
 
 
 for _mode in MODES:
@@ -101,6 +128,11 @@ for _mode in MODES:
         f"{_mode}/closed-over",
         "What a cost closes over gets its gradient; with a rule in between, that or an error.",
         functools.partial(_closed_over, _mode),
+    )
+    INNER.add(
+        f"{_mode}/closed-over-outside",
+        "The same for a gradient around a whole step, whose own gradients are in between.",
+        functools.partial(_closed_over_outside, _mode),
     )
     INNER.add(
         f"{_mode}/adapted",

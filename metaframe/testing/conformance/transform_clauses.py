@@ -339,3 +339,79 @@ def _custom_several(b: Bench) -> None:
     found = b.gradient(lambda x, y: rule((x, y))[0] + rule((x, y))[2], b.arr(X), b.arr(2 * X))
     close(b.to_np(found[0]), 2 * X, b.exact)
     close(b.to_np(found[1]), X + 3 * (2 * X) ** 2, b.exact)
+
+
+@PRODUCTS.clause("custom_vjp-complex")
+def _custom_complex(b: Bench) -> None:
+    """A complex input of a rule is differentiable, and its cotangent may be given."""
+
+    def backward(xs: Any, cotangents: Any) -> Any:
+        return 2.0 * cotangents[0], 0.0 * xs[1]
+
+    rule = b.backend.custom_vjp(lambda xs: (2.0 * xs[0],), backward)
+    z = b.backend.asarray(np.array([1.0 + 2.0j], "complex64"))
+    equal((b.backend.is_differentiable(z), b.backend.is_floating(z)), (True, False))
+    same(b.to_np(b.gradient(lambda x: rule((x, z))[0], b.arr(X))[0]), [2.0, 2.0, 2.0])
+
+
+# -- functions that run again --------------------------------------------------------------------
+
+
+def _cube(xs: Any) -> Any:
+    """(x^3 y, and a count), of two floating arrays and an integer one."""
+    x, y, count = xs
+    return x**3 * y, count + 1
+
+
+@PRODUCTS.clause("transpose")
+def _transpose(b: Bench) -> None:
+    """Cotangents of the differentiable inputs, and None for the others."""
+    xs = (b.arr(X), b.arr(2 * X), b.arr(np.array(3, "int32")))
+    found = b.backend.transpose(lambda xs: _cube(xs)[:1], xs, (b.arr(np.ones(3)),))
+    equal(found[2], None)
+    for a, expected in zip(b.to_np(found[:2]), (6 * X**3, X**3), strict=True):
+        close(a, expected, b.exact)
+
+
+def _checkpoint(compiled: bool, b: Bench) -> None:
+    run, count = b.backend.checkpoint(_cube), b.arr(np.array(3, "int32"))
+
+    def first(x: Any, y: Any) -> Any:
+        return b.gradient(lambda x: run((x, y, count))[0], x)[0]
+
+    def derivatives(xs: Any) -> Any:
+        x, y = xs
+        return (first(x, y), *b.gradient(first, x, y), *run((x, y, count)))
+
+    def both(xs: Any) -> Any:
+        mapped = b.backend.vmap(derivatives)(tuple(b.backend.ops.stack([x, x]) for x in xs))
+        return (*derivatives(xs), *(x[1] for x in mapped))
+
+    xs = b.arr((X, 2 * X))
+    found = b.to_np(tuple((b.backend.compile(both, xs) if compiled else both)(xs)))
+    expected = (6 * X**3, 12 * X**2, 3 * X**2, 2 * X**4, 4)
+    for a, wanted in zip(found, expected + expected, strict=True):
+        close(a, wanted, b.exact)
+
+
+for _compiled in (False, True):
+    PRODUCTS.add(
+        "checkpoint" + "-compiled" * _compiled,
+        "A function that runs again has its value and two derivatives, also mapped.",
+        functools.partial(_checkpoint, _compiled),
+        compiles=_compiled,
+    )
+
+
+@PRODUCTS.clause("lift")
+def _lift(b: Bench) -> None:
+    """A lifted function takes its closure as arguments; it has the same value and gradient."""
+
+    def outer(k: Any, x: Any) -> Any:
+        lifted, closed = b.backend.lift(lambda xs: (k * xs[0] ** 2,), (x,))
+        return lifted((x, *closed))[0]
+
+    for a, expected in zip(
+        b.to_np(b.gradient(outer, b.arr(3 * X), b.arr(X))), (X**2, 6 * X**2), strict=True
+    ):
+        close(a, expected, b.exact)
