@@ -399,11 +399,11 @@ def _step(
     gradient = tree.Flat(
         layout.without_task_axis(grads, reduce), differentiated.structure(layout.variables.arrays)
     )
+    if task.reported:
+        costs, rows = rows[0], rows[1:]
     if check_finite:
         checks.finite(costs, backend, tiled=layout.tiled)
         checks.finite_leaves(gradient, backend)
-    if task.reported:
-        costs, rows = rows[0], rows[1:]
     cost = layout.cost(backend.ops.mean(costs))
     return cost, gradient.build(gradient.arrays), layout.inner(rows, return_inner_v)
 

@@ -100,7 +100,7 @@ def _by_scale(x: float, u: float, scale: float) -> float:
     return 2 * (x + shrink**2 * (u - x)) * 2 * shrink * -0.2 * (u - x)
 
 
-def _closed_over_outside(mode: str, b: Bench) -> None:
+def _closed_over_outside(mode: Any, b: Bench) -> None:
     x, u, scale = 0.3, 1.5, 0.7
 
     def meta_cost(scale: Any) -> Any:
