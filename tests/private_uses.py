@@ -130,10 +130,6 @@ def compiled_torch() -> Any:
     return load_backend("torch").compile(lambda xs: (xs[0].sum() * xs[0],), (x,))((x,))
 
 
-def compiled_forward_mode() -> Any:
-    return meta_step("torch", compiled=True, mode="mixed")
-
-
 def torch_model(*layers: str) -> Any:
     import torch
 
@@ -299,7 +295,6 @@ USES: dict[str, dict[str, Use]] = {
         "IS_WRAPPED": told_apart,
         "UNWRAPPED": under_transforms,
         "PROXY_MODE": compiled_torch,
-        "WITHOUT_PROXY_MODE": compiled_forward_mode,
         "MAKE_FX": compiled_torch,
         "INDUCTOR": compiled_torch,
         "INDUCTOR_CONFIG": compiled_torch,

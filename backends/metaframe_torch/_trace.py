@@ -120,7 +120,7 @@ class _Pure(_Dispatch):  # type: ignore[misc]
                 raise CompileError(_GENERATOR)
             if _random_state() != self._random:
                 raise CompileError(_SEED)
-        return func(*args, **kwargs)
+        return _private.with_memory(func)(*args, **kwargs)
 
     def _check_changed(self, func: Any, x: object) -> None:
         if isinstance(x, torch.Tensor):
