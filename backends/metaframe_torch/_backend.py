@@ -158,8 +158,15 @@ class TorchBackend(Backend):
         return call
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
-        pull_back: Any = torch.func.vjp(fn, xs)[1]
-        (result,) = pull_back(cotangents)
+        kept: list[int] = []
+
+        def differentiable(xs: Arrays) -> Arrays:
+            found = fn(xs)
+            kept[:] = (i for i, y in enumerate(found) if self.is_differentiable(y))
+            return tuple(found[i] for i in kept)
+
+        pull_back: Any = torch.func.vjp(differentiable, xs)[1]
+        (result,) = pull_back(tuple(cotangents[i] for i in kept))
         return tuple(result)
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
