@@ -24,6 +24,13 @@ from transform_tables import (
     rows,
 )
 
+pytestmark = [
+    # What torch says of transforms that a user chose.
+    pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect"),
+]
+
 
 def _cells() -> Iterator[Any]:
     for framework in BACKENDS:

@@ -65,7 +65,7 @@ class _Knowing(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READING and not _private.is_fake(args[0]):
             return outside(func, *args)
-        if name in _OF_MEMORY:
+        if name in _OF_MEMORY or name == "__format__":
             # torch would say something else in each transform that may be active.
             raise RuntimeError(f"{name} {NO_VALUE}")
         return func(*args, **(kwargs or {}))
