@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {f"metaframe_{n}": f"metaframe_{n}._private" for n in ("torch", "jax", "tensorflow")}
 
 
-SLOW = {"INDUCTOR_CONFIG", "SHAPES", "TRACING", "TRACING_CONTEXT", "FAKE_TENSORS"}
+SLOW = {
+    "DISPATCH_MODES",
+    "FUNCTION_MODES",
+    "INDUCTOR_CONFIG",
+    "SHAPES",
+    "TRACING",
+    "TRACING_CONTEXT",
+    "FAKE_TENSORS",
+}
 """Those that take torch's compiler seconds; INDUCTOR, of their kind, is not among them."""
 
 
