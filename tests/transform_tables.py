@@ -243,4 +243,6 @@ def page_with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with_tables(PAGE.read_text()))
+    # Of the module that the rows are made with, whose classes are others than this one's.
+    tables = importlib.import_module("transform_tables")
+    PAGE.write_text(tables.page_with_tables(PAGE.read_text()))
