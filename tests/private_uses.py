@@ -380,7 +380,6 @@ USES: dict[str, dict[str, Use]] = {
         "MAY_RECORD": compiled_tensorflow,
         "INFERENCE": compiled_tensorflow,
         "CONTEXT": last_words_of_tensorflow,
-        "RECORDS": recomputed,
         "EAGER": plain_tensorflow,
         "FORWARD": plain_tensorflow,
         "DEVICE_SCOPE": compiled_tensorflow,

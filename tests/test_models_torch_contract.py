@@ -422,6 +422,28 @@ WITHOUT_CODE = {
 }
 
 
+class Slope(nn.Module):
+    """A model that takes a gradient of its own on the tape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        total = torch.tanh(self.inner(x)).sum()
+        return self.head(torch.autograd.grad(total, x, create_graph=True)[0])
+
+
+# The leaf that it makes looks like one that the loss closes over, so the cost stays on the tape.
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+def test_a_model_that_uses_the_tape() -> None:
+    model = built(Slope)
+    check_gradients(model, hows=("loop", "learner"))
+    with pytest.raises(MetaframeError, match=r'cannot vectorise.*task_map="loop"'):
+        MAML(model).meta_value_and_grad(F.mse_loss, tasks(), task_map="vmap")
+
+
 # -- losses ---------------------------------------------------------------------------------------
 
 
