@@ -9,6 +9,7 @@ registrations. (c) The meta-gradient equals finite differences: in a loop, vecto
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from frameworks import require
+from frameworks import require, slow
 from metaframe import MAML, MetaframeError
 from metaframe.models import Forward, Inputs, adapter_of
 from metaframe.tasks import Task
@@ -323,7 +324,13 @@ def test_random_structures(model: nn.Module, frozen: int, steps: int) -> None:
 # -- layers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", layers.LAYERS)
+SIMILAR = re.compile(r"[13]d$|, eval$|offsets|^Upsampl|no weights|^cdist, [13]|^Softm|shrink$")
+"""Layers that are computed as others are, which are always looked at."""
+
+
+@pytest.mark.parametrize(
+    "name", [slow(n) if SIMILAR.search(n) else pytest.param(n) for n in layers.LAYERS]
+)
 def test_layers(name: str) -> None:
     build, shape = layers.LAYERS[name]
     model = built(lambda: Probe(build(), shape))

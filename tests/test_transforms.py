@@ -40,7 +40,8 @@ def _cells() -> Iterator[Any]:
             continue
         for name, row in table.items():
             for function in FUNCTIONS:
-                make = pytest.param if function in BY_DEFAULT and not row.slow else slow
+                quick = function in BY_DEFAULT[framework] and not row.slow
+                make = pytest.param if quick else slow
                 yield make((framework, row, function), id=f"{framework}-{name}-{function}")
 
 

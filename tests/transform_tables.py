@@ -205,7 +205,11 @@ FUNCTIONS = (
     "meta_value_and_grad",
     "map_tasks",
 )
-BY_DEFAULT = ("compile", "maml_step", "inner_loop")
+BY_DEFAULT = {
+    "torch": ("compile", "maml_step", "inner_loop"),
+    "jax": ("compile", "inner_loop"),
+    "tensorflow": ("compile", "inner_loop"),
+}
 """Those that the tests which are not slow run."""
 
 
