@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
 from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
@@ -179,18 +179,20 @@ class JaxBackend(Backend):
         return call
 
     def scan(
-        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+        self, fn: RowFn, carry: Arrays, xs: Arrays
     ) -> tuple[Arrays, Arrays]:
         if not _staged():
             return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
+    def repeat(
+        self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False
+    ) -> tuple[Arrays, Arrays]:
         if times <= (1 if rolled else UNROLL_AT_MOST) or not _staged():
-            return super().repeat(fn, carry, times)
-        final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
-        return final
+            return super().repeat(fn, carry, times, rows=rows)
+        final, ys = jax.lax.scan(fn, carry, rows, length=times)
+        return final, ys
 
     def signature(self, x: Array) -> Hashable:
         try:

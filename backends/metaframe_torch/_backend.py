@@ -194,6 +194,9 @@ class TorchBackend(Backend):
 
         return call
 
+    def unstack(self, x: Array) -> Sequence[Array]:
+        return x.unbind()
+
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         from metaframe_torch._hidden import hidden_effect
 

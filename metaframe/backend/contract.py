@@ -18,7 +18,7 @@ import numpy as np
 from metaframe.backend.model import ModelAdapter, NamedParameters
 from metaframe.backend.required import Required
 from metaframe.backend.tables import NNTable, OpsTable
-from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, RowFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputTypeError
 from metaframe.tree.foreign import Node
@@ -279,7 +279,7 @@ class Backend(Required):
         """Was `error` raised because traced code asked an array for its value?"""
 
     def scan(
-        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
+        self, fn: RowFn, carry: Arrays, xs: Arrays
     ) -> tuple[Arrays, Arrays]:
         """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
 
@@ -322,16 +322,34 @@ class Backend(Required):
 
         return of_tasks
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
-        """`fn` applied `times` times.
+    def repeat(
+        self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False
+    ) -> tuple[Arrays, Arrays]:
+        """Run `carry, y = fn(carry, row)` `times` times; return the last carry and the stacked ys.
 
-        With `rolled`, in the memory of one application wherever the framework can. The default
-        implementation is a Python loop, which is unrolled when it is traced.
+        Args:
+            fn: one application.
+            carry: what the first one gets.
+            times: how many there are, known when a program is traced.
+            rows: arrays with a leading axis of `times`; application k gets their k-th rows.
+            rolled: in the memory and the program of one application, wherever the framework can.
+
+        Returns:
+            The carry, and the ys with a leading axis of `times`; without any for `times=0`.
+
+        The default is a Python loop, which is unrolled when it is traced.
         """
         del rolled
-        for _ in range(times):
-            carry = fn(carry)
-        return carry
+        columns = [self.unstack(x) for x in rows]
+        found = []
+        for k in range(times):
+            carry, y = fn(carry, tuple(column[k] for column in columns))
+            found.append(y)
+        return carry, tuple(self.ops.stack(column) for column in zip(*found, strict=True))
+
+    def unstack(self, x: Array) -> Sequence[Array]:
+        """The rows of an array, in a form whose gradient costs no more than the array."""
+        return [x[k] for k in range(x.shape[0])]
 
     def register_node(
         self,

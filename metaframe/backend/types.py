@@ -13,3 +13,5 @@ ScalarFn = Callable[[Arrays], tuple[Array, Arrays]]
 """A pure function from a flat tuple of arrays to (scalar, auxiliary arrays)."""
 ObjectiveFn = Callable[[Arrays], Array]
 """A pure function from a flat tuple of arrays to a scalar."""
+RowFn = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
+"""One application in a loop: `(carry, row) -> (carry, what it returns besides)`."""

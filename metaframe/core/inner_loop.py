@@ -286,7 +286,9 @@ class InnerLoop:
             # from zeros of a guessed shape and dtype.
             carry, steps = body(carry), steps - 1
         if steps:
-            carry = backend.repeat(body, carry, steps, rolled=settings.recomputes)
+            carry, _ = backend.repeat(
+                lambda carry, _: (body(carry), ()), carry, steps, rolled=settings.recomputes
+            )
         params, arrays, _, total = recompute.split(carry, sizes)
         return InnerResult(self._attach(params, start), packed.state.unpack(arrays), total)
 

@@ -150,7 +150,7 @@ def conjugate_gradient(
         return (*x, *residual, *_along(residual, ratio, direction))
 
     start = (*map(ops.zeros_like, right), *right, *right)
-    return backend.repeat(body, start, steps)[:count]
+    return backend.repeat(lambda carry, _: (body(carry), ()), start, steps)[0][:count]
 
 
 def _dot(xs: Arrays, ys: Arrays) -> Array:
