@@ -291,10 +291,7 @@ class TensorFlowBackend(Backend):
         return not tf.executing_eagerly() or tf.config.functions_run_eagerly()
 
     def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return _private.translated(fn)(*args, **kwargs)
-
-        return call
+        return _private.translated(fn)
 
     def signature(self, x: Array) -> Hashable:
         return tuple(x.shape), x.dtype, x.device

@@ -10,6 +10,7 @@ import abc
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -268,9 +269,10 @@ class Backend(Required):
         return fn
 
     def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, a function of the user's, as it is where a framework translates Python code.
+        """`fn`, a function of the user's, to be called here and now.
 
-        Our own code around it is not translated, which must not keep the user's from being so.
+        For a framework that translates Python code: our own code around it is not translated,
+        which must not keep the user's from being so. Every call of one asks for it.
         """
         return fn
 
@@ -302,21 +304,13 @@ class Backend(Required):
         The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
         number for less work, for a framework where that is safe.
         """
-        return self._gradients_of_tasks(fn, self.vmap)
-
-    def _gradients_of_tasks(
-        self,
-        fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]],
-        mapped: Callable[[ArraysFn], ArraysFn],
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
-        """`mapped_value_and_grad` by `mapped`, which maps a function over tasks."""
 
         def of_tasks(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
             def one(task: Arrays) -> Arrays:
-                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, held, task))(xs)
+                value, aux, grads = self.value_and_grad(partial(fn, held=held, task=task))(xs)
                 return (*grads, value, *aux)
 
-            out = mapped(one)(tasks)
+            out = self.vmap(one)(tasks)
             grads, (values, *aux) = out[: len(xs)], out[len(xs) :]
             return values, tuple(aux), tuple(self.ops.sum(g, axis=0) for g in grads)
 

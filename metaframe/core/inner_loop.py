@@ -21,23 +21,18 @@ All three give the same numbers.
 
 from __future__ import annotations
 
-import pickle
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-import numpy as np
-
 from metaframe import arguments, ops, optim, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
-from metaframe.backend.types import Array, Arrays
+from metaframe.backend.types import Array, Arrays, ArraysFn
 from metaframe.core import checks, rates, recompute
 from metaframe.core.entrance import entrance
 from metaframe.core.update_rule import update_rule
-from metaframe.errors import InputError
 
 Cost = Callable[..., Array]
 Mode = Literal["reverse", "remat", "mixed"]
@@ -137,13 +132,13 @@ def flat_cost(
     becomes each task's own gradient when it is multiplied by the number of tasks.
     """
     by_keyword = checks.takes_v_by_keyword(cost, name)
-    cost = backend.user_function(cost)
     held = part.flags.count(False)
 
     def scaled_cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         v = tree.unflatten(part.spec, part.merge(params, context[:held]))
         data = batch.unpack(context[held:])
-        found = checks.scalar(cost(data, v=v) if by_keyword else cost(data, v), name, backend)
+        run = backend.user_function(cost)
+        found = checks.scalar(run(data, v=v) if by_keyword else run(data, v), name, backend)
         return found if scale == 1 else found * scale, (found,)
 
     return scaled_cost
@@ -191,7 +186,7 @@ class InnerResult(NamedTuple):
     """The end of an inner loop."""
 
     params: Arrays
-    state: tree.Tree
+    state: tree.Flat
     """The state of the update rule."""
     total: Arrays
     """What the observer returned, summed over the steps; empty without observer or steps."""
@@ -231,11 +226,7 @@ class InnerLoop:
         self._cost = cost
         self._spec = spec
         self._settings = settings
-        self._rule = update_rule(
-            settings.update,
-            stop_gradients=settings.stop_gradients,
-            called=backend.user_function,
-        )
+        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
 
     def run(
         self,
@@ -258,29 +249,19 @@ class InnerLoop:
             index: the number of the first step; by default 0.
         """
         settings, backend = self._settings, self._backend
-        v = tree.unflatten(self._spec, start)
-        rate = self._rule.rate(settings.lr, v, name=settings.lr_name, known=settings.lr_known)
         first = start if settings.order == 2 else tuple(map(backend.stop_gradient, start))
-        if state is None:
-            state = self._rule.init(v if first is start else tree.unflatten(self._spec, first))
-        packed = _Given(tree.Packed(state, backend.owns), tree.Packed(rate, backend.owns))
-        step = self._step(packed)
-        context = (*packed.rate.arrays, *context)
+        given = self._given(start, first, state)
+        context = (*given.rate.arrays, *context)
         counted = observe is not None or settings.context_of_step is not None
         at = () if not counted else (first_index(first[0]) if index is None else index,)
-        sizes = (len(first), len(packed.state.arrays), len(at))
-
-        def body(carry: Arrays) -> Arrays:
-            params, state, at, total = recompute.split(carry, sizes)
-            after, state, view = step(params, state, self._context_of(context, *at))
-            if observe is not None:
-                seen = observe(self._attach(params, start), view, *at)
-                total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
-            return (*after, *state, *(i + 1 for i in at), *total)
-
-        carry = (*first, *packed.state.arrays, *at)
+        sizes = (len(first), len(given.state.arrays), len(at))
+        body = self._body(given, start, context, sizes, observe)
+        carry = (*first, *given.state.arrays, *at)
         if steps and settings.recomputes:
-            self._check_repeatable(packed, first, self._context_of(context, *at))
+            inputs = (first, given.state.arrays, self._context_of(context, *at))
+            recompute.check_repeatable(
+                backend, partial(self._step, given, self._gradient), inputs, settings.mode
+            )
         if steps and (observe is not None or steps == 1):
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
@@ -290,7 +271,53 @@ class InnerLoop:
                 lambda carry, _: (body(carry), ()), carry, steps, rolled=settings.recomputes
             )
         params, arrays, _, total = recompute.split(carry, sizes)
-        return InnerResult(self._attach(params, start), packed.state.unpack(arrays), total)
+        after = tree.Flat(given.state.leaves(arrays), given.state.spec)
+        return InnerResult(self._attach(params, start), after, total)
+
+    def _given(self, start: Arrays, first: Arrays, state: Any) -> _Given:
+        """The rule's state, its first one where there is none yet, and the rate of each variable.
+
+        `first` are the values of `start` from which the steps run.
+        """
+        settings, owns = self._settings, self._backend.owns
+        v = tree.unflatten(self._spec, start)
+        rate = self._rule.rate(settings.lr, v, name=settings.lr_name, known=settings.lr_known)
+        if state is None:
+            state = self._rule.init(v if first is start else tree.unflatten(self._spec, first))
+        return _Given(tree.Packed(state, owns), tree.Packed(rate, owns))
+
+    def _body(
+        self,
+        given: _Given,
+        start: Arrays,
+        context: Arrays,
+        sizes: Sequence[int],
+        observe: Observer | None,
+    ) -> ArraysFn:
+        """One step, from and to the params, the rule's state, the index and the totals.
+
+        `sizes` are the numbers of arrays of the first three.
+        """
+        settings, count = self._settings, len(given.rate.arrays)
+        recomputed = self._recomputed(given) if settings.recomputes else None
+
+        def body(carry: Arrays) -> Arrays:
+            params, state, at, total = recompute.split(carry, sizes)
+            view, now = None, self._context_of(context, *at)
+            if recomputed is not None:
+                after, state = recomputed(params, state, now)
+            else:
+                _, (cost,), grads = self._gradient_given(now[count:])(params)
+                if settings.order == 1:
+                    grads = tuple(map(self._backend.stop_gradient, grads))
+                after, state, updates = self._update(given, params, grads, state, now[:count])
+                view = StepView(cost, grads, updates)
+            if observe is not None:
+                seen = observe(self._attach(params, start), view, *at)
+                total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
+            return (*after, *state, *(i + 1 for i in at), *total)
+
+        return body
 
     def cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         """The cost at `params` and its gradient, scaled like those of the steps."""
@@ -306,52 +333,45 @@ class InnerLoop:
         of_step = self._settings.context_of_step
         return context if of_step is None else of_step(context, index)
 
-    def _step(self, given: _Given) -> Callable[[Arrays, Arrays, Arrays], Any]:
-        """`(params, state, context) -> (new params, new state, view)` in the mode of the loop."""
-        settings, count = self._settings, len(given.rate.arrays)
-
-        def gradient(params: Arrays, context: Arrays) -> Arrays:
-            return self.cost_and_gradient(params, context[count:])[1]
+    def _recomputed(self, given: _Given) -> recompute.Step:
+        """A step that is run again in the backward pass, in the mode of the loop."""
 
         def scaled_cost(params: Arrays, context: Arrays) -> Array:
-            return self._cost(params, context[count:])[0]
+            return self._cost(params, context)[0]
 
-        def apply(
-            params: Arrays, grads: Arrays, arrays: Arrays, context: Arrays
-        ) -> tuple[Arrays, Arrays]:
-            return self._update(given, params, grads, arrays, context[:count])[:2]
+        mixed = self._settings.mode == "mixed"
+        products = recompute.forward_over_reverse(self._backend, scaled_cost) if mixed else None
+        step = partial(self._step, given, products or self._gradient)
+        return recompute.rematerialised(self._backend, step)
 
-        if not settings.recomputes:
-            return partial(self._plain_step, given)
-        if settings.mode == "mixed":
-            products = recompute.forward_over_reverse(self._backend, scaled_cost)
-            rule = recompute.rematerialised(self._backend, products, apply)
-        else:
-            rule = recompute.rematerialised(self._backend, gradient, apply)
-        return lambda params, arrays, context: (*rule(params, arrays, context), None)
-
-    def _plain_step(
-        self, given: _Given, params: Arrays, arrays: Arrays, context: Arrays
-    ) -> tuple[Arrays, Arrays, StepView]:
+    def _step(
+        self,
+        given: _Given,
+        gradient: recompute.Gradient,
+        params: Arrays,
+        arrays: Arrays,
+        context: Arrays,
+    ) -> tuple[Arrays, Arrays]:
+        """New params and the arrays of the rule's new state."""
         count = len(given.rate.arrays)
-        _, (cost,), grads = self._gradient_given(context[count:])(params)
-        if self._settings.order == 1:
-            grads = tuple(map(self._backend.stop_gradient, grads))
-        after, arrays, updates = self._update(given, params, grads, arrays, context[:count])
-        return after, arrays, StepView(cost, grads, updates)
+        grads = gradient(params, context[count:])
+        return self._update(given, params, grads, arrays, context[:count])[:2]
+
+    def _gradient(self, params: Arrays, context: Arrays) -> Arrays:
+        return self.cost_and_gradient(params, context)[1]
 
     def _update(
-        self, given: _Given, params: Arrays, grads: Arrays, state: Arrays, rate: Arrays
+        self, given: _Given, params: Arrays, grads: Arrays, arrays: Arrays, rate: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
-        spec = self._spec
-        new, after_state, updates = self._rule.apply(
-            tree.unflatten(spec, params),
-            tree.unflatten(spec, grads),
-            given.state.unpack(state),
+        """New params, the arrays of the rule's new state, and what was added to the params."""
+        state = given.state
+        after = self._rule.apply(
+            tree.Flat(params, self._spec),
+            grads,
+            tree.Flat(state.leaves(arrays), state.spec),
             given.rate.unpack(rate),
         )
-        after = tree.same_structure(new, spec, what="what the inner update returned")
-        return after, tree.Packed(after_state, self._backend.owns).arrays, tree.leaves(updates)
+        return after.params, tuple(after.state[i] for i in state.places), after.updates
 
     def _attach(self, params: Arrays, start: Arrays) -> Arrays:
         """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
@@ -359,42 +379,3 @@ class InnerLoop:
             return params
         stop = self._backend.stop_gradient
         return tuple(p + (s - stop(s)) for p, s in zip(params, start, strict=True))
-
-    def _check_repeatable(self, given: _Given, start: Arrays, context: Arrays) -> None:
-        """A step that is run again in the backward pass depends on its arguments alone.
-
-        Raises:
-            InputError: it depends on something else, and the framework would not say so.
-        """
-        sizes = (len(start), len(given.state.arrays), len(context))
-
-        def first_step(xs: Arrays) -> Arrays:
-            params, arrays, context, _ = recompute.split(xs, sizes)
-            after, arrays, _ = self._plain_step(given, params, arrays, context)
-            return (*after, *arrays)
-
-        before = _global_streams()
-        try:
-            found = self._backend.hidden_inputs(first_step, (*start, *given.state.arrays, *context))
-        except Exception as error:
-            if not self._backend.needed_a_value(error):
-                raise
-            raise InputError(
-                f"mode={self._settings.mode!r} traces an inner step, and the inner cost or the "
-                "update rule needs the value of an array, which is not known then. Choose with "
-                'ops.where, or use mode="reverse".'
-            ) from error
-        if not found and _global_streams() != before:
-            found = "draws random numbers, of which there would be others"
-        if found:
-            raise InputError(
-                f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
-                f"the inner cost or the update rule {found}. Make it an argument, in the variables "
-                'or the batch, or use mode="reverse".'
-            )
-
-
-def _global_streams() -> bytes:
-    """The random streams that no framework knows of: Python's and NumPy's."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
-    return pickle.dumps((random.getstate(), numpy))

@@ -188,17 +188,15 @@ def taken_apart(
     v: tree.Tree, tasks: tree.Tree, num_tasks: int | None
 ) -> tuple[tree.Flat, tree.Flat, int, Backend]:
     """The variables and the tasks, how many tasks to use, and the backend of all arrays."""
-    v_leaves, v_spec = tree.flatten(v)
-    task_leaves, task_spec = tree.flatten(tasks)
-    count = checks.tasks(tree.Flat(task_leaves, task_spec), num_tasks)
-    with following(tree.node_types(v_spec, task_spec)):
-        backend = backend_of(*v_leaves, *task_leaves)
-        return (
-            tree.Flat(convert_neutral(v_leaves, backend), v_spec),
-            tree.Flat(convert_neutral(task_leaves, backend), task_spec),
-            count,
-            backend,
+    variables, batch = tree.Flat.of(v), tree.Flat.of(tasks)
+    count = checks.tasks(batch, num_tasks)
+    with following(tree.node_types(variables.spec, batch.spec)):
+        backend = backend_of(*variables.arrays, *batch.arrays)
+        converted = (
+            tree.Flat(convert_neutral(flat.arrays, backend), flat.spec)
+            for flat in (variables, batch)
         )
+        return *converted, count, backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

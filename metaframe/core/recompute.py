@@ -13,39 +13,74 @@ how the gradient g inside a step theta' = U(theta, g(theta, c), s, c) is transpo
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
+from metaframe.errors import InputError
 
 Gradient = Callable[[Arrays, Arrays], Arrays]
 """`(params, context) -> gradient of the cost with respect to params`."""
-Apply = Callable[[Arrays, Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
-"""`(params, gradient, state, context) -> (new params, new state)`."""
 Step = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
 """`(params, state, context) -> (new params, new state)`."""
 
 
-def rematerialised(backend: Backend, gradient: Gradient, apply: Apply) -> Step:
-    """The step, run again in the backward pass."""
+def rematerialised(backend: Backend, step: Step) -> Step:
+    """`step`, run again in the backward pass."""
     sizes: tuple[int, int, int] = (0, 0, 0)
 
     def flat(xs: Arrays) -> Arrays:
-        params, state, context, _ = split(xs, sizes)
-        after, state = apply(params, gradient(params, context), state, context)
-        return (*after, *state)
+        return _join(step(*split(xs, sizes)[:-1]))
 
     # One function for all steps of a loop, so that a backend looks into it once.
     checkpointed = backend.checkpoint(flat)
 
-    def step(params: Arrays, state: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
+    def recomputed(params: Arrays, state: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
         nonlocal sizes
         sizes = (len(params), len(state), len(context))
         out = checkpointed((*params, *state, *context))
         return out[: len(params)], out[len(params) :]
 
-    return step
+    return recomputed
+
+
+def check_repeatable(backend: Backend, step: Step, inputs: Sequence[Arrays], mode: str) -> None:
+    """A step that is run again in the backward pass depends on its inputs alone.
+
+    Raises:
+        InputError: it depends on something else, and the framework would not say so.
+    """
+    sizes = tuple(map(len, inputs))
+    before = _global_streams()
+    try:
+        found = backend.hidden_inputs(lambda xs: _join(step(*split(xs, sizes)[:-1])), _join(inputs))
+    except Exception as error:
+        if not backend.needed_a_value(error):
+            raise
+        raise InputError(
+            f"mode={mode!r} traces an inner step, and the inner cost or the update rule needs the "
+            "value of an array, which is not known then. Choose with ops.where, or use "
+            'mode="reverse".'
+        ) from error
+    if not found and _global_streams() != before:
+        found = "draws random numbers, of which there would be others"
+    if found:
+        raise InputError(
+            f"mode={mode!r} runs an inner step again in the backward pass, and the inner cost or "
+            f"the update rule {found}. Make it an argument, in the variables or the batch, or use "
+            'mode="reverse".'
+        )
+
+
+def _global_streams() -> bytes:
+    """The random streams that no framework knows of: Python's and NumPy's."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
+    return pickle.dumps((random.getstate(), numpy))
 
 
 def forward_over_reverse(backend: Backend, cost: Callable[[Arrays, Arrays], Array]) -> Gradient:
@@ -98,21 +133,6 @@ def _curvature_products(
         products = backend.jvp(lambda params: gradient((*params, *others)), params, directions)
     found = dict(zip(moved + held, products, strict=True))
     return tuple(found.get(i) for i in range(len(xs)))
-
-
-def vjp(
-    backend: Backend,
-    fn: Callable[..., Sequence[Arrays]],
-    groups: Sequence[Arrays],
-    cotangents: Arrays,
-) -> Sequence[Arrays]:
-    """Cotangents of `groups`, None at the places of arrays that are not differentiable."""
-    sizes = tuple(map(len, groups))
-
-    def flat(xs: Arrays) -> Arrays:
-        return _join(fn(*split(xs, sizes)[:-1]))
-
-    return split(backend.transpose(flat, _join(groups), cotangents), sizes)[:-1]
 
 
 def _join(groups: Sequence[Arrays]) -> Arrays:

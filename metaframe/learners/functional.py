@@ -19,7 +19,7 @@ from metaframe.backend.selection import backend_of, convert_neutral, current_sel
 from metaframe.backend.types import Array
 from metaframe.core import checks, rates
 from metaframe.core.entrance import entrance
-from metaframe.core.update_rule import UpdateRule, update_rule
+from metaframe.core.update_rule import GRADIENT_DESCENT, UpdateRule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
 from metaframe.models import Inputs, adapter_of
 
@@ -28,7 +28,6 @@ LearningRate = float | Array | Mapping[str, Array]
 """One rate for all parameters, or one for each by its name or that of a part of the model."""
 Loss = Array | Callable[[Params], Array]
 """A loss, or a function from parameters to a loss."""
-GRADIENT_DESCENT = update_rule(optim.sgd(), stop_gradients=False)
 
 
 def named_params(model: Any) -> Params:
@@ -252,10 +251,17 @@ def descend(
 
     `rate` is what `rule.rate` returns.
     """
-    current = {name: params[name] for name in grads}
-    filled = {n: ops.zeros_like(current[n]) if g is None else g for n, g in grads.items()}
-    changed, state, _ = rule.apply(current, filled, state, rate)
-    return {**params, **{n: changed[n] for n, g in grads.items() if g is not None}}, state
+    names = sorted(grads)  # the order of a dictionary's leaves
+    current = tree.Flat.of({name: params[name] for name in names})
+    before = tree.Flat.of(state)
+    filled = tuple(
+        ops.zeros_like(x) if (g := grads[name]) is None else g
+        for name, x in zip(names, current.arrays, strict=True)
+    )
+    after = rule.apply(current, filled, before, rate)
+    changed = dict(zip(names, after.params, strict=True))
+    used = {name: changed[name] for name, grad in grads.items() if grad is not None}
+    return {**params, **used}, before.build(after.state)
 
 
 def rate_for(

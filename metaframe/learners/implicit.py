@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from metaframe import arguments, ops, optim, tree
@@ -104,24 +104,24 @@ def implicit(
     context = tree.Packed((others, (support.x, support.y)), backend.owns)
     sizes = (len(names), len(names))
 
-    def gradient(solution: Arrays, arrays: Arrays) -> Sequence[Arrays]:
+    def gradient(solution: Arrays, arrays: Arrays) -> Arrays:
         others, batch = context.unpack(arrays)
 
         def loss(solution: Arrays) -> tuple[Array, Arrays]:
             at = {**others, **dict(zip(names, solution, strict=True))}
             return support.loss(batch, {name: at[name] for name in params}), ()
 
-        return (backend.value_and_grad(loss)(solution)[2],)
+        return backend.value_and_grad(loss)(solution)[2]
 
     def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
         solution, _, arrays = recompute.split(xs, sizes)
 
         def system(u: Arrays) -> Arrays:
-            (curvature,) = recompute.vjp(backend, lambda s: gradient(s, arrays), (solution,), u)
+            curvature = backend.transpose(lambda s: gradient(s, arrays), solution, u)
             return tuple(a + b / strength for a, b in zip(u, curvature, strict=True))
 
         u = conjugate_gradient(backend, system, cotangents, cg_steps)
-        (rest,) = recompute.vjp(backend, lambda a: gradient(solution, a), (arrays,), u)
+        rest = backend.transpose(lambda a: gradient(solution, a), arrays, u)
         zeros = tuple(ops.zeros_like(x) for x in solution)
         return (*zeros, *u, *(None if x is None else -x / strength for x in rest))
 

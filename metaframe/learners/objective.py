@@ -104,7 +104,7 @@ class ModelOnTask:
 
         def adapted(observe: Observer | None = None) -> InnerResult:
             if self.setting.steps == 0:
-                return InnerResult(start, (), ())
+                return InnerResult(start, tree.Flat.of(()), ())
             found = loop.run(start, context, self.setting.steps, observe)
             if finish is None:
                 return found

@@ -117,7 +117,12 @@ class Adaptation(Settled):
             index=at.taken,
         )
         after = model.named(found.params)
-        return Adapted({n: after[n] for n in at.params}, found.state, at.taken + 1, at.begun)
+        return Adapted(
+            {n: after[n] for n in at.params},
+            found.state.build(found.state.arrays),
+            at.taken + 1,
+            at.begun,
+        )
 
     def predict(self, at: Adapted, meta: Params, constants: Meta, task: Task, x: Any) -> Any:
         """The model's output for `x`, all examples in one batch."""

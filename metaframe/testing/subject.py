@@ -123,7 +123,7 @@ class Subject:
         self.backend = backend_of(*tree.leaves(variables), *tree.leaves(batch))
         self.variables = double(variables, self.backend)
         self.batch = double(batch, self.backend)
-        self.tasks = checks.tasks(tree.Flat(*tree.flatten(self.batch)), None)
+        self.tasks = checks.tasks(tree.Flat.of(self.batch), None)
         leaves, spec = tree.flatten(self.variables)
         self.names = tree.chains(spec)
         everything = tree.Part(spec, (True,) * len(leaves))

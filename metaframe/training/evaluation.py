@@ -318,7 +318,7 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.
     """
     if isinstance(tasks, Task):
-        total = core_checks.tasks(tree.Flat(*tree.flatten(tasks)), None)
+        total = core_checks.tasks(tree.Flat.of(tasks), None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
         arguments.integer(num_tasks, "num_tasks", at_least=1)

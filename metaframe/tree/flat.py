@@ -12,13 +12,18 @@ from metaframe.tree.nodes import Leaves, Tree, TreeSpec, flatten, prune, structu
 class Flat(NamedTuple):
     """A tree taken apart once, at the door of a public function.
 
-    >>> flat = Flat(*flatten({"a": 1, "b": 2}))
+    >>> flat = Flat.of({"a": 1, "b": 2})
     >>> flat.arrays, flat.build((10, 20))
     ((1, 2), {'a': 10, 'b': 20})
     """
 
     arrays: Leaves
     spec: TreeSpec
+
+    @classmethod
+    def of(cls, tree: Tree) -> Flat:
+        """`tree`, taken apart."""
+        return cls(*flatten(tree))
 
     def build(self, arrays: Iterable[Any]) -> Tree:
         """The tree of these arrays."""
@@ -64,7 +69,8 @@ class Packed:
     """
 
     def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        leaves, self._spec = flatten(tree)
+        leaves, self.spec = flatten(tree)
+        """The structure, arrays and others."""
         arrays, places = [], []
         aside = list(leaves)
         for i, leaf in enumerate(leaves):
@@ -88,7 +94,7 @@ class Packed:
     def of(cls, spec: TreeSpec, arrays: Leaves) -> Packed:
         """A tree that was taken apart by `flatten`, all of whose leaves are arrays."""
         packed = cls.__new__(cls)
-        packed._spec, packed._aside = spec, [None] * len(arrays)
+        packed.spec, packed._aside = spec, [None] * len(arrays)
         packed.arrays, packed.places = tuple(arrays), tuple(range(len(arrays)))
         return packed
 
@@ -98,14 +104,19 @@ class Packed:
         found.arrays = ()
         return found
 
-    def unpack(self, arrays: Iterable[Any]) -> Tree:
-        """The tree with `arrays` in the places of `self.arrays`."""
+    def leaves(self, arrays: Iterable[Any]) -> Leaves:
+        """All leaves, with `arrays` in the places of `self.arrays`."""
         if len(self.places) == len(self._aside):  # of every call of a compiled function
-            return unflatten(self._spec, arrays)
+            return tuple(arrays)
         leaves = list(self._aside)
         for i, array in zip(self.places, arrays, strict=True):
             leaves[i] = array
-        return unflatten(self._spec, leaves)
+        return tuple(leaves)
+
+    def unpack(self, arrays: Iterable[Any]) -> Tree:
+        """The tree with `arrays` in the places of `self.arrays`."""
+        leaves = self.leaves(arrays)
+        return leaves[0] if self.spec.is_leaf() else unflatten(self.spec, leaves)
 
 
 class Part:
