@@ -18,13 +18,16 @@ from metaframe.backend import use_backend as use_backend
 from metaframe.backend.convert import convert as convert
 from metaframe.core.compile import compile as compile
 from metaframe.core.container import Container as Container
-from metaframe.core.inner_loop import inner_loop as inner_loop
 from metaframe.core.meta_gradient import MetaResult as MetaResult
 from metaframe.core.meta_gradient import map_tasks as map_tasks
 from metaframe.core.meta_gradient import meta_value_and_grad as meta_value_and_grad
+from metaframe.core.per_step import per_step as per_step
 from metaframe.core.steps import fomaml_step as fomaml_step
 from metaframe.core.steps import maml_step as maml_step
 from metaframe.core.steps import reptile_step as reptile_step
+from metaframe.core.unroll import Unrolled as Unrolled
+from metaframe.core.unroll import inner_loop as inner_loop
+from metaframe.core.unroll import unroll as unroll
 from metaframe.errors import MetaframeError as MetaframeError
 from metaframe.optim import Optimizer as Optimizer
 from metaframe.optim import apply_updates as apply_updates

@@ -178,9 +178,7 @@ class JaxBackend(Backend):
 
         return call
 
-    def scan(
-        self, fn: RowFn, carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         if not _staged():
             return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)

@@ -236,9 +236,7 @@ class TensorFlowBackend(Backend):
 
         return call
 
-    def scan(
-        self, fn: RowFn, carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         if tf.executing_eagerly():
             return super().scan(fn, carry, xs)
         length = xs[0].shape[0]

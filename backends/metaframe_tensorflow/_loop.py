@@ -18,9 +18,7 @@ from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._rule import is_differentiable, is_eager, traced
 
 
-def rolled(
-    fn: RowFn, carry: Arrays, times: int, rows: Arrays
-) -> tuple[Arrays, Arrays] | None:
+def rolled(fn: RowFn, carry: Arrays, times: int, rows: Arrays) -> tuple[Arrays, Arrays] | None:
     """`times` applications of `fn`, at least one; None where it cannot be.
 
     TensorFlow has no way from the gradient of a loop to a tensor outside of its graph, and the
@@ -95,27 +93,27 @@ def _backward(
         given = (*_rows_at(before, i), *_rows_at(rows, i))
         with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
             watched = [x for x in given if is_differentiable(x)]
-            outside = [_private.as_captured(x) for x in closed]
+            # A rule of its own is recorded for the very tensor, anything else for the one that
+            # stands for it in the graph of the loop.
+            outside = [*closed, *map(_private.as_captured, closed)]
             tape.watch([*watched, *outside])
             after, ys = fn(given[: len(before)], given[len(before) :])
-        pairs = [
-            (y, c)
-            for y, c in zip((*after, *ys), (*of_carry, *_rows_at(of_ys, i)), strict=True)
-            if is_differentiable(y)
-        ]
+        results = zip((*after, *ys), (*of_carry, *_rows_at(of_ys, i)), strict=True)
+        ends = [(y, cotangent) for y, cotangent in results if is_differentiable(y)]
         found = tape.gradient(
-            [y for y, _ in pairs],
+            [y for y, _ in ends],
             [*watched, *outside],
-            output_gradients=[c for _, c in pairs],
+            output_gradients=[cotangent for _, cotangent in ends],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        of_given = iter(found[: len(watched)])
+        of_given, of_outside = iter(found[: len(watched)]), found[len(watched) :]
         slopes = [next(of_given) if is_differentiable(x) else tf.zeros_like(x) for x in given]
+        pairs = zip(of_closed, of_outside, of_outside[len(closed) :], strict=False)
         return (
             i,
             tuple(slopes[: len(before)]),
             _written(of_rows, i, slopes[len(before) :]),
-            tuple(a + b for a, b in zip(of_closed, found[len(watched) :], strict=True)),
+            tuple(total + a + b for total, a, b in pairs),
         )
 
     start = (

@@ -280,9 +280,7 @@ class Backend(Required):
     def needed_a_value(self, error: Exception) -> bool:
         """Was `error` raised because traced code asked an array for its value?"""
 
-    def scan(
-        self, fn: RowFn, carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
 
         The default is a Python loop: right everywhere, and for a framework without a compiled

@@ -199,6 +199,19 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
     return value
 
 
+def with_aux(result: Any, name: str) -> tuple[Any, Any]:
+    """What a function that returns something besides its cost has returned.
+
+    Raises:
+        InputTypeError: it is no pair.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputTypeError(
+            f"{name} with has_aux=True returns (cost, aux), received {type(result).__name__}."
+        )
+    return result
+
+
 def takes_v_by_keyword(cost: Callable[..., Any], name: str) -> bool:
     """Whether `cost(batch, v)` has a keyword-only `v`, after checking that it is a function."""
     arguments.function(cost, name)

@@ -87,7 +87,7 @@ def _pair(init: Any, update: Any, rate: Callable[..., Rate], *, cast: bool = Fal
             updates = tuple(map(_in_dtype_of, updates, v.arrays))
         new = tuple(p + u for p, u in zip(v.arrays, updates, strict=True))
         _check_variables(new, v)
-        return Updated(new, _checked_state(result[1], state), updates)
+        return Updated(new, checked_state(result[1], state), updates)
 
     return UpdateRule(init, apply, rate)
 
@@ -214,9 +214,10 @@ def _check_variables(new: Leaves, v: Flat) -> None:
             )
 
 
-def _checked_state(new: State, state: Flat) -> Leaves:
+def checked_state(
+    new: State, state: Flat, what: str = "the state that the inner update returned"
+) -> Leaves:
     """The leaves of a new state: of the structure, shapes and dtypes of the old one."""
-    what = "the state that the inner update returned"
     found = tree.same_structure(new, state.spec, what=what)
     for i, (x, like) in enumerate(zip(found, state.arrays, strict=True)):
         problem = _difference(x, like)
@@ -224,7 +225,7 @@ def _checked_state(new: State, state: Flat) -> Leaves:
             name = tree.chains(state.spec)[i]
             where = f" at {name!r}" if name else ""
             raise InputError(
-                f"{what} has {problem[0]}{where}, and before it was {problem[1]}. A state consists "
+                f"{what} has {problem[0]}{where}; it has to be {problem[1]}. A state consists "
                 "of arrays whose shapes and dtypes stay; count in an array, such as "
                 "ops.sum(ops.zeros_like(w))."
             )

@@ -13,10 +13,11 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, is_neutral
 from metaframe.backend.types import Array
 from metaframe.core import checks
-from metaframe.core.inner_loop import Cost, Mode, Order, inner_loop
+from metaframe.core.inner_loop import Cost, Mode, Order
 from metaframe.core.meta_gradient import map_tasks, meta_value_and_grad
 from metaframe.core.steps import BatchFn
 from metaframe.core.task_map import TaskMap
+from metaframe.core.unroll import inner_loop
 from metaframe.errors import InputError, InputTypeError
 
 Values = np.ndarray[Any, Any]
