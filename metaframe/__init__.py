@@ -18,6 +18,7 @@ from metaframe.backend import use_backend as use_backend
 from metaframe.backend.convert import convert as convert
 from metaframe.core.compile import compile as compile
 from metaframe.core.container import Container as Container
+from metaframe.core.implicit import implicit_loop as implicit_loop
 from metaframe.core.meta_gradient import MetaResult as MetaResult
 from metaframe.core.meta_gradient import map_tasks as map_tasks
 from metaframe.core.meta_gradient import meta_value_and_grad as meta_value_and_grad
@@ -28,7 +29,10 @@ from metaframe.core.steps import reptile_step as reptile_step
 from metaframe.core.unroll import Unrolled as Unrolled
 from metaframe.core.unroll import inner_loop as inner_loop
 from metaframe.core.unroll import unroll as unroll
+from metaframe.core.value_and_grad import hessian_vector_product as hessian_vector_product
+from metaframe.core.value_and_grad import value_and_grad as value_and_grad
 from metaframe.errors import MetaframeError as MetaframeError
+from metaframe.ops import stop_gradient as stop_gradient
 from metaframe.optim import Optimizer as Optimizer
 from metaframe.optim import apply_updates as apply_updates
 from metaframe.optim import gradient_descent_update as gradient_descent_update

@@ -212,6 +212,20 @@ def with_aux(result: Any, name: str) -> tuple[Any, Any]:
     return result
 
 
+def same_shapes(arrays: Arrays, like: Arrays, spec: tree.TreeSpec, name: str, whose: str) -> None:
+    """Every array of the argument `name` has the shape of that of `whose`.
+
+    Raises:
+        InputError: naming the first that has not.
+    """
+    for chain, x, y in zip(tree.chains(spec), arrays, like, strict=True):
+        if tuple(x.shape) != tuple(y.shape):
+            where = f"[{chain!r}]" if chain else ""
+            raise InputError(
+                f"{name}{where} has shape {tuple(x.shape)}, {whose}{where} has {tuple(y.shape)}."
+            )
+
+
 def takes_v_by_keyword(cost: Callable[..., Any], name: str) -> bool:
     """Whether `cost(batch, v)` has a keyword-only `v`, after checking that it is a function."""
     arguments.function(cost, name)

@@ -214,7 +214,10 @@ class InnerLoop:
             now = self._context_at(given, start, context, at, row, rows)
             step = partial(self._step, given, self._gradient)
             recompute.check_repeatable(
-                backend, step, (first, given.state.arrays, now), settings.mode
+                backend,
+                step,
+                (first, given.state.arrays, now),
+                f"mode={settings.mode!r} runs an inner step again in the backward pass",
             )
         if steps and observe is not None:
             # The first step runs outside the loop, so that the totals start from values and not

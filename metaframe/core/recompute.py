@@ -120,8 +120,16 @@ def _segment_of(backend: Backend, body: Body, steps: int, carried: int, given: i
     return run
 
 
-def check_repeatable(backend: Backend, step: Step, inputs: Sequence[Arrays], mode: str) -> None:
-    """A step that is run again in the backward pass depends on its inputs alone.
+def check_repeatable(
+    backend: Backend, step: Callable[..., Sequence[Arrays]], inputs: Sequence[Arrays], what: str
+) -> None:
+    """What is run again in the backward pass depends on its inputs alone.
+
+    Args:
+        backend: the backend of the arrays.
+        step: the function that is run again, of groups of arrays.
+        inputs: the groups.
+        what: what runs it again, for errors: "mode='remat' runs an inner step again ...".
 
     Raises:
         InputError: it depends on something else, and the framework would not say so.
@@ -134,17 +142,15 @@ def check_repeatable(backend: Backend, step: Step, inputs: Sequence[Arrays], mod
         if not backend.needed_a_value(error):
             raise
         raise InputError(
-            f"mode={mode!r} traces an inner step, and the inner cost or the update rule needs the "
-            "value of an array, which is not known then. Choose with ops.where, or use "
-            'mode="reverse".'
+            f"{what}. For that it is traced, and the inner cost or the update rule needs the value "
+            'of an array, which is not known then. Choose with ops.where, or use mode="reverse".'
         ) from error
     if not found and _global_streams() != before:
         found = "draws random numbers, of which there would be others"
     if found:
         raise InputError(
-            f"mode={mode!r} runs an inner step again in the backward pass, and the inner cost or "
-            f"the update rule {found}. Make it an argument, in the variables or the batch, or use "
-            'mode="reverse".'
+            f"{what}, and the inner cost or the update rule {found}. Make it an argument, in the "
+            'variables or the batch, or use inner_loop with mode="reverse".'
         )
 
 

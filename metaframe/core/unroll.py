@@ -102,7 +102,7 @@ def unroll(
     >>> unroll(cost, found.variables, batch, lr=0.1, update=rule, state=found.state).variables
     {'w': tensor(1.6192)}
     """
-    problem = _Problem.of(
+    problem = Problem.of(
         cost, v, batch, steps, lr, update, order, mode, inner_v, keep_inner_v, has_aux
     )
     found = problem.run(state, last, keeps=True)
@@ -164,16 +164,15 @@ def inner_loop(
     >>> inner_loop(cost, v, batch, steps=1, lr=0.1)
     {'w': tensor(2.)}
     """
-    problem = _Problem.of(
-        cost, v, batch, steps, lr, update, order, mode, inner_v, keep_inner_v, False
-    )
+    problem = Problem.of(cost, v, batch, steps, lr, update, order, mode, inner_v, keep_inner_v)
     return problem.build(problem.run().params)
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """An inner loop, taken apart: the arrays and what runs on them."""
 
     backend: Backend
+    cost: FlatCost
     loop: InnerLoop
     part: tree.Part
     params: Arrays
@@ -195,8 +194,8 @@ class _Problem(NamedTuple):
         mode: Mode,
         inner_v: Any,
         keep_inner_v: bool,
-        has_aux: bool,
-    ) -> _Problem:
+        has_aux: bool = False,
+    ) -> Problem:
         """The arguments of `unroll`, checked and converted."""
         rate = Stepwise.of(lr, is_array, "lr")
         checks.learning_rate(rate.data.unpack(rate.data.arrays))
@@ -233,7 +232,7 @@ class _Problem(NamedTuple):
         if data.steps is not None:
             flat = _of_step(flat, len(others), data)
         loop = InnerLoop(backend, flat, part.structure(leaves), settings)
-        return _Problem(backend, loop, part, params, others, data.fixed, rows, count, aux)
+        return Problem(backend, flat, loop, part, params, others, data.fixed, rows, count, aux)
 
     def run(
         self, state: tree.Tree = None, last: int | None = None, *, keeps: bool = False

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from metaframe import arguments, ops, optim, tree
-from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import recompute
+from metaframe.core.implicit import attached, conjugate_gradient
 from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
@@ -92,74 +91,18 @@ def squared_distance(params: Params, start: Params, *, strength: float) -> Array
 def implicit(
     support: Support, start: Params, params: Params, *, strength: float, cg_steps: int
 ) -> Params:
-    """`params` with the derivatives of the solution of the proximal problem.
-
-    With u = (I + H / lambda)^{-1} v for a cotangent v of the solution, the cotangent of the start
-    is u, and that of anything else the support loss depends on, -1/lambda times the transposed
-    derivative of its gradient with respect to that, times u.
-    """
+    """`params` with the derivatives of the solution of the proximal problem."""
     backend, names = support.backend, sorted(support.names)
+    context = tree.Packed((start, (support.x, support.y)), backend.owns)
+
+    def cost(solution: Arrays, arrays: Arrays) -> tuple[Array, Arrays]:
+        begun, batch = context.unpack(arrays)
+        adapted = dict(zip(names, solution, strict=True))
+        at = {**begun, **adapted}
+        distance = squared_distance(adapted, begun, strength=strength)
+        return support.loss(batch, {name: at[name] for name in params}) + distance, ()
+
     solution = tuple(backend.stop_gradient(params[name]) for name in names)
-    others = {name: x for name, x in start.items() if name not in names}
-    context = tree.Packed((others, (support.x, support.y)), backend.owns)
-    sizes = (len(names), len(names))
-
-    def gradient(solution: Arrays, arrays: Arrays) -> Arrays:
-        others, batch = context.unpack(arrays)
-
-        def loss(solution: Arrays) -> tuple[Array, Arrays]:
-            at = {**others, **dict(zip(names, solution, strict=True))}
-            return support.loss(batch, {name: at[name] for name in params}), ()
-
-        return backend.value_and_grad(loss)(solution)[2]
-
-    def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
-        solution, _, arrays = recompute.split(xs, sizes)
-
-        def system(u: Arrays) -> Arrays:
-            curvature = backend.transpose(lambda s: gradient(s, arrays), solution, u)
-            return tuple(a + b / strength for a, b in zip(u, curvature, strict=True))
-
-        u = conjugate_gradient(backend, system, cotangents, cg_steps)
-        rest = backend.transpose(lambda a: gradient(solution, a), arrays, u)
-        zeros = tuple(ops.zeros_like(x) for x in solution)
-        return (*zeros, *u, *(None if x is None else -x / strength for x in rest))
-
-    attached = backend.custom_vjp(lambda xs: tuple(1 * x for x in xs[: len(names)]), backward)
-    found = attached((*solution, *(start[name] for name in names), *context.arrays))
+    solve = functools.partial(conjugate_gradient, steps=cg_steps)
+    found = attached(backend, cost, solution, context.arrays, solve)
     return {**params, **dict(zip(names, found, strict=True))}
-
-
-def conjugate_gradient(
-    backend: Backend, system: Callable[[Arrays], Arrays], right: Arrays, steps: int
-) -> Arrays:
-    """The solution of a symmetric positive definite system, after `steps` steps from zero.
-
-    Hestenes & Stiefel 1952. Once the residual is exactly zero nothing changes any more.
-    """
-    count = len(right)
-
-    def body(carry: Arrays) -> Arrays:
-        x, residual, direction, _ = recompute.split(carry, (count, count, count))
-        product = system(direction)
-        size = _dot(residual, residual)
-        rate = size / _or_one(_dot(direction, product))
-        x = _along(x, rate, direction)
-        residual = _along(residual, -rate, product)
-        ratio = _dot(residual, residual) / _or_one(size)
-        return (*x, *residual, *_along(residual, ratio, direction))
-
-    start = (*map(ops.zeros_like, right), *right, *right)
-    return backend.repeat(lambda carry, _: (body(carry), ()), start, steps)[0][:count]
-
-
-def _dot(xs: Arrays, ys: Arrays) -> Array:
-    return sum(ops.sum(x * y) for x, y in zip(xs, ys, strict=True))
-
-
-def _along(xs: Arrays, rate: Array, direction: Arrays) -> Arrays:
-    return tuple(x + rate * d for x, d in zip(xs, direction, strict=True))
-
-
-def _or_one(x: Array) -> Array:
-    return ops.where(ops.abs(x) > 0, x, 1.0)
