@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 from metaframe import arguments, tree
@@ -20,7 +19,6 @@ from metaframe.core.task_map import (
     TaskMap,
     averaged,
     gradient_of,
-    strategy,
     weighed,
 )
 from metaframe.distributed.agreement import agree
@@ -125,8 +123,8 @@ def meta_value_and_grad(
                 num_tasks=count,
             )
             _check_share(backend, how, count)
-        settled = replace(how, task_map=strategy(how.task_map, variables.arrays))
-        run = gradient_of(backend, objective, wanted, held, settled)
+        settled = how.settled(variables.arrays)
+        run = gradient_of(backend, [objective], wanted, held, settled)
         tasks_ = first_tasks(batch.arrays, count)
         costs, aux, grads = averaged(backend, run, tasks_, wanted, settled)
         gradient = tree.Flat(grads, part.structure(variables.arrays))
