@@ -190,11 +190,9 @@ def taken_apart(
     count = checks.tasks(batch, num_tasks)
     with following(tree.node_types(variables.spec, batch.spec)):
         backend = backend_of(*variables.arrays, *batch.arrays)
-        converted = (
-            tree.Flat(convert_neutral(flat.arrays, backend), flat.spec)
-            for flat in (variables, batch)
-        )
-        return *converted, count, backend
+        variables = variables._replace(arrays=convert_neutral(variables.arrays, backend))
+        batch = batch._replace(arrays=convert_neutral(batch.arrays, backend))
+    return variables, batch, count, backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

@@ -21,12 +21,11 @@ from typing import Any, Literal
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays
+from metaframe.backend.types import Array, Arrays, TaskCost
 from metaframe.core import checks, rates
 from metaframe.core.batching import RETURN_INNER, Batched, Layout, ReturnInner
 from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, Mode, flat_cost
-from metaframe.core.task_map import Objective as TaskObjective
 from metaframe.core.task_map import averaged, gradient_of, weighed
 from metaframe.core.task_program import (
     Direction,
@@ -343,7 +342,7 @@ class _TaskOfStep:
 
     def bound(
         self, layout: Layout, inner: tree.Part, outer: tree.Part, differentiated: tree.Part
-    ) -> TaskObjective:
+    ) -> TaskCost:
         """The objective of a task map; it reports the cost to return and the adapted variables.
 
         Args:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from metaframe import arguments
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of
-from metaframe.backend.types import Array, Arrays
+from metaframe.backend.types import Array, Arrays, TaskCost
 from metaframe.backend.workers import Share
 from metaframe.distributed.sharding import sharded
 
@@ -31,14 +31,6 @@ TaskFn = Callable[[Arrays], Found]
 
 A task divided among workers comes with its weight, as the last array; see `weighed`.
 """
-
-
-class Objective(Protocol):
-    """The cost of a task as a function of flat arrays."""
-
-    def __call__(self, xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
-        """`(differentiated variables, held variables, task) -> (scalar, aux)`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
 
 def gradient_of(
     backend: Backend,
-    objectives: Sequence[Objective],
+    objectives: Sequence[TaskCost],
     wanted: Arrays,
     held: Arrays,
     how: Execution,
