@@ -436,9 +436,5 @@ def _divisor(settings: InnerSettings, layout: Layout) -> Rate:
     name = "the optimizer's learning_rate" if lr is None else LR
     rates.refuse_zero(rate, name, "reptile_step")
     arrays = layout.variables.arrays
-    v = (
-        layout.variables.build(x[0] for x in arrays)
-        if layout.tiled
-        else layout.variables.build(arrays)
-    )
-    return rates.spread(rate, v, name=name)
+    of_a_task = [x[0] for x in arrays] if layout.tiled else arrays
+    return rates.spread(rate, layout.variables.build(of_a_task), name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, cast
 
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, convert_neutral
@@ -14,36 +14,23 @@ from metaframe.errors import InputTypeError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Formula(NamedTuple):
-    """What a function computes, in NumPy."""
-
-    value: Callable[[Any], Any]
-    positive: bool
-    """Of positive numbers only."""
+ELEMENTWISE: dict[str, Callable[[Any], Any]] = {}
+"""The functions of one element that every backend has as a method: by name the formula in NumPy."""
 
 
-ELEMENTWISE: dict[str, Formula] = {}
-"""The functions of one element that every backend has as a method."""
-
-
-def elementwise(formula: Callable[[Any], Any], *, positive: bool = False) -> Callable[[F], F]:
-    """Make a function `(x: Array) -> Array` the method of the same name of the arrays' backend.
-
-    Args:
-        formula: the same in NumPy.
-        positive: it takes positive numbers only.
-    """
+def elementwise(formula: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Make a function `(x: Array) -> Array` the method of the same name of the arrays' backend."""
 
     def decorate(fn: F) -> F:
         name = fn.__name__
-        ELEMENTWISE[name] = Formula(formula, positive)
+        ELEMENTWISE[name] = formula
 
+        @functools.wraps(fn)
         def call(x: Array) -> Array:
             backend, (x,) = native(x)
             return getattr(backend.ops, name)(x)
 
-        found: Any = functools.wraps(fn)(call)
-        return found  # type: ignore[no-any-return]
+        return cast(F, call)
 
     return decorate
 

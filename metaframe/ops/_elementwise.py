@@ -34,7 +34,7 @@ def expm1(x: Array) -> Array:
     """
 
 
-@elementwise(np.log, positive=True)
+@elementwise(np.log)
 def log(x: Array) -> Array:
     """The natural logarithm.
 
@@ -43,7 +43,7 @@ def log(x: Array) -> Array:
     """
 
 
-@elementwise(np.log1p, positive=True)
+@elementwise(np.log1p)
 def log1p(x: Array) -> Array:
     """`log(1 + x)`, accurate near zero.
 
@@ -52,7 +52,7 @@ def log1p(x: Array) -> Array:
     """
 
 
-@elementwise(np.sqrt, positive=True)
+@elementwise(np.sqrt)
 def sqrt(x: Array) -> Array:
     """The square root; its gradient at zero is infinite (see `safe_sqrt`).
 

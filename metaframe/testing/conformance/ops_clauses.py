@@ -44,6 +44,12 @@ def _case(name: str, formula: Callable[..., Any], *inputs: Any, **options: Any) 
     return Case(label(name, inputs, options), lambda *xs: function(*xs, **options), formula, inputs)
 
 
+def _domain(formula: Callable[..., Any]) -> Values:
+    """Numbers for which the formula has a value: positive ones if negative ones are out of it."""
+    with np.errstate(invalid="ignore"):
+        return X if np.isfinite(formula(X)).all() else POSITIVE
+
+
 def _einsum(equation: str, *xs: Any) -> Case:
     return Case(
         f"einsum-{equation}",
@@ -54,7 +60,7 @@ def _einsum(equation: str, *xs: Any) -> Case:
 
 
 CASES = [
-    *(_case(n, f.value, POSITIVE if f.positive else X) for n, f in ELEMENTWISE.items()),
+    *(_case(name, formula, _domain(formula)) for name, formula in ELEMENTWISE.items()),
     _case("safe_sqrt", np.sqrt, POSITIVE),
     *(_case("power", lambda x, n=n: x**n, POSITIVE, exponent=n) for n in (7, 0, 1, 2, -3, 20, 2.5)),
     _case("softplus", lambda x: np.logaddexp(0, x), X),
