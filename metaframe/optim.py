@@ -31,7 +31,6 @@ from metaframe import arguments, ops, tree
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.core import checks, rates
-from metaframe.core.rates import only as _rate
 from metaframe.errors import InputError, InputTypeError
 
 Params = Any
@@ -39,6 +38,8 @@ Grads = Any
 State = Any
 Rate = Any
 """A number, an array, or a structure of them that names parameters or parts of them."""
+Direction = Callable[..., tuple[Params, State]]
+"""`(grads, state, params) -> (direction, state)`."""
 
 
 class Optimizer(NamedTuple):
@@ -101,12 +102,33 @@ def sgd(learning_rate: Rate = None) -> Optimizer:
     >>> updates
     {'w': -1.5}
     """
-    learning_rate = _own(learning_rate)
-    return Optimizer(_no_state, functools.partial(_sgd, own=learning_rate), learning_rate)
+    return _optimizer(learning_rate, _no_state, _sgd)
 
 
-def _own(learning_rate: Rate) -> Rate:
-    return checks.learning_rate(learning_rate, "learning_rate")
+def _optimizer(
+    learning_rate: Rate, init: Callable[[Params], State], direction: Direction, **settings: Any
+) -> Optimizer:
+    """The rule that steps by `-lr` times a direction."""
+    own = checks.learning_rate(learning_rate, "learning_rate")
+    rule = functools.partial(direction, **settings)
+    return Optimizer(init, functools.partial(_stepped, own=own, direction=rule), own)
+
+
+def _stepped(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    own: Rate,
+    direction: Direction,
+) -> tuple[Params, State]:
+    moves, state = direction(grads, state, params)
+    rate = rates.spread(rates.only(own, lr), moves)
+    if is_rate_tree(rate):
+        return tree.map(lambda d, r: -r * d, moves, rate), state
+    single = tree.unwrapped(rate)
+    return tree.map(lambda d: -single * d, moves), state
 
 
 def _no_state(params: Params) -> State:
@@ -114,16 +136,9 @@ def _no_state(params: Params) -> State:
     return ()
 
 
-def _sgd(
-    grads: Grads,
-    state: State,
-    params: Params = None,
-    lr: Rate = None,
-    *,
-    own: Rate,
-) -> tuple[Params, State]:
+def _sgd(grads: Grads, state: State, params: Params) -> tuple[Params, State]:
     del params
-    return _scaled(grads, _rate(own, lr)), state
+    return grads, state
 
 
 def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = False) -> Optimizer:
@@ -142,11 +157,9 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
     >>> round(step.item(), 4)
     -0.3
     """
-    learning_rate = _own(learning_rate)
     checks.setting("decay", decay)
     arguments.choice(nesterov, "nesterov", (False, True))
-    update = functools.partial(_momentum, own=learning_rate, decay=decay, nesterov=nesterov)
-    return Optimizer(_zeros, update, learning_rate)
+    return _optimizer(learning_rate, _zeros, _momentum, decay=decay, nesterov=nesterov)
 
 
 def _zeros(params: Params) -> State:
@@ -154,19 +167,12 @@ def _zeros(params: Params) -> State:
 
 
 def _momentum(
-    grads: Grads,
-    state: State,
-    params: Params = None,
-    lr: Rate = None,
-    *,
-    own: Rate,
-    decay: float,
-    nesterov: bool,
+    grads: Grads, state: State, params: Params, *, decay: float, nesterov: bool
 ) -> tuple[Params, State]:
     del params
     state = tree.map(lambda m, g: decay * m + g, state, grads)
     direction = tree.map(lambda m, g: g + decay * m, state, grads) if nesterov else state
-    return _scaled(direction, _rate(own, lr)), state
+    return direction, state
 
 
 class AdamState(NamedTuple):
@@ -237,9 +243,8 @@ def adamw(
         checks.setting(name, decay, "[0, 1)")
     checks.setting("eps", eps)
     checks.setting("weight_decay", weight_decay)
-    learning_rate = _own(learning_rate)
-    settings = {"own": learning_rate, "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
-    return Optimizer(_adam_state, functools.partial(_adam, **settings), learning_rate)
+    settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer(learning_rate, _adam_state, _adam, **settings)
 
 
 def _adam_state(params: Params) -> State:
@@ -250,10 +255,8 @@ def _adam_state(params: Params) -> State:
 def _adam(
     grads: Grads,
     state: State,
-    params: Params = None,
-    lr: Rate = None,
+    params: Params,
     *,
-    own: Rate,
     b1: float,
     b2: float,
     eps: float,
@@ -270,7 +273,7 @@ def _adam(
     step = tree.map(direction, mean, square)
     if weight_decay:
         step = tree.map(lambda d, p: d + weight_decay * p, step, _needed(params))
-    return _scaled(step, _rate(own, lr)), AdamState(count, mean, square)
+    return step, AdamState(count, mean, square)
 
 
 def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
@@ -286,26 +289,17 @@ def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -
     >>> round(step.item(), 4)
     -0.2
     """
-    learning_rate = _own(learning_rate)
     checks.setting("decay", decay, "[0, 1]")
     checks.setting("eps", eps)
-    update = functools.partial(_rmsprop, own=learning_rate, decay=decay, eps=eps)
-    return Optimizer(_zeros, update, learning_rate)
+    return _optimizer(learning_rate, _zeros, _rmsprop, decay=decay, eps=eps)
 
 
 def _rmsprop(
-    grads: Grads,
-    state: State,
-    params: Params = None,
-    lr: Rate = None,
-    *,
-    own: Rate,
-    decay: float,
-    eps: float,
+    grads: Grads, state: State, params: Params, *, decay: float, eps: float
 ) -> tuple[Params, State]:
     del params
     state = tree.map(lambda s, g: decay * s + (1 - decay) * g * g, state, grads)
-    return _scaled(_normalised(grads, state, eps), _rate(own, lr)), state
+    return _normalised(grads, state, eps), state
 
 
 def adagrad(
@@ -323,30 +317,20 @@ def adagrad(
     >>> round(step.item(), 4)
     -0.0707
     """
-    learning_rate = _own(learning_rate)
     checks.setting("initial_accumulator", initial_accumulator)
     checks.setting("eps", eps)
     init = functools.partial(_filled, value=initial_accumulator)
-    update = functools.partial(_adagrad, own=learning_rate, eps=eps)
-    return Optimizer(init, update, learning_rate)
+    return _optimizer(learning_rate, init, _adagrad, eps=eps)
 
 
 def _filled(params: Params, *, value: float) -> State:
     return tree.map(lambda p: value * ops.ones_like(p), params)
 
 
-def _adagrad(
-    grads: Grads,
-    state: State,
-    params: Params = None,
-    lr: Rate = None,
-    *,
-    own: Rate,
-    eps: float,
-) -> tuple[Params, State]:
+def _adagrad(grads: Grads, state: State, params: Params, *, eps: float) -> tuple[Params, State]:
     del params
     state = tree.map(lambda s, g: s + g * g, state, grads)
-    return _scaled(_normalised(grads, state, eps), _rate(own, lr)), state
+    return _normalised(grads, state, eps), state
 
 
 def clip_by_value(grads: Grads, limit: float) -> Grads:
@@ -465,7 +449,9 @@ def rule(optimizer: Optimizer) -> str | None:
     update: Any = optimizer.update
     while getattr(update, "func", None) is _clipped:
         update = update.keywords["update"]
-    return _RULES.get(getattr(update, "func", None))
+    if getattr(update, "func", None) is not _stepped:
+        return None
+    return _RULES[update.keywords["direction"].func]
 
 
 _RULES: dict[Any, str] = {
@@ -481,14 +467,6 @@ def _needed(params: Params) -> Params:
     if params is None:
         raise InputTypeError("weight decay needs the parameters: update(grads, state, params).")
     return params
-
-
-def _scaled(direction: Params, rate: Rate) -> Params:
-    rate = rates.spread(rate, direction)
-    if is_rate_tree(rate):
-        return tree.map(lambda d, r: -r * d, direction, rate)
-    single = tree.unwrapped(rate)
-    return tree.map(lambda d: -single * d, direction)
 
 
 def is_rate_tree(rate: Rate) -> bool:

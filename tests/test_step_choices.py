@@ -250,3 +250,16 @@ def test_adapted_variables_include_those_that_take_no_part(arr: Call, to_np: Cal
     assert list(grads) == ["w"]
     np.testing.assert_array_equal(to_np(inner)["b"], [2.0, 2.0, 2.0])
     np.testing.assert_array_equal(to_np(inner)["w"], [0.5, 0.0, -0.5])
+
+
+@pytest.mark.parametrize("batched", ["auto", "loop"])
+def test_every_strategy_of_the_task_map_is_one_of_the_steps(
+    arr: Call, to_np: Call, execution: Call, batched: Any
+) -> None:
+    problem = Problem()
+
+    def step(batch: Any, v: Any) -> Any:
+        return maml_step(batch, support_cost, query_cost, v, 2, RATE, batched=batched)[:2]
+
+    found = to_np(execution(step)(arr(problem.batch), arr(problem.variables)))
+    assert_close(found, [problem.cost, unpacked(problem.maml)])

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    RowFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
 from metaframe.models import ModelAdapter
@@ -163,9 +171,7 @@ class JaxBackend(Backend):
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return jax.vmap(fn)
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def total(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
             values, aux = jax.vmap(fn, (None, None, 0))(xs, held, tasks)
             return values.sum(), (values, aux)

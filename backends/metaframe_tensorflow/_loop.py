@@ -90,30 +90,32 @@ def _backward(
 
     def body(i: Array, of_carry: Arrays, of_rows: Arrays, of_closed: Arrays) -> Any:
         i = i - 1
-        given = (*_rows_at(before, i), *_rows_at(rows, i))
         with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+            # Before anything else: a tape connects a tensor with what stands for it in the graph of
+            # the loop only if it watches when that is made.
+            tape.watch(closed)
+            for x in closed:
+                _private.as_captured(x)
+            given = (*_rows_at(before, i), *_rows_at(rows, i))
             watched = [x for x in given if is_differentiable(x)]
-            # A rule of its own is recorded for the very tensor, anything else for the one that
-            # stands for it in the graph of the loop.
-            outside = [*closed, *map(_private.as_captured, closed)]
-            tape.watch([*watched, *outside])
+            tape.watch(watched)
             after, ys = fn(given[: len(before)], given[len(before) :])
         results = zip((*after, *ys), (*of_carry, *_rows_at(of_ys, i)), strict=True)
         ends = [(y, cotangent) for y, cotangent in results if is_differentiable(y)]
         found = tape.gradient(
             [y for y, _ in ends],
-            [*watched, *outside],
+            [*watched, *closed],
             output_gradients=[cotangent for _, cotangent in ends],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        of_given, of_outside = iter(found[: len(watched)]), found[len(watched) :]
+        of_given = iter(found[: len(watched)])
         slopes = [next(of_given) if is_differentiable(x) else tf.zeros_like(x) for x in given]
-        pairs = zip(of_closed, of_outside, of_outside[len(closed) :], strict=False)
+        pairs = zip(of_closed, found[len(watched) :], strict=True)
         return (
             i,
             tuple(slopes[: len(before)]),
             _written(of_rows, i, slopes[len(before) :]),
-            tuple(total + a + b for total, a, b in pairs),
+            tuple(a + b for a, b in pairs),
         )
 
     start = (

@@ -21,7 +21,15 @@ import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    ObjectiveFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
 from metaframe_torch import _foreign, _private, _tape
@@ -207,9 +215,7 @@ class TorchBackend(Backend):
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
             count, end = len(xs), len(xs) + len(held)
 

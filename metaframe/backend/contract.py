@@ -19,7 +19,16 @@ import numpy as np
 from metaframe.backend.model import ModelAdapter, NamedParameters
 from metaframe.backend.required import Required
 from metaframe.backend.tables import NNTable, OpsTable
-from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, RowFn, ScalarFn
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    ObjectiveFn,
+    RowFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputTypeError
 from metaframe.tree.foreign import Node
@@ -292,9 +301,7 @@ class Backend(Required):
             rows.append(y)
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.
 
         They are those of `fn(xs, held, task)`. Tasks are mapped over the leading axis; scalars and

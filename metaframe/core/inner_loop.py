@@ -79,6 +79,22 @@ def flat_cost(
     return scaled_cost
 
 
+def in_order(cost: FlatCost, held: int, data: Stepwise) -> FlatCost:
+    """`cost` with the context in the order of a loop: the rows of a step come last.
+
+    `held` is the number of arrays before the batch.
+    """
+    if data.steps is None:
+        return cost
+    fixed = held + len(data.fixed)
+
+    def call(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        arrays = data.at(context[fixed:], context[held:fixed])
+        return cost(params, (*context[:held], *arrays))
+
+    return call
+
+
 @dataclass(frozen=True)
 class InnerSettings:
     """How an inner loop runs, apart from what it runs on. Checked when it is made.
@@ -219,13 +235,13 @@ class InnerLoop:
                 (first, given.state.arrays, now),
                 f"mode={settings.mode!r} runs an inner step again in the backward pass",
             )
+        over, seen = rows.arrays if rows else (), ()
         if steps and observe is not None:
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
-            (carry, _), steps = body(carry, context, ()), steps - 1
-        seen: Arrays = ()
+            carry, _ = body(carry, context, tuple(x[0] for x in over))
+            over, steps = tuple(x[1:] for x in over), steps - 1
         if steps:
-            over = rows.arrays if rows else ()
             if settings.mode == "replay" and settings.recomputes:
                 carry, seen = recompute.replayed(backend, body, carry, context, steps, over)
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 from metaframe import arguments, tree
@@ -20,7 +19,6 @@ from metaframe.core.task_map import (
     TaskMap,
     averaged,
     gradient_of,
-    strategy,
     weighed,
 )
 from metaframe.distributed.agreement import agree
@@ -125,8 +123,8 @@ def meta_value_and_grad(
                 num_tasks=count,
             )
             _check_share(backend, how, count)
-        settled = replace(how, task_map=strategy(how.task_map, variables.arrays))
-        run = gradient_of(backend, objective, wanted, held, settled)
+        settled = how.settled(variables.arrays)
+        run = gradient_of(backend, [objective], wanted, held, settled)
         tasks_ = first_tasks(batch.arrays, count)
         costs, aux, grads = averaged(backend, run, tasks_, wanted, settled)
         gradient = tree.Flat(grads, part.structure(variables.arrays))
@@ -192,11 +190,9 @@ def taken_apart(
     count = checks.tasks(batch, num_tasks)
     with following(tree.node_types(variables.spec, batch.spec)):
         backend = backend_of(*variables.arrays, *batch.arrays)
-        converted = (
-            tree.Flat(convert_neutral(flat.arrays, backend), flat.spec)
-            for flat in (variables, batch)
-        )
-        return *converted, count, backend
+        variables = variables._replace(arrays=convert_neutral(variables.arrays, backend))
+        batch = batch._replace(arrays=convert_neutral(batch.arrays, backend))
+    return variables, batch, count, backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaframe import tree
+from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError
 
@@ -58,6 +59,21 @@ def is_marked(x: object) -> bool:
 def contains_marks(spec: tree.TreeSpec) -> bool:
     """Is any part of a structure made by `per_step`?"""
     return PerStep in tree.node_types(spec)
+
+
+def step_axis_first(structure: tree.Tree, backend: Backend) -> tree.Tree:
+    """`structure` with the step axis of what is marked, which came after a task axis, moved ahead.
+
+    So that the rows of every step have the task axis.
+    """
+    parts, spec = tree.flatten(structure, is_leaf=is_marked)
+
+    def moved(x: Array) -> Array:
+        return backend.ops.transpose(x, (1, 0, *range(2, len(x.shape))))
+
+    return tree.unflatten(
+        spec, [PerStep(tree.map(moved, part.rows)) if is_marked(part) else part for part in parts]
+    )
 
 
 def unmarked(structure: tree.Tree) -> tuple[tree.Tree, tuple[bool, ...]]:
@@ -107,6 +123,11 @@ class Stepwise:
         if any(flags):
             steps = _length(content, flags, name)
         return Stepwise(data, tree.Part(tree.structure(data.arrays), chosen), steps)
+
+    @staticmethod
+    def plain(data: tree.Packed) -> Stepwise:
+        """A structure without marks."""
+        return Stepwise(data, tree.Part(data.spec, [False] * len(data.arrays)), None)
 
     @property
     def fixed(self) -> Arrays:

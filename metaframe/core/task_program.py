@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from metaframe import ops
 from metaframe.backend.types import Array, Arrays
-from metaframe.core.inner_loop import InnerLoop, InnerResult, Observer, StepView
+from metaframe.core.inner_loop import InnerLoop, InnerResult, Observer, Rows, StepView
 from metaframe.errors import InputError
 
 OuterCost = Callable[[Arrays, Array | None], tuple[Array, Arrays]]
@@ -63,13 +63,18 @@ class TaskRun:
 
     @staticmethod
     def of(
-        loop: InnerLoop, start: Arrays, context: Arrays, steps: int, outer: OuterCost
+        loop: InnerLoop,
+        start: Arrays,
+        context: Arrays,
+        steps: int,
+        outer: OuterCost,
+        rows: Rows | None = None,
     ) -> TaskRun:
         """A run of `loop` from `start`, and nothing after it."""
         return TaskRun(
             start,
             steps,
-            partial(loop.run, start, context, steps),
+            partial(loop.run, start, context, steps, rows=rows),
             partial(loop.cost_and_gradient, context=context),
             outer,
         )

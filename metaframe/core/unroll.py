@@ -20,6 +20,7 @@ from metaframe.core.inner_loop import (
     Order,
     Rows,
     flat_cost,
+    in_order,
 )
 from metaframe.core.per_step import Stepwise, number_of_steps
 
@@ -229,8 +230,7 @@ class Problem(NamedTuple):
         flat = flat_cost(
             cost, "cost", backend, part, data.data.template(), aux=aux if has_aux else None
         )
-        if data.steps is not None:
-            flat = _of_step(flat, len(others), data)
+        flat = in_order(flat, len(others), data)
         loop = InnerLoop(backend, flat, part.structure(leaves), settings)
         return Problem(backend, flat, loop, part, params, others, data.fixed, rows, count, aux)
 
@@ -295,14 +295,3 @@ def _rows(
         return rate.data.unpack(rate.at(row, rate.fixed))
 
     return Rows((*rows, *data.rows), len(rows), at), at(tuple(x[0] for x in rows))
-
-
-def _of_step(cost: FlatCost, held: int, data: Stepwise) -> FlatCost:
-    """`cost` with the context in another order: the rows of a step come last."""
-    fixed = held + len(data.fixed)
-
-    def call(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
-        arrays = data.at(context[fixed:], context[held:fixed])
-        return cost(params, (*context[:held], *arrays))
-
-    return call
