@@ -294,4 +294,6 @@ def _rows(
     def at(row: Arrays) -> optim.Rate:
         return rate.data.unpack(rate.at(row, rate.fixed))
 
-    return Rows((*rows, *data.rows), len(rows), at), at(tuple(x[0] for x in rows))
+    # The sum of no rows is a zero of their shape.
+    first = tuple(x[0] if rate.steps else backend.ops.sum(x, axis=0) for x in rows)
+    return Rows((*rows, *data.rows), len(rows), at), at(first)
