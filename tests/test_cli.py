@@ -27,7 +27,7 @@ from metaframe.cli.datasets import DATASETS
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS, judge
-from metaframe.cli.runs import opened, read_result
+from metaframe.cli.run_folder import opened, read_result
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint
 from metaframe.training.metrics import read_metrics
 from processes import Terminal

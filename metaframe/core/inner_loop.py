@@ -30,11 +30,11 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
-from metaframe import arguments, ops, optim, tree
+from metaframe import arguments, ops, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, rates, recompute
+from metaframe.core import checks, optim, rates, recompute
 from metaframe.core.entrance import entrance
 from metaframe.core.update_rule import update_rule
 from metaframe.errors import InputError

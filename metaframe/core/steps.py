@@ -26,6 +26,7 @@ from metaframe.core import checks, rates
 from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
 from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, Mode, flat_cost
+from metaframe.core.optim import Rate, gradient_descent_update
 from metaframe.core.task_map import Execution, averaged, gradient_of, weighed
 from metaframe.core.task_map import Objective as TaskObjective
 from metaframe.core.task_program import (
@@ -37,7 +38,6 @@ from metaframe.core.task_program import (
     reptile,
 )
 from metaframe.distributed.agreement import agree
-from metaframe.optim import Rate, gradient_descent_update
 
 LR = "inner_learning_rate"
 """The name of the argument, for errors."""

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import optim, tree
+from metaframe import tree
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Arrays
-from metaframe.core import rates
+from metaframe.core import optim, rates
+from metaframe.core.clipping import rule
+from metaframe.core.optim import Optimizer, Params, Rate, State
 from metaframe.errors import InputError, InputTypeError
-from metaframe.optim import Optimizer, Params, Rate, State
 
 RETURNED = "what the inner update returned"
 
@@ -56,7 +57,7 @@ def update_rule(
         # As a pair it also says what it added, without the rounding of a difference.
         update = optim.sgd()
     if isinstance(update, Optimizer):
-        if optim.rule(update) is None:
+        if rule(update) is None:
             _check_signature(update.init, "init(v)", None)
             _check_signature(update.update, "update(grads, state, v, lr)", None, None, None, None)
         return _pair(update.init, update.update, _rate_of(update))
@@ -90,7 +91,7 @@ def _pair(init: Any, update: Any, rate: Callable[..., Rate]) -> UpdateRule:
 
 def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
     """For a rule of ours a rate for every variable; another one has its own idea of a rate."""
-    if optim.rule(optimizer) is None:
+    if rule(optimizer) is None:
         return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
 
     def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:

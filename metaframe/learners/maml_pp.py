@@ -12,6 +12,7 @@ import numpy as np
 from metaframe import arguments, ops, tree
 from metaframe.backend.types import Array, Arrays
 from metaframe.core.inner_loop import StepView
+from metaframe.core.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 from metaframe.core.task_program import Outcome, TaskRun, adapted_cost
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
@@ -20,7 +21,6 @@ from metaframe.learners.method import Method
 from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.models.per_step import StepAffine, row
-from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 
 LEAST_WEIGHT = 0.03
 """Times 1/K, what a step before the last keeps while its weight falls (the authors' code)."""

@@ -11,11 +11,11 @@ from metaframe import ops
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
 from metaframe.core import checks
+from metaframe.core.optim import Grads, Optimizer, Params, Rate, State
 from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
 from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
-from metaframe.optim import Grads, Optimizer, Params, Rate, State
 
 MODES = ("out", "in", "window")
 Modes = tuple[int, int, int]

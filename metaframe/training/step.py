@@ -18,6 +18,7 @@ from metaframe.backend.contract import Backend, NativeOptimizer
 from metaframe.backend.model import Params
 from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
+from metaframe.core.clipping import rule
 from metaframe.core.compile import compile
 from metaframe.core.inner_loop import MODES, Mode
 from metaframe.core.task_map import Execution, TaskMap
@@ -181,7 +182,7 @@ class _PureStep:
         self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
         self._ours = ours = isinstance(optimizer, optim.Optimizer)
-        self._rule = optim.rule(optimizer) if ours else None
+        self._rule = rule(optimizer) if ours else None
 
         def step(
             gradient: MetaGradient,

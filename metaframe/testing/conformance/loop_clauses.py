@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import meta_value_and_grad, ops
+from metaframe import ops
+from metaframe.core.meta_gradient import meta_value_and_grad
 from metaframe.testing.conformance.clause import Bench, Chapter, close, same
 
 ROWS = np.arange(12.0).reshape(4, 3) / 7 + 0.5
