@@ -13,6 +13,7 @@ import metaframe
 from documents import ROOT, blocks, pages, run
 from frameworks import BACKENDS, require
 from metaframe.backend.contract import Backend
+from metaframe.learners import registry
 from metaframe.testing.conformance import CLAUSES
 from metaframe.testing.conformance.report import gaps
 from metaframe.testing.report import Kind
@@ -55,8 +56,10 @@ RUN_AS_IT_IS = [page for page in pages() if blocks(page) and page not in ELSEWHE
 
 
 @pytest.mark.parametrize("page", RUN_AS_IT_IS)
-def test_code_of_a_page(page: str) -> None:
+def test_code_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom, in one session; a page about two frameworks needs both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", dict(registry.algorithms()))
     require("torch")
     if "jax" in "".join(blocks(page)):
         require("jax")

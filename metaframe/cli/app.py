@@ -13,13 +13,14 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend.registry import available_backends
-from metaframe.cli import algorithms, applicable, datasets, presets, run_folder, runs
+from metaframe.cli import applicable, datasets, presets, run_folder, runs
 from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.options import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
+from metaframe.learners import algorithms
 from metaframe.training.interrupt import TERMINATED, Terminated
 
 click.rich_click.TEXT_MARKUP = "rich"
@@ -318,7 +319,7 @@ def list_(as_json: bool, quiet: bool) -> None:
     output = Output(as_json=as_json, quiet=quiet)
     groups = {
         "data sets": {name: entry.about for name, entry in datasets.DATASETS.items()},
-        "algorithms": {name: entry.about for name, entry in algorithms.ALGORITHMS.items()},
+        "algorithms": {name: entry.about for name, entry in algorithms().items()},
         "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
     }
     if as_json:

@@ -15,6 +15,7 @@ from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
+from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
 
 
@@ -72,15 +73,23 @@ class ImplicitMAML(MAML):
         arguments.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
             raise InputError(f"proximal must be a positive number, received {proximal!r}.")
-        super().__init__(
-            module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
-        )
-        # The gradient is differentiated again, in the products with H.
-        self.config = dataclasses.replace(self.config, twice=True)
-        self._method = Method(
+        method = Method(
             penalty=functools.partial(squared_distance, strength=proximal),
             finish=functools.partial(implicit, strength=proximal, cg_steps=cg_steps),
         )
+        super().__init__(
+            module,
+            inner_lr,
+            inner_steps,
+            True,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=update,
+            method=method,
+        )
+        # The gradient is differentiated again, in the products with H.
+        self.config = dataclasses.replace(self.config, twice=True)
 
 
 def squared_distance(params: Params, start: Params, *, strength: float) -> Array:
@@ -163,3 +172,18 @@ def _along(xs: Arrays, rate: Array, direction: Arrays) -> Arrays:
 
 def _or_one(x: Array) -> Array:
     return ops.where(ops.abs(x) > 0, x, 1.0)
+
+
+register_algorithm(
+    Algorithm(
+        "imaml",
+        "gradients at the solution of a proximal inner problem (arXiv 1909.04630)",
+        lambda model, c: ImplicitMAML(
+            model, c.inner_lr, c.inner_steps, c.proximal, c.cg_steps, norm=c.norm
+        ),
+        ("proximal", "cg_steps"),
+        {"inner_steps": 16},
+        ignores=("mode",),
+        exact=False,
+    )
+)

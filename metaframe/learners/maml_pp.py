@@ -18,6 +18,7 @@ from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
+from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 from metaframe.models.per_step import StepAffine, row
@@ -192,3 +193,22 @@ def _rated_step(
         return -row(rates, state) * g
 
     return tree.map(step, grads, lr), state + 1
+
+
+register_algorithm(
+    Algorithm(
+        "maml++",
+        "learned rates for every step, multi-step loss, annealed order (arXiv 1810.09502)",
+        lambda model, c: MAMLPlusPlus(
+            model,
+            c.inner_lr,
+            c.inner_steps,
+            norm=c.norm,
+            learn_norms=c.learn_norms,
+            multi_step_epochs=c.multi_step_epochs,
+            second_order_from=c.second_order_from,
+        ),
+        ("multi_step_epochs", "learn_norms", "second_order_from", "steps_per_epoch"),
+        {"inner_steps": 5, "multi_step_epochs": 10},
+    )
+)

@@ -14,6 +14,7 @@ from metaframe.core import checks
 from metaframe.core.optim import Grads, Optimizer, Params, Rate, State
 from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
+from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
 from metaframe.models import adapter_of
 
@@ -142,3 +143,12 @@ def _modes(x: Array, output_first: bool) -> Modes:
 
 def _identity(size: int, like: Array) -> Array:
     return ops.one_hot(ops.arange(size, like=like), size, backend_of(like).dtype_name(like))
+
+
+register_algorithm(
+    Algorithm(
+        "metacurvature",
+        "learns a transformation of the inner gradients (arXiv 1902.03356)",
+        lambda model, c: MetaCurvature(model, c.inner_lr, c.inner_steps, norm=c.norm),
+    )
+)

@@ -8,6 +8,7 @@ from typing import Any
 from metaframe.backend.types import Array
 from metaframe.learners.functional import LearningRate
 from metaframe.learners.maml import MAML
+from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
 
 
@@ -64,3 +65,12 @@ class MetaSGD(MAML):
     def rates(self) -> Mapping[str, Array]:
         """The same as `lrs`."""
         return self.lrs
+
+
+register_algorithm(
+    Algorithm(
+        "metasgd",
+        "learns the inner rates (arXiv 1707.09835)",
+        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps, norm=c.norm),
+    )
+)

@@ -15,6 +15,7 @@ from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
+from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import AdaptConfig, Norm
 
 
@@ -96,3 +97,17 @@ def _updates(at: Arrays, view: StepView | None, index: Array) -> Arrays:
 def _constants(support: Support, start: Params, params: Params) -> Params:
     del start
     return {name: support.backend.stop_gradient(x) for name, x in params.items()}
+
+
+register_algorithm(
+    Algorithm(
+        "reptile",
+        "moves towards the adapted parameters (arXiv 1803.02999)",
+        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps, norm=c.norm),
+        # After one step it moves along the plain gradient of the support loss, and learns nothing
+        # of adaptation.
+        defaults={"inner_steps": 5},
+        ignores=("mode",),
+        exact=False,
+    )
+)
