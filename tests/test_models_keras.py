@@ -21,8 +21,10 @@ import zoo_keras
 from contract_keras import check_meta_gradient, check_own_call, snapshot, to_np
 from frameworks import require, slow
 from metaframe import MAML, nn
+from metaframe.backend import Forward, Inputs
 from metaframe.errors import InputError
-from metaframe.models import Forward, Inputs, adapter_of, functional
+from metaframe.models import functional
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 from zoo_keras import ROUNDED, ROWS, layer, made
 

@@ -13,8 +13,10 @@ import metaframe
 import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
+from metaframe.backend import Inputs
 from metaframe.errors import BackendError, InputError
-from metaframe.models import Inputs, adapter_of, functional
+from metaframe.models import functional
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 
 require("torch")

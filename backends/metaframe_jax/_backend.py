@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import ModelAdapter
 from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
 from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
-from metaframe.models import ModelAdapter
 from metaframe.tree.foreign import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu

@@ -26,8 +26,9 @@ from metaframe.cli.run_folder import (
     opened,
     write_result,
 )
-from metaframe.distributed import Workers, is_restarted
+from metaframe.distributed import Workers
 from metaframe.distributed.agreement import agree
+from metaframe.distributed.session import is_restarted
 from metaframe.errors import CheckpointError, MissingDependencyError, nearest
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (

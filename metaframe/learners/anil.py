@@ -10,7 +10,7 @@ from metaframe.backend.selection import is_neutral
 from metaframe.errors import InputError
 from metaframe.learners.maml import MAML
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 
 
 class ANIL(MAML):

@@ -8,7 +8,7 @@ from metaframe.errors import InputError
 from metaframe.learners.anil import part_names
 from metaframe.learners.maml import MAML
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 from metaframe.models.wrapped import WithContext
 
 

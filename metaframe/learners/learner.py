@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.model import Inputs, ModelAdapter
 from metaframe.backend.types import Array
 from metaframe.core import checks
 from metaframe.core.entrance import entrance
@@ -18,7 +19,6 @@ from metaframe.learners.functional import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
 from metaframe.learners.parts import Find, Part, attribute
 from metaframe.learners.settings import AdaptConfig
-from metaframe.models import Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
 LossFn = Callable[[Any, Any], Array]

@@ -11,7 +11,7 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import PLAIN, Method
 from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import AdaptConfig, Norm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 
 
 class MAML(MetaLearner):

@@ -20,7 +20,7 @@ from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
 from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 from metaframe.models.per_step import StepAffine, row
 
 LEAST_WEIGHT = 0.03

@@ -16,7 +16,7 @@ from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
 from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 
 MODES = ("out", "in", "window")
 Modes = tuple[int, int, int]

@@ -10,6 +10,7 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Inputs, ModelAdapter, NamedParameters
 from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
 from metaframe.core import checks
@@ -29,7 +30,6 @@ from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.pure import Adaptation, MetaGradient, divided
 from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.learners.statistics import StatisticsOfTasks
-from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models.per_step import StepStatistics
 from metaframe.models.values import live
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaframe import tree
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Forward, Inputs, ModelAdapter
 from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
@@ -19,7 +20,6 @@ from metaframe.learners.functional import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
 from metaframe.learners.settings import AdaptConfig
-from metaframe.models import Forward, Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
 if TYPE_CHECKING:

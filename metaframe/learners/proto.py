@@ -24,7 +24,7 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method, Support
 from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import AdaptConfig, Norm
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 from metaframe.models.wrapped import HEAD, WithHead
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from metaframe import arguments, ops, optim
+from metaframe.backend.model import Forward
 from metaframe.backend.types import Array
 from metaframe.core import rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
 from metaframe.learners.functional import LearningRate, Params, rate_for
-from metaframe.models import Forward
 
 Norm = Literal["batch", "frozen", "support", "per-step"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
