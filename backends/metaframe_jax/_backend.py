@@ -1,4 +1,4 @@
-"""JAX: every transform of the boundary is JAX's own, used on flat tuples."""
+"""JAX: every transform of the contract is JAX's own, used on flat tuples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KIND = operator.attrgetter("aval", "sharding")
 
 
 class JaxBackend(Backend):
-    """The backend boundary on JAX."""
+    """The backend contract on JAX."""
 
     name = "jax"
 

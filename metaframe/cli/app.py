@@ -286,7 +286,7 @@ def launch(processes: int, command: tuple[str, ...]) -> None:
 def backends(check: str | None, clauses: str, as_json: bool, quiet: bool) -> None:
     """The backends, whether they are installed, and their devices.
 
-    With --check, the exit code is 1 if the backend does not keep the contract of the boundary.
+    With --check, the exit code is 1 if the backend does not keep the contract.
     """
     if check is not None:
         _check_backend(check, clauses.split(","), Output(as_json=as_json, quiet=quiet))

@@ -5,11 +5,11 @@ from metaframe.core.task_program import TaskRun as TaskRun
 from metaframe.learners.anil import ANIL as ANIL
 from metaframe.learners.anil import head_names as head_names
 from metaframe.learners.cavia import CAVIA as CAVIA
-from metaframe.learners.functional import adapt as adapt
-from metaframe.learners.functional import functional_forward as functional_forward
-from metaframe.learners.functional import inner_step as inner_step
-from metaframe.learners.functional import named_buffers as named_buffers
-from metaframe.learners.functional import named_params as named_params
+from metaframe.learners.functions import adapt as adapt
+from metaframe.learners.functions import functional_forward as functional_forward
+from metaframe.learners.functions import inner_step as inner_step
+from metaframe.learners.functions import named_buffers as named_buffers
+from metaframe.learners.functions import named_params as named_params
 from metaframe.learners.implicit import ImplicitMAML as ImplicitMAML
 from metaframe.learners.learner import Learner as Learner
 from metaframe.learners.maml import MAML as MAML

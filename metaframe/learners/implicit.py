@@ -12,7 +12,7 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import recompute
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params
+from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
 from metaframe.learners.registry import Algorithm, register_algorithm

@@ -15,7 +15,7 @@ from metaframe.backend.types import Array
 from metaframe.core import checks
 from metaframe.core.entrance import entrance
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params, array_like, descend, gradients
+from metaframe.learners.functions import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
 from metaframe.learners.parts import Find, Part, attribute
 from metaframe.learners.settings import AdaptConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from metaframe import arguments, optim
-from metaframe.learners.functional import LearningRate, adapted_names, rate_for
+from metaframe.learners.functions import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import PLAIN, Method
 from metaframe.learners.registry import Algorithm, register_algorithm

@@ -14,7 +14,7 @@ from metaframe.backend.types import Array, Arrays
 from metaframe.core.inner_loop import StepView
 from metaframe.core.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 from metaframe.core.task_program import Outcome, TaskRun, adapted_cost
-from metaframe.learners.functional import LearningRate
+from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method

@@ -21,17 +21,17 @@ from metaframe.core.meta_gradient import MetaResult
 from metaframe.core.task_map import Execution, TaskMap, strategy
 from metaframe.errors import InputError, nearest
 from metaframe.learners import parameters
-from metaframe.learners.functional import Params, array_like
+from metaframe.learners.functions import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.names import named, renamed
 from metaframe.learners.native_class import Wrapper
 from metaframe.learners.objective import Meta, Setting, as_batch
-from metaframe.learners.pure import Adaptation, MetaGradient, divided
+from metaframe.learners.programs import Adaptation, MetaGradient, divided
 from metaframe.learners.settings import AdaptConfig, Norm
 from metaframe.learners.statistics import StatisticsOfTasks
+from metaframe.models.learned_values import live
 from metaframe.models.per_step import StepStatistics
-from metaframe.models.values import live
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task

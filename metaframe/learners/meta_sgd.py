@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe.backend.types import Array
-from metaframe.learners.functional import LearningRate
+from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.registry import Algorithm, register_algorithm
 from metaframe.learners.settings import Norm

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array
 from metaframe.core.task_program import Objective
-from metaframe.learners.functional import Params
+from metaframe.learners.functions import Params
 
 
 class Support(NamedTuple):

@@ -16,7 +16,7 @@ from metaframe.core import checks
 from metaframe.core.inner_loop import InnerLoop, InnerResult, InnerSettings, Mode, Observer
 from metaframe.core.task_program import TaskRun, adapted_cost
 from metaframe.errors import InputTypeError
-from metaframe.learners.functional import Params, array_like, gradients
+from metaframe.learners.functions import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
 from metaframe.learners.settings import AdaptConfig

@@ -9,8 +9,8 @@ from __future__ import annotations
 from metaframe.backend.model import ModelAdapter, NamedParameters, is_inexact
 from metaframe.core import checks
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params
-from metaframe.learners.pure import LEARNED
+from metaframe.learners.functions import Params
+from metaframe.learners.programs import LEARNED
 from metaframe.learners.settings import AdaptConfig
 
 Learned = NamedParameters | None

@@ -18,7 +18,7 @@ from metaframe import arguments, ops, optim
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params
+from metaframe.learners.functions import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method, Support

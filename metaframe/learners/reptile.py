@@ -12,7 +12,7 @@ from metaframe.core import checks, rates
 from metaframe.core.inner_loop import StepView
 from metaframe.core.task_program import Outcome, TaskRun, with_gradient
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params
+from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
 from metaframe.learners.registry import Algorithm, register_algorithm

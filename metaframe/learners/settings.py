@@ -11,7 +11,7 @@ from metaframe.backend.types import Array
 from metaframe.core import rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params, rate_for
+from metaframe.learners.functions import LearningRate, Params, rate_for
 
 Norm = Literal["batch", "frozen", "support", "per-step"]
 NORMS: tuple[Norm, ...] = get_args(Norm)

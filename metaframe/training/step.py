@@ -26,7 +26,7 @@ from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
-from metaframe.learners.pure import MetaGradient
+from metaframe.learners.programs import MetaGradient
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
 
