@@ -21,11 +21,11 @@ import pytest
 from frameworks import hardly_depends_on_the_backend, slow
 from metaframe import MetaTrainer, nn, ops, optim
 from metaframe.cli import main, plots
-from metaframe.cli.config import RunConfig, known_keys, read_toml
 from metaframe.cli.datasets import DATASETS
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, resolve, selected
 from metaframe.cli.presets import PRESETS, judge
+from metaframe.cli.run_config import RunConfig, known_keys, read_toml
 from metaframe.cli.run_folder import opened, read_result
 from metaframe.learners import algorithms
 from metaframe.training.checkpoint import latest_checkpoint, read_checkpoint

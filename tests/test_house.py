@@ -7,11 +7,13 @@ highest that it imports. `imports.py` says which imports count: all, late ones a
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 
 import pytest
 
 import imports
-from imports import circle, floors, inside, module_graph, room_graph, sources
+from imports import ROOT, circle, floors, inside, module_graph, room_graph, sources
 
 FLOORS = 12
 """With the benchmarks on top."""
@@ -68,3 +70,19 @@ def test_floors_are_counted_from_the_ground() -> None:
 
 def test_files_are_read() -> None:
     assert {"metaframe", "metaframe.core.steps", "metaframe_torch._backend"} <= sources().keys()
+
+
+def test_the_picture_is_of_this_house(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of the imports between packages: `python docs/tools/house.py`."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "tools")
+    house = importlib.import_module("house")
+    assert house.PICTURE.read_text(encoding="utf-8") == house.drawn()
+
+
+def test_what_to_open_is_there() -> None:
+    """Every path of the table in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    paths = {path for row in rows for path in re.findall(r"`([\w.]+/[\w./]*)`", row)}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []

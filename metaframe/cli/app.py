@@ -14,11 +14,11 @@ import rich_click as click
 from metaframe import __version__
 from metaframe.backend.registry import available_backends
 from metaframe.cli import applicable, datasets, presets, run_folder, runs
-from metaframe.cli.config import known_keys
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.options import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
+from metaframe.cli.run_config import known_keys
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
 from metaframe.learners import algorithms
 from metaframe.training.interrupt import TERMINATED, Terminated

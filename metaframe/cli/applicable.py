@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from metaframe.cli.config import RunConfig
 from metaframe.cli.datasets import DATASETS, dataset
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.run_config import RunConfig
 from metaframe.learners import Algorithm, algorithms
 
 _DATASETS = {name: entry.settings for name, entry in DATASETS.items()}

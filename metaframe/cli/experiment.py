@@ -16,8 +16,8 @@ from metaframe.backend.registry import known_backends, load_backend
 from metaframe.backend.selection import use_backend
 from metaframe.cli import datasets
 from metaframe.cli.applicable import algorithm, check_fit, defaults, has_use
-from metaframe.cli.config import RunConfig, check_keys, read_toml
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.run_config import RunConfig, check_keys, read_toml
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from metaframe.cli.classes import CLASSES, record_classes
-from metaframe.cli.config import RunConfig, read_toml
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.output import to_json
+from metaframe.cli.run_config import RunConfig, read_toml
 from metaframe.errors import InputError
 from metaframe.training.checkpoint import checkpoint_files, write_atomically
 

@@ -12,11 +12,11 @@ from typing import Any
 from metaframe.backend.registry import load_backend
 from metaframe.cli import datasets
 from metaframe.cli.classes import check_classes
-from metaframe.cli.config import RunConfig
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, selected
 from metaframe.cli.extension import check_extension, extended
 from metaframe.cli.output import Output, finite
+from metaframe.cli.run_config import RunConfig
 from metaframe.cli.run_folder import (
     CHECKPOINTS,
     CONFIG,

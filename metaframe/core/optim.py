@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.core import checks, rates
 from metaframe.core.rates import only as _rate
-from metaframe.errors import InputTypeError
+from metaframe.errors import InputError, InputTypeError
 
 Params = Any
 Grads = Any
@@ -264,7 +265,7 @@ def _adam(
     debias1, debias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
     def direction(m: Any, s: Any) -> Any:
-        return (m / like(debias1, m)) / (ops.safe_sqrt(s / like(debias2, s)) + eps)
+        return (m / _like(debias1, m)) / (ops.safe_sqrt(s / _like(debias2, s)) + eps)
 
     step = tree.map(direction, mean, square)
     if weight_decay:
@@ -348,14 +349,132 @@ def _adagrad(
     return _scaled(_normalised(grads, state, eps), _rate(own, lr)), state
 
 
-RULES: dict[Any, str] = {
+def clip_by_value(grads: Grads, limit: float) -> Grads:
+    """Every element limited to `[-limit, limit]`.
+
+    Raises:
+        InputError: `limit` is not above 0.
+
+    >>> import torch
+    >>> clip_by_value({"w": torch.tensor([-3.0, 0.5])}, 1.0)
+    {'w': tensor([-1.0000,  0.5000])}
+    """
+    _check_limit(limit)
+    return tree.map(lambda g: ops.clip(g, -limit, limit), grads)
+
+
+def global_norm(grads: Grads) -> Any:
+    """The Euclidean norm over all leaves, in float32 at least; its gradient at zero is zero.
+
+    >>> import torch
+    >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    leaves = tree.leaves(grads)
+    dtype = _widest(leaves)
+    return ops.safe_sqrt(sum(ops.sum(ops.square(ops.astype(g, dtype))) for g in leaves))
+
+
+def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
+    """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013).
+
+    With a limit of infinity they are left as they are.
+
+    Raises:
+        InputError: `limit` is not above 0.
+
+    >>> import torch
+    >>> clip_by_global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
+    {'w': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    _check_limit(limit)
+    if isinstance(limit, numbers.Real) and limit == math.inf:  # and not inf / inf
+        return grads
+    norm = global_norm(grads)
+    scale = limit / ops.maximum(norm, limit)
+    return tree.map(lambda g: g * _like(scale, g), grads)
+
+
+def _check_limit(limit: Any) -> None:
+    # Arrays are not looked at, they may be traced.
+    if owner(limit) is not None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+        raise InputTypeError(f"the limit to clip to must be a number, received {limit!r}.")
+    if not float(limit) > 0:
+        raise InputError(
+            f"the limit to clip to must be above 0, received {limit}. 0 would stop the training; "
+            "for no clipping leave it out."
+        )
+
+
+def clipped(
+    optimizer: Optimizer, *, norm: float | None = None, value: float | None = None
+) -> Optimizer:
+    """`optimizer` with its gradients clipped first, by element and then by global norm.
+
+    Raises:
+        InputError: neither limit is given, or one that is not above 0.
+
+    >>> import torch
+    >>> from metaframe import optim
+    >>> rule = optim.clipped(optim.sgd(1.0), norm=1.0)
+    >>> rule.update({"w": torch.tensor([3.0, 4.0])}, ())[0]
+    {'w': tensor([-0.6000, -0.8000])}
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise InputTypeError(
+            f"optimizer must be an optim.Optimizer, received {type(optimizer).__name__}."
+        )
+    if norm is None and value is None:
+        raise InputError("clipped needs norm=, value= or both, received neither.")
+    for limit in (norm, value):
+        if limit is not None:
+            _check_limit(limit)
+
+    update = functools.partial(_clipped, update=optimizer.update, norm=norm, value=value)
+    return Optimizer(optimizer.init, update, optimizer.learning_rate)
+
+
+def _clipped(
+    grads: Grads,
+    state: State,
+    params: Params = None,
+    lr: Rate = None,
+    *,
+    update: Callable[..., tuple[Params, State]],
+    norm: float | None,
+    value: float | None,
+) -> tuple[Params, State]:
+    if value is not None:
+        grads = clip_by_value(grads, value)
+    if norm is not None:
+        grads = clip_by_global_norm(grads, norm)
+    return update(grads, state, params, lr)
+
+
+def rule(optimizer: Optimizer) -> str | None:
+    """What the state of `optimizer` means, clipped or not; None for a rule of someone else.
+
+    Momentum, RMSprop and Adagrad keep arrays of the same names and shapes, so that only this tells
+    their states apart.
+
+    >>> rule(clipped(adamw(1e-3), norm=1.0)), rule(momentum(0.1, nesterov=True))
+    ('adam', 'momentum')
+    """
+    update: Any = optimizer.update
+    while getattr(update, "func", None) is _clipped:
+        update = update.keywords["update"]
+    return _RULES.get(getattr(update, "func", None))
+
+
+_RULES: dict[Any, str] = {
     _sgd: "sgd",
     _momentum: "momentum",
     _adam: "adam",
     _rmsprop: "rmsprop",
     _adagrad: "adagrad",
 }
-"""Our own rules by the function that they update with."""
 
 
 def _needed(params: Params) -> Params:
@@ -366,10 +485,19 @@ def _needed(params: Params) -> Params:
 
 def _scaled(direction: Params, rate: Rate) -> Params:
     rate = rates.spread(rate, direction)
-    if rates.is_structure(rate):
+    if is_rate_tree(rate):
         return tree.map(lambda d, r: -r * d, direction, rate)
     single = tree.unwrapped(rate)
     return tree.map(lambda d: -single * d, direction)
+
+
+def is_rate_tree(rate: Rate) -> bool:
+    """Is it one rate a parameter, in a structure, and not a single number or array?
+
+    >>> is_rate_tree(0.1), is_rate_tree({"w": 0.1, "b": 0.2})
+    (False, True)
+    """
+    return rates.is_structure(rate)
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:
@@ -380,15 +508,15 @@ def _counter(params: Params) -> Any:
     # A float of the parameters' precision, so that the bias correction is as exact as they are
     # and every leaf of the state is differentiable. bfloat16 would count to 256.
     leaves = tree.leaves(params)
-    return ops.astype(ops.sum(ops.zeros_like(leaves[0])), widest(leaves))
+    return ops.astype(ops.sum(ops.zeros_like(leaves[0])), _widest(leaves))
 
 
-def widest(leaves: Iterable[Any]) -> str:
+def _widest(leaves: Iterable[Any]) -> str:
     """The dtype to count and to sum in: float64 where a leaf has it, else float32."""
     return "float64" if "float64" in map(_dtype, leaves) else "float32"
 
 
-def like(x: Any, leaf: Any) -> Any:
+def _like(x: Any, leaf: Any) -> Any:
     """`x` in the dtype of `leaf`."""
     return ops.astype(x, _dtype(leaf))
 

@@ -20,7 +20,6 @@ from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Arrays
 from metaframe.core import optim, rates
-from metaframe.core.clipping import rule
 from metaframe.core.optim import Optimizer, Params, Rate, State
 from metaframe.errors import InputError, InputTypeError
 
@@ -57,7 +56,7 @@ def update_rule(
         # As a pair it also says what it added, without the rounding of a difference.
         update = optim.sgd()
     if isinstance(update, Optimizer):
-        if rule(update) is None:
+        if optim.rule(update) is None:
             _check_signature(update.init, "init(v)", None)
             _check_signature(update.update, "update(grads, state, v, lr)", None, None, None, None)
         return _pair(update.init, update.update, _rate_of(update))
@@ -91,7 +90,7 @@ def _pair(init: Any, update: Any, rate: Callable[..., Rate]) -> UpdateRule:
 
 def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
     """For a rule of ours a rate for every variable; another one has its own idea of a rate."""
-    if rule(optimizer) is None:
+    if optim.rule(optimizer) is None:
         return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
 
     def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:

@@ -15,8 +15,8 @@ from metaframe.errors import InputError
 from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import Norm
 
 
 class ImplicitMAML(MAML):

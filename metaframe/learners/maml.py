@@ -9,8 +9,9 @@ from metaframe import arguments, optim
 from metaframe.learners.functions import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import PLAIN, Method
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import AdaptConfig, Norm
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models.lookup import adapter_of
 
 

@@ -18,8 +18,8 @@ from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import Norm
 from metaframe.models.lookup import adapter_of
 from metaframe.models.per_step import StepAffine, row
 

@@ -14,8 +14,8 @@ from metaframe.core import checks
 from metaframe.core.optim import Grads, Optimizer, Params, Rate, State
 from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import Norm
 from metaframe.models.lookup import adapter_of
 
 MODES = ("out", "in", "window")

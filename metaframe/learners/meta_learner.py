@@ -26,9 +26,10 @@ from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.names import named, renamed
 from metaframe.learners.native_class import Wrapper
+from metaframe.learners.norms import Norm
 from metaframe.learners.objective import Meta, Setting, as_batch
 from metaframe.learners.programs import Adaptation, MetaGradient, divided
-from metaframe.learners.settings import AdaptConfig, Norm
+from metaframe.learners.settings import AdaptConfig
 from metaframe.learners.statistics import StatisticsOfTasks
 from metaframe.models.learned_values import live
 from metaframe.models.per_step import StepStatistics

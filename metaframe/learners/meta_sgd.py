@@ -8,8 +8,8 @@ from typing import Any
 from metaframe.backend.types import Array
 from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import Norm
 
 
 class MetaSGD(MAML):

@@ -22,8 +22,9 @@ from metaframe.learners.functions import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method, Support
+from metaframe.learners.norms import Norm
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import AdaptConfig, Norm
+from metaframe.learners.settings import AdaptConfig
 from metaframe.models.lookup import adapter_of
 from metaframe.models.wrapped import HEAD, WithHead
 
