@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metaframe import meta_value_and_grad, ops
 from metaframe.backend.workers import Share
-from metaframe.core.task_map import Execution, averaged, gradient_of, strategy
+from metaframe.core.task_map import Execution, strategy
 from metaframe.errors import InputError
 
 Call = Callable[..., Any]
@@ -18,23 +19,22 @@ CASES = [("loop", None), ("scan", None), ("vmap", None), *(("vmap", size) for si
 
 @pytest.mark.parametrize(("task_map", "chunk_size"), CASES)
 @pytest.mark.parametrize("count", [1, 5])
-def test_costs_rows_and_mean_gradients(
-    backend: Any, arr: Call, to_np: Call, task_map: Any, chunk_size: int | None, count: int
+def test_means_and_rows(
+    arr: Call, to_np: Call, task_map: Any, chunk_size: int | None, count: int
 ) -> None:
-    """Of (v . t)^2 / 2: the cost and 2t of each task in their order, the mean of (v . t) t."""
+    """Of (v . t)^2 / 2: the means of the cost and of (v . t) t, and 2t of each task in order."""
     v, tasks = np.array([1.0, -2.0]), np.random.default_rng(0).normal(size=(count, 2))
-    how = Execution(task_map, chunk_size)
 
-    def objective(xs: Any, held: Any, task: Any) -> Any:
-        product = backend.ops.sum(xs[0] * task[0]) * held[0]
-        return product * product / 2, (2 * task[0],)
+    def task_cost(v: Any, task: Any) -> Any:
+        product = ops.sum(v * task)
+        return product * product / 2, 2 * task
 
-    run = gradient_of(backend, objective, (arr(v),), (arr(np.array(1.0)),), how)
-    value, aux, means = to_np(averaged(backend, run, (arr(tasks),), (arr(v),), how))
+    run = meta_value_and_grad(task_cost, task_map=task_map, chunk_size=chunk_size, has_aux=True)
+    cost, grads, rows = to_np(run(arr(v), arr(tasks)))
     products = tasks @ v
-    np.testing.assert_allclose(value, products**2 / 2, rtol=1e-14)
-    np.testing.assert_array_equal(aux[0], 2 * tasks)
-    np.testing.assert_allclose(means[0], np.mean(products[:, None] * tasks, axis=0), rtol=1e-14)
+    np.testing.assert_allclose(cost, np.mean(products**2 / 2), rtol=1e-14)
+    np.testing.assert_allclose(grads, np.mean(products[:, None] * tasks, axis=0), rtol=1e-14)
+    np.testing.assert_array_equal(rows, 2 * tasks)
 
 
 @pytest.mark.parametrize(
