@@ -43,7 +43,7 @@ def made() -> dict[str, dict[str, tuple[Fn, Fn]]]:
     return {}
 
 
-@pytest.mark.parametrize("cell", _cells())
+@pytest.mark.parametrize("cell", tuple(_cells()))
 def test_transform(cell: tuple[str, Row, str], made: dict[str, dict[str, tuple[Fn, Fn]]]) -> None:
     framework, row, function = cell
     require(framework)
