@@ -86,3 +86,18 @@ def test_what_to_open_is_there() -> None:
     assert len(rows) > 10
     paths = {path for row in rows for path in re.findall(r"`([\w.]+/[\w./]*)`", row)}
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+ELSEWHERE = {
+    "entrance": "test_autograph.py",
+    "keras_settings": "test_compile_state.py",
+    "task_program": "test_learners_registry.py and test_steps_crossed.py",
+}
+"""Modules of the core without a test module of their own, and what tests them."""
+
+
+def test_a_module_of_the_core_has_a_test_module() -> None:
+    core = {name.rpartition(".")[2] for name in sources() if name.startswith("metaframe.core.")}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    without = {name for name in core if not any(f"{t}_".startswith(f"{name}_") for t in tests)}
+    assert without == set(ELSEWHERE)
