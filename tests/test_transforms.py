@@ -66,4 +66,4 @@ def test_the_page_is_current() -> None:
     for framework in BACKENDS:
         require(framework)
     text = PAGE.read_text()
-    assert page_with_tables(text) == text, "run: python tests/transform_tables.py"
+    assert page_with_tables(text) == text, "run: python tests/support/transform_tables.py"

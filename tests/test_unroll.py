@@ -247,7 +247,8 @@ def test_steps_take_rows(batched: Any, arr: Call, to_np: Call) -> None:
 def test_replay_of_a_long_loop(arr: Call, to_np: Call) -> None:
     """Several levels with a rest, against the modes that have none."""
     steps = 101
-    assert 1 < segment(steps) < steps and steps % segment(steps)
+    assert 1 < segment(steps) < steps
+    assert steps % segment(steps)
     rows = arr(RNG.normal(size=(steps, 2)))
 
     def end(given: Any, mode: Any) -> Any:
@@ -327,8 +328,8 @@ def test_bad_arguments(arr: Call) -> None:
     for error, match, batch, how in bad:
         with pytest.raises(error, match=match):
             unroll(cost, v, batch, **{"lr": 0.1, **how})
+    tasks = (per_step(arr(np.ones((2, 3, 2)))), arr(np.ones((2, 2))))
     with pytest.raises(InputError, match="inner_grad_steps"):
-        tasks = (per_step(arr(np.ones((2, 3, 2)))), arr(np.ones((2, 2))))
         maml_step(tasks, cost, lambda b, v: cost((b[0][0], b[1]), v), v, 2, 0.1, batched="vmap")
     with pytest.raises(InputError, match="after the last step"):
         reptile_step(tasks, cost, v, 3, 0.1, batched="vmap")

@@ -1,4 +1,4 @@
-"""JAX: every transform of the boundary is JAX's own, used on flat tuples."""
+"""JAX: every transform of the contract is JAX's own, used on flat tuples."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import ModelAdapter
 from metaframe.backend.types import (
     Array,
     Arrays,
@@ -24,7 +25,6 @@ from metaframe.backend.types import (
 )
 from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
-from metaframe.models import ModelAdapter
 from metaframe.tree.foreign import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
@@ -47,7 +47,7 @@ _KIND = operator.attrgetter("aval", "sharding")
 
 
 class JaxBackend(Backend):
-    """The backend boundary on JAX."""
+    """The backend contract on JAX."""
 
     name = "jax"
 

@@ -1,4 +1,4 @@
-"""TensorFlow: the boundary over GradientTape, vectorized_map and tf.function."""
+"""TensorFlow: the contract over GradientTape, vectorized_map and tf.function."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _leave_ours_alone() -> None:
 
 
 class TensorFlowBackend(Backend):
-    """The backend boundary on TensorFlow."""
+    """The backend contract on TensorFlow."""
 
     name = "tensorflow"
     conformance_gaps: Mapping[str, str] = {

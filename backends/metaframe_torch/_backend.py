@@ -1,4 +1,4 @@
-"""PyTorch: the boundary over `torch.func`.
+"""PyTorch: the contract over `torch.func`.
 
 Two paths in torch are silently wrong and never taken here: `grad` of a `vmap` (wrong second
 derivatives through fused normalisation layers; callers take `vmap` of `grad`, and see `_tape`), and
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class TorchBackend(Backend):
-    """The backend boundary on PyTorch."""
+    """The backend contract on PyTorch."""
 
     name = "torch"
     module_base = torch.nn.Module
@@ -202,7 +202,8 @@ class TorchBackend(Backend):
         return call
 
     def unstack(self, x: Array) -> Sequence[Array]:
-        return x.unbind()
+        rows: Sequence[Array] = x.unbind()
+        return rows
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         from metaframe_torch._hidden import hidden_effect

@@ -1,4 +1,4 @@
-"""The backend boundary: what a framework has to provide.
+"""The backend contract: what a framework has to provide.
 
 A backend is transforms and hardly any operations. It sees flat tuples of arrays and never a
 nested structure; core code never asks which backend it has.

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
-from metaframe import arguments, ops, optim, tree
+from metaframe import arguments, ops, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, rates, recompute
+from metaframe.core import checks, optim, rates, recompute
 from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import Cost, FlatCost
 from metaframe.core.unroll import Problem

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-from metaframe import arguments, ops, optim, tree
+from metaframe import arguments, ops, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, recompute
+from metaframe.core import checks, optim, recompute
+from metaframe.core.per_step import Stepwise
 from metaframe.core.update_rule import checked_state, update_rule
 
 Cost = Callable[..., Array]

@@ -151,7 +151,7 @@ def _length(content: tree.Tree, flags: tuple[bool, ...], name: str) -> int:
         if not flag:
             continue
         label = f"{name}[{chain!r}]" if chain else name
-        shape = getattr(leaf, "shape", ())
+        shape: tuple[int, ...] = getattr(leaf, "shape", ())
         if len(shape) == 0:
             raise InputError(
                 f"{label} is marked by per_step and has no step axis. A list is a structure: for "

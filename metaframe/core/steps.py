@@ -34,6 +34,7 @@ from metaframe.core.inner_loop import (
     flat_cost,
     in_order,
 )
+from metaframe.core.optim import Rate, gradient_descent_update
 from metaframe.core.per_step import (
     Stepwise,
     contains_marks,
@@ -52,7 +53,6 @@ from metaframe.core.task_program import (
 )
 from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
-from metaframe.optim import Rate, gradient_descent_update
 
 LR = "inner_learning_rate"
 """The name of the argument, for errors."""

@@ -23,7 +23,13 @@ Direction = Literal["gradients", "displacement"]
 
 
 class Outcome(NamedTuple):
-    """What a task contributes."""
+    """What a task contributes.
+
+    >>> def final(run):
+    ...     adapted = run.adapted().params
+    ...     cost, report = run.outer(adapted, None)
+    ...     return Outcome(cost, adapted, report)
+    """
 
     cost: Array
     """A scalar, whose gradient goes into the meta-gradient."""
@@ -52,6 +58,11 @@ class TaskRun:
         inner: the inner cost at given params, with its gradient.
         outer: the outer cost at given params.
         schedule: numbers that change from one call to the next and are not differentiated.
+
+    An objective, such as that of `metaframe.learners.Method`, receives one:
+
+    >>> def unadapted(run: TaskRun) -> Outcome:
+    ...     return Outcome(run.outer(run.start, None)[0], run.start, ())
     """
 
     start: Arrays

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from metaframe import arguments, optim, tree
+from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, rates
+from metaframe.core import checks, optim, rates
 from metaframe.core.entrance import entrance
 from metaframe.core.inner_loop import (
     Cost,

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import optim, tree
+from metaframe import tree
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Arrays
-from metaframe.core import rates
+from metaframe.core import optim, rates
+from metaframe.core.optim import Optimizer, Params, Rate, State
 from metaframe.errors import InputError, InputTypeError
-from metaframe.optim import Optimizer, Params, Rate, State
 from metaframe.tree import Flat, Leaves
 
 RETURNED = "what the inner update returned"

@@ -11,10 +11,11 @@ from metaframe import arguments, ops, optim, tree
 from metaframe.backend.types import Array, Arrays
 from metaframe.core.implicit import attached, conjugate_gradient
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params
+from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
-from metaframe.learners.settings import Norm
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
 
 
 class ImplicitMAML(MAML):
@@ -71,15 +72,23 @@ class ImplicitMAML(MAML):
         arguments.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
             raise InputError(f"proximal must be a positive number, received {proximal!r}.")
-        super().__init__(
-            module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
-        )
-        # The gradient is differentiated again, in the products with H.
-        self.config = dataclasses.replace(self.config, twice=True)
-        self._method = Method(
+        method = Method(
             penalty=functools.partial(squared_distance, strength=proximal),
             finish=functools.partial(implicit, strength=proximal, cg_steps=cg_steps),
         )
+        super().__init__(
+            module,
+            inner_lr,
+            inner_steps,
+            True,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=update,
+            method=method,
+        )
+        # The gradient is differentiated again, in the products with H.
+        self.config = dataclasses.replace(self.config, twice=True)
 
 
 def squared_distance(params: Params, start: Params, *, strength: float) -> Array:
@@ -93,16 +102,31 @@ def implicit(
 ) -> Params:
     """`params` with the derivatives of the solution of the proximal problem."""
     backend, names = support.backend, sorted(support.names)
-    context = tree.Packed((start, (support.x, support.y)), backend.owns)
+    packed = tree.Packed((start, (support.x, support.y)), backend.owns)
 
-    def cost(solution: Arrays, arrays: Arrays) -> tuple[Array, Arrays]:
-        begun, batch = context.unpack(arrays)
-        adapted = dict(zip(names, solution, strict=True))
+    def cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        begun, batch = packed.unpack(context)
+        adapted = dict(zip(names, params, strict=True))
         at = {**begun, **adapted}
         distance = squared_distance(adapted, begun, strength=strength)
-        return support.loss(batch, {name: at[name] for name in params}) + distance, ()
+        return support.loss(batch, {name: at[name] for name in start}) + distance, ()
 
     solution = tuple(backend.stop_gradient(params[name]) for name in names)
     solve = functools.partial(conjugate_gradient, steps=cg_steps)
-    found = attached(backend, cost, solution, context.arrays, solve)
+    found = attached(backend, cost, solution, packed.arrays, solve)
     return {**params, **dict(zip(names, found, strict=True))}
+
+
+register_algorithm(
+    Algorithm(
+        "imaml",
+        "gradients at the solution of a proximal inner problem (arXiv 1909.04630)",
+        lambda model, c: ImplicitMAML(
+            model, c.inner_lr, c.inner_steps, c.proximal, c.cg_steps, norm=c.norm
+        ),
+        ("proximal", "cg_steps"),
+        {"inner_steps": 16},
+        ignores=("mode",),
+        exact=False,
+    )
+)

@@ -29,7 +29,7 @@ from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
-from metaframe.learners.pure import Adaptation, Adapted
+from metaframe.learners.programs import Adaptation, Adapted
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
 from metaframe.training import checks
 from metaframe.training.step import StepSettings

@@ -21,7 +21,7 @@ from metaframe.cli.errors import UsageError
 from metaframe.core.inner_loop import Mode
 from metaframe.core.task_map import TaskMap
 from metaframe.errors import nearest
-from metaframe.learners.settings import Norm
+from metaframe.learners.norms import Norm
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]

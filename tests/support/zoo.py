@@ -17,7 +17,7 @@ import pytest
 from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import use_backend
-from metaframe.learners.functional import array_like
+from metaframe.learners.functions import array_like
 from metaframe.tasks import Task
 from metaframe.testing.conformance.cases import slope
 

@@ -1,6 +1,6 @@
 """One process of a distributed run: every case sharded and alone, into a file of its own.
 
-python tests/distributed_worker.py ENGINE FOLDER CASE...
+python tests/support/distributed_worker.py ENGINE FOLDER CASE...
 """
 
 from __future__ import annotations

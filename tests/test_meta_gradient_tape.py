@@ -1,4 +1,4 @@
-"""What torch's own tape sees of the boundary."""
+"""Meta-gradients on torch that are differentiated further, by the tape and outside of it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""Defaults of the update rules against those of torch.optim and optax."""
+"""Update rules: their steps against formulas in NumPy, their defaults against other libraries'."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from documents import ROOT
@@ -86,3 +88,78 @@ def test_the_page_lists_every_default() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_learning_rate_has_no_default(rule: str) -> None:
     assert defaults(getattr(optim, rule))["learning_rate"] is None
+
+
+LR, STEPS = 0.1, 4
+Array = np.ndarray[Any, Any]
+
+
+def sgd(gradients: list[Array], w: Array) -> Iterator[Array]:
+    for g in gradients:
+        yield -LR * g
+
+
+def momentum(gradients: list[Array], w: Array, nesterov: bool = False) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gradients:
+        m = 0.9 * m + g
+        yield -LR * (g + 0.9 * m if nesterov else m)
+
+
+def adam(gradients: list[Array], w: Array, decay: float = 0.0) -> Iterator[Array]:
+    m, s = np.zeros_like(w), np.zeros_like(w)
+    for k, g in enumerate(gradients, 1):
+        m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g**2
+        move = (m / (1 - 0.9**k)) / (np.sqrt(s / (1 - 0.999**k)) + 1e-8)
+        step = -LR * (move + decay * w)
+        w = w + step
+        yield step
+
+
+def rmsprop(gradients: list[Array], w: Array) -> Iterator[Array]:
+    s = np.zeros_like(w)
+    for g in gradients:
+        s = 0.9 * s + 0.1 * g**2
+        yield -LR * g / (np.sqrt(s) + 1e-8)
+
+
+def adagrad(gradients: list[Array], w: Array) -> Iterator[Array]:
+    s = np.full_like(w, 0.1)
+    for g in gradients:
+        s = s + g**2
+        yield -LR * g / (np.sqrt(s) + 1e-7)
+
+
+def clipped(gradients: list[Array], w: Array) -> Iterator[Array]:
+    for g in gradients:
+        g = np.clip(g, -0.8, 0.8)
+        yield -LR * g * min(1.0, 0.5 / np.linalg.norm(g))
+
+
+FORMULAS: dict[str, tuple[optim.Optimizer, Callable[..., Iterator[Array]]]] = {
+    "sgd": (optim.sgd(LR), sgd),
+    "momentum": (optim.momentum(LR), momentum),
+    "nesterov": (optim.momentum(LR, nesterov=True), lambda g, w: momentum(g, w, True)),
+    "adam": (optim.adam(LR), adam),
+    "adamw": (optim.adamw(LR), lambda g, w: adam(g, w, 1e-2)),
+    "rmsprop": (optim.rmsprop(LR), rmsprop),
+    "adagrad": (optim.adagrad(LR), adagrad),
+    "clipped": (optim.clipped(optim.sgd(LR), norm=0.5, value=0.8), clipped),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_steps_follow_the_formula(
+    backend: Any, arr: Callable[..., Any], to_np: Callable[..., Any], name: str
+) -> None:
+    """On gradients with a zero among them, of which a root must make no NaN."""
+    rule, formula = FORMULAS[name]
+    w = np.array([1.0, -2.0, 0.5])
+    gradients = list(np.random.default_rng(0).normal(size=(STEPS, 3)))
+    gradients[0][2] = 0.0
+    at, state = {"w": arr(w)}, rule.init({"w": arr(w)})
+    for g, expected in zip(gradients, formula(gradients, w), strict=True):
+        updates, state = rule.update({"w": arr(g)}, state, at)
+        at = optim.apply_updates(at, updates)
+        w = w + expected
+        np.testing.assert_allclose(to_np(at["w"]), w, rtol=1e-12)

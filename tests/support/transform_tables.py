@@ -4,7 +4,7 @@ The functions map an array of four numbers to a scalar. Next to each stands the 
 plain operations of the framework, with the inner gradients worked out by hand: under a transform
 both have to give the same numbers, or metaframe's an error of its own.
 
-`python tests/transform_tables.py` writes the tables into docs/transforms.md.
+`python tests/support/transform_tables.py` writes the tables into docs/transforms.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import metaframe
 from metaframe import ops
 from metaframe.backend.contract import Backend
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/transforms.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/transforms.md"
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
 
 Fn = Callable[[Any], Any]

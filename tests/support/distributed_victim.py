@@ -1,6 +1,6 @@
 """One process of a run in which process 1 comes to grief at step 5.
 
-    python tests/distributed_victim.py BACKEND FOLDER TIMEOUT FAULT
+    python tests/support/distributed_victim.py BACKEND FOLDER TIMEOUT FAULT
 
 FAULT is kill, stop or raise. The time at which it happens is left in FOLDER/fault.
 """

@@ -13,7 +13,8 @@ import numpy as np
 import zoo
 import zoo_keras
 from metaframe import MAML, nn
-from metaframe.models import Forward, Inputs, adapter_of
+from metaframe.backend import Forward, Inputs
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 
 EAGERLY = {"compiled": False, "task_map": "loop"}

@@ -11,8 +11,6 @@ import pytest
 
 from frameworks import require, slow
 from metaframe import MetaResult, inner_loop, maml_step, meta_value_and_grad, ops, use_backend
-from metaframe.backend import Backend
-from metaframe.core.task_map import strategy
 from metaframe.testing.conformance.closed_form import (
     RATE,
     Problem,
@@ -98,30 +96,6 @@ def test_labels_are_no_variables(arr: Call, to_np: Call, task_map: Any) -> None:
     tasks = {"label": np.array([0, 1, 1, 1], np.int32)}
     found = to_np(meta_value_and_grad(picked, task_map=task_map)(arr(VARIABLES), arr(tasks)))
     assert_close(found[:2], [np.array(13 / 4), {"bias": np.array(0.0), "w": np.array([0.5, -3.0])}])
-
-
-@pytest.mark.parametrize(
-    ("shapes", "on_cpu", "expected"),
-    [
-        ([(3, 2), (2,)], True, "vmap"),
-        ([(3, 3, 1, 2), (2,)], True, "scan"),
-        ([(3, 3, 1, 2), (2,)], False, "vmap"),
-    ],
-    ids=["dense", "convolution", "convolution elsewhere"],
-)
-def test_default_strategy(
-    arr: Call,
-    backend: Backend,
-    monkeypatch: pytest.MonkeyPatch,
-    shapes: Any,
-    on_cpu: bool,
-    expected: str,
-) -> None:
-    variables = tuple(arr(np.zeros(shape)) for shape in shapes)
-    assert backend.on_cpu(variables[0])
-    monkeypatch.setattr(backend, "on_cpu", lambda x: on_cpu)
-    assert strategy("auto", variables) == expected
-    assert strategy("loop", variables) == "loop"
 
 
 def test_an_inner_loop_makes_it_maml(arr: Call, to_np: Call, task_map: Any) -> None:

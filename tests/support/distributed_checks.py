@@ -1,6 +1,6 @@
 """One process of a run that checks what the processes refuse and exchange; results as JSON.
 
-python tests/distributed_checks.py ENGINE FOLDER DEVICES
+python tests/support/distributed_checks.py ENGINE FOLDER DEVICES
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import zoo
 from frameworks import require, slow
 from metaframe import MAML, nn
 from metaframe.backend import Backend
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import stack_tasks
 
 

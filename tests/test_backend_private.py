@@ -132,7 +132,7 @@ print(without.tolist())
 def test_a_backend_without_any_of_its_names(package: str, framework: str) -> None:
     """Importing it looks up none, and loads nothing of distributed or compiled steps."""
     name = framework.removeprefix("metaframe_")
-    path = [str(ROOT / "tests"), str(ROOT), str(ROOT / "backends")]
+    path = [str(ROOT / "tests" / "support"), str(ROOT), str(ROOT / "backends")]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_ANY.format(name=name)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from metaframe.distributed.launch import environments
 
-ROOT = Path(__file__).resolve().parent.parent
-PATHS = [str(ROOT), str(ROOT / "backends"), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = [str(ROOT), str(ROOT / "backends"), str(ROOT / "tests" / "support")]
 
 LIMIT = 300
 """Seconds that `run` waits."""

@@ -1,6 +1,6 @@
 """One process of a run that one process alone wants to end; how it ended as JSON.
 
-python tests/distributed_ending.py BACKEND FOLDER
+python tests/support/distributed_ending.py BACKEND FOLDER
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from metaframe.core.inner_loop import first_index
 from metaframe.core.meta_gradient import MetaResult, meta_value_and_grad
 from metaframe.core.task_map import Execution
 from metaframe.errors import BackendError, MetaframeError
-from metaframe.learners.functional import Params
+from metaframe.learners.functions import Params
 from metaframe.learners.objective import Meta, ModelOnTask, Setting
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class MetaGradient(Settled):
     flags: Hashable
     """What, besides arrays, decides what the model computes, such as a training flag.
 
-    An attribute that `metaframe.models.flags` does not look at, such as a list, is taken to stay as
-    it is.
+    An attribute that `metaframe.models.attributes` does not look at, such as a list, is taken to
+    stay as it is.
     """
 
     def __call__(self, meta: Params, constants: Meta, batch: Task) -> MetaResult:

@@ -14,14 +14,14 @@ import numpy as np
 
 from metaframe import arguments, ops, optim, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.model import is_inexact
+from metaframe.backend.model import Inputs, is_inexact
 from metaframe.backend.selection import backend_of, convert_neutral, current_selection
 from metaframe.backend.types import Array
 from metaframe.core import checks, rates
 from metaframe.core.entrance import entrance
 from metaframe.core.update_rule import GRADIENT_DESCENT, UpdateRule
 from metaframe.errors import InputError, InputTypeError, UnusedParameterError, nearest
-from metaframe.models import Inputs, adapter_of
+from metaframe.models.lookup import adapter_of
 
 Params = dict[str, Array]
 LearningRate = float | Array | Mapping[str, Array]

@@ -1,6 +1,6 @@
 """One process of a run that selects its backend first; what it found as JSON.
 
-python tests/distributed_start.py BACKEND FOLDER
+python tests/support/distributed_start.py BACKEND FOLDER
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = "metaframe.testing.plugin"
 SHORT = ("-rA", "--show-capture=no", "--tb=short")
 
 
 def run_pytest(directory: Path, *args: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of pytest with the plugin, whether or not it is installed."""
-    source = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests")))
+    source = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests" / "support")))
     cleared = {k: v for k, v in os.environ.items() if k != "METAFRAME_REQUIRED_BACKENDS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", *SHORT, *args],
