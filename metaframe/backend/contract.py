@@ -41,15 +41,12 @@ class NativeOptimizer(Protocol):
 
     def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
         """Update `variables` by `grads`, both by name."""
-        ...
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
         """The state for a checkpoint: arrays by name, and plain values."""
-        ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
-        ...
 
 
 class Backend(Required):

@@ -24,4 +24,3 @@ class TaskCost(Protocol):
 
     def __call__(self, xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
         """`(differentiated variables, held variables, task) -> (scalar, aux)`."""
-        ...

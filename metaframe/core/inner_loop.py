@@ -46,7 +46,6 @@ class FlatCost(Protocol):
 
     def __call__(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         """`(scaled cost, (cost, *aux))`, of the arrays that adapt and all others it depends on."""
-        ...
 
 
 def flat_cost(

@@ -38,6 +38,7 @@ Grads = Any
 State = Any
 Rate = Any
 """A number, an array, or a structure of them that names parameters or parts of them."""
+is_rate_tree = rates.is_structure
 Direction = Callable[..., tuple[Params, State]]
 """`(grads, state, params) -> (direction, state)`."""
 
@@ -467,15 +468,6 @@ def _needed(params: Params) -> Params:
     if params is None:
         raise InputTypeError("weight decay needs the parameters: update(grads, state, params).")
     return params
-
-
-def is_rate_tree(rate: Rate) -> bool:
-    """Is it one rate a parameter, in a structure, and not a single number or array?
-
-    >>> is_rate_tree(0.1), is_rate_tree({"w": 0.1, "b": 0.2})
-    (False, True)
-    """
-    return rates.is_structure(rate)
 
 
 def _normalised(grads: Grads, squares: Params, eps: float) -> Params:

@@ -101,9 +101,9 @@ def segment(steps: int) -> int:
     (1, 32, 465)
     """
     levels = 1
-    while levels * float(steps) ** (1 / levels) > STATES_AT_MOST and levels < math.log2(steps):
+    while levels * math.pow(steps, 1 / levels) > STATES_AT_MOST and levels < math.log2(steps):
         levels += 1
-    return math.ceil(float(steps) ** (1 - 1 / levels))
+    return math.ceil(math.pow(steps, 1 - 1 / levels))
 
 
 def _segment_of(backend: Backend, body: Body, steps: int, carried: int, given: int) -> Body:

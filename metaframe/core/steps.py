@@ -219,7 +219,7 @@ def fomaml_step(
         InnerSettings(
             inner_learning_rate,
             inner_optimization_step,
-            order=1,
+            1,
             stop_gradients=stop_gradients,
             lr_name=LR,
         ),
@@ -315,7 +315,7 @@ def reptile_step(
         InnerSettings(
             inner_learning_rate,
             inner_optimization_step,
-            order=1,
+            1,
             stop_gradients=stop_gradients,
             lr_name=LR,
         ),
@@ -348,11 +348,10 @@ class _TaskOfStep:
 
     def __post_init__(self) -> None:
         arguments.function(self.inner_cost, "inner_cost_fn")
-        if self.outer_cost is not None:
-            arguments.function(self.outer_cost, "outer_cost_fn")
-        for name in ("inner_batch_fn", "outer_batch_fn"):
-            if getattr(self, name) is not None:
-                arguments.function(getattr(self, name), name)
+        optional = {"outer_cost_fn": self.outer_cost, "inner_batch_fn": self.inner_batch_fn}
+        for name, fn in {**optional, "outer_batch_fn": self.outer_batch_fn}.items():
+            if fn is not None:
+                arguments.function(fn, name)
         arguments.integer(self.steps, "inner_grad_steps", at_least=0)
         arguments.choice(self.return_inner, "return_inner_v", RETURN_INNER)
 

@@ -44,7 +44,6 @@ class Adapt(Protocol):
 
     def __call__(self, observe: Observer | None = None) -> InnerResult:
         """The params after the inner loop, and the sums of what the observer returned."""
-        ...
 
 
 @dataclass(frozen=True)

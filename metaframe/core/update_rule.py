@@ -9,7 +9,7 @@ shapes and dtypes of those that it got.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,12 +117,11 @@ def _with_finite_roots(update: Callable[..., Any], **settings: Any) -> Callable[
     def call(*given: Any) -> Any:
         backend = backend_of(*tree.leaves(given[0]))
         arguments = tree.Packed(given, backend.owns)
-        results: list[tree.Packed] = []
+        returned = tree.Returned(backend.owns)
 
         def flat(xs: Arrays) -> Arrays:
             found = backend.user_function(update)(*arguments.unpack(xs), **settings)
-            results.append(tree.Packed(found, backend.owns))
-            return results[-1].arrays
+            return returned.flatten(found)
 
         try:
             arrays = backend.with_finite_roots(flat)(arguments.arrays)
@@ -131,7 +130,7 @@ def _with_finite_roots(update: Callable[..., Any], **settings: Any) -> Callable[
                 raise
             # It looks at values, and runs as it is.
             return backend.user_function(update)(*given, **settings)
-        return results[-1].unpack(arrays)
+        return returned.build(arrays)
 
     return call
 
@@ -203,14 +202,12 @@ def _check_signature(fn: Any, form: str, *args: Any, **kwargs: Any) -> None:
 
 def _check_variables(new: Leaves, v: Flat) -> None:
     """New variables are arrays of the shapes and dtypes of the old ones."""
-    for i, (x, like) in enumerate(zip(new, v.arrays, strict=True)):
-        problem = _difference(x, like) if owner(like) is not None else None
-        if problem is not None:
-            name = tree.chains(v.spec)[i]
+    for name, x, like in _unlike(new, v):
+        if owner(like) is not None:
             where = f" for {name!r}" if name else ""
             raise InputError(
-                f"the inner update returned {problem[0]}{where}, whose variable is {problem[1]}. "
-                "Return new variables of the shapes and dtypes of the old ones."
+                f"the inner update returned {_described(x)}{where}, whose variable is "
+                f"{_described(like)}. Return variables of the shapes and dtypes of the old ones."
             )
 
 
@@ -219,34 +216,32 @@ def checked_state(
 ) -> Leaves:
     """The leaves of a new state: of the structure, shapes and dtypes of the old one."""
     found = tree.same_structure(new, state.spec, what=what)
-    for i, (x, like) in enumerate(zip(found, state.arrays, strict=True)):
-        problem = _difference(x, like)
-        if problem is not None:
-            name = tree.chains(state.spec)[i]
-            where = f" at {name!r}" if name else ""
-            raise InputError(
-                f"{what} has {problem[0]}{where}; it has to be {problem[1]}. A state consists "
-                "of arrays whose shapes and dtypes stay; count in an array, such as "
-                "ops.sum(ops.zeros_like(w))."
-            )
+    for name, x, like in _unlike(found, state):
+        where = f" at {name!r}" if name else ""
+        raise InputError(
+            f"{what} has {_described(x)}{where}; it has to be {_described(like)}. A state "
+            "consists of arrays whose shapes and dtypes stay; count in an array, such as "
+            "ops.sum(ops.zeros_like(w))."
+        )
     return found
 
 
-def _difference(x: Any, like: Any) -> tuple[str, str] | None:
-    """What `x` is and what `like` is, where one cannot stand in the place of the other."""
+def _unlike(new: Leaves, old: Flat) -> Iterator[tuple[str, Any, Any]]:
+    """Where a leaf cannot stand in the place of the old one: its key chain, and both of them."""
+    for i, (x, like) in enumerate(zip(new, old.arrays, strict=True)):
+        if not _alike(x, like):
+            yield tree.chains(old.spec)[i], x, like
+
+
+def _alike(x: Any, like: Any) -> bool:
     backend = owner(like)
     if backend is None:
-        same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
-        return None if same else (_described(x), _described(like))
-    alike = backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like)
-    if alike and _same_size(tuple(x.shape), tuple(like.shape)):
-        return None
-    return _described(x), _described(like)
-
-
-def _same_size(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+        return x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
+    if not backend.owns(x) or backend.dtype_name(x) != backend.dtype_name(like):
+        return False
+    a, b = tuple(x.shape), tuple(like.shape)
     # TensorFlow has None where a size is not known yet.
-    return len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(m == n or None in (m, n) for m, n in zip(a, b, strict=True))
 
 
 def _described(x: Any) -> str:

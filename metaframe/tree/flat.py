@@ -30,31 +30,6 @@ class Flat(NamedTuple):
         return unflatten(self.spec, arrays)
 
 
-class Returned:
-    """The structure of what a function returns, known once it has run.
-
-    Inside of a transform the function hands flat arrays on, by `flatten`; outside `build` puts
-    those of the transform's result together.
-
-    >>> returned = Returned()
-    >>> arrays = returned.flatten({"a": 1, "b": 2})
-    >>> returned.build(10 * x for x in arrays)
-    {'a': 10, 'b': 20}
-    """
-
-    def __init__(self) -> None:
-        self._spec: TreeSpec = structure(())
-
-    def flatten(self, tree: Tree) -> Leaves:
-        """The leaves, after noting the structure."""
-        leaves, self._spec = flatten(tree)
-        return leaves
-
-    def build(self, arrays: Iterable[Any]) -> Tree:
-        """A tree of the structure noted last."""
-        return unflatten(self._spec, arrays)
-
-
 class Packed:
     """Trees taken apart into one flat tuple of arrays, and the way back.
 
@@ -117,6 +92,35 @@ class Packed:
         """The tree with `arrays` in the places of `self.arrays`."""
         leaves = self.leaves(arrays)
         return leaves[0] if self.spec.is_leaf() else unflatten(self.spec, leaves)
+
+
+class Returned:
+    """The structure of what a function returns, known once it has run.
+
+    Inside of a transform the function hands flat arrays on, by `flatten`; outside `build` puts
+    those of the transform's result together. With `is_array` other leaves are kept aside.
+
+    >>> returned = Returned()
+    >>> arrays = returned.flatten({"a": 1, "b": 2})
+    >>> returned.build(10 * x for x in arrays)
+    {'a': 10, 'b': 20}
+    """
+
+    def __init__(self, is_array: Callable[[Any], bool] = lambda leaf: True) -> None:
+        self._is_array = is_array
+        self._structure = Packed((), is_array)
+        self.known = False
+        """Whether the function has run."""
+
+    def flatten(self, tree: Tree) -> Leaves:
+        """The leaves, after noting the structure."""
+        packed = Packed(tree, self._is_array)
+        self._structure, self.known = packed.template(), True
+        return packed.arrays
+
+    def build(self, arrays: Iterable[Any]) -> Tree:
+        """A tree of the structure noted last."""
+        return self._structure.unpack(arrays)
 
 
 class Part:
