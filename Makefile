@@ -30,7 +30,7 @@ demo_venv := .venv-demo-$(BACKEND)
 demo_python := $(demo_venv)/bin/python
 test_python := .venv/bin/python
 matrix := floor-jax floor-tensorflow newest-jax
-matrix_tests := $(addprefix tests/test_,conformance.py private_names.py models_agree.py \
+matrix_tests := $(addprefix tests/test_,testing_conformance.py backend_private.py models_agree.py \
   models_keras.py models_layers.py models_norm.py models_tensorflow.py)
 trainer_runs := $(addprefix tests/test_cli.py::,test_train_leaves_a_run_folder \
   test_float64_from_the_command_line)

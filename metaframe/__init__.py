@@ -1,6 +1,8 @@
 """metaframe: one definition of a meta-learning algorithm, on PyTorch, JAX and TensorFlow."""
 
+import functools
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from metaframe import errors as errors
@@ -18,14 +20,21 @@ from metaframe.backend import use_backend as use_backend
 from metaframe.backend.convert import convert as convert
 from metaframe.core.compile import compile as compile
 from metaframe.core.container import Container as Container
-from metaframe.core.inner_loop import inner_loop as inner_loop
+from metaframe.core.implicit import implicit_loop as implicit_loop
 from metaframe.core.meta_gradient import MetaResult as MetaResult
 from metaframe.core.meta_gradient import map_tasks as map_tasks
 from metaframe.core.meta_gradient import meta_value_and_grad as meta_value_and_grad
+from metaframe.core.per_step import per_step as per_step
 from metaframe.core.steps import fomaml_step as fomaml_step
 from metaframe.core.steps import maml_step as maml_step
 from metaframe.core.steps import reptile_step as reptile_step
+from metaframe.core.unroll import Unrolled as Unrolled
+from metaframe.core.unroll import inner_loop as inner_loop
+from metaframe.core.unroll import unroll as unroll
+from metaframe.core.value_and_grad import hessian_vector_product as hessian_vector_product
+from metaframe.core.value_and_grad import value_and_grad as value_and_grad
 from metaframe.errors import MetaframeError as MetaframeError
+from metaframe.ops import stop_gradient as stop_gradient
 from metaframe.optim import Optimizer as Optimizer
 from metaframe.optim import apply_updates as apply_updates
 from metaframe.optim import gradient_descent_update as gradient_descent_update
@@ -59,42 +68,31 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What a user of the steps need not wait for: wrappers of models, data sets, progress bars.
-_LATER = {
-    "metaframe": ("interop", "models"),
-    "metaframe.learners": (
-        "ANIL",
-        "CAVIA",
-        "MAML",
-        "ImplicitMAML",
-        "Learner",
-        "MAMLPlusPlus",
-        "MetaCurvature",
-        "MetaSGD",
-        "ProtoMAML",
-        "ProtoNet",
-        "Reptile",
-        "adapt",
-        "functional_forward",
-        "head_names",
-        "inner_step",
-        "named_buffers",
-        "named_params",
-    ),
-    "metaframe.tasks": ("SinusoidTaskSampler", "Task", "TaskSampler"),
-    "metaframe.training": ("History", "MetaTrainer", "evaluate"),
-}
-_HOME = {name: module for module, names in _LATER.items() for name in names}
+
+@functools.cache
+def _later() -> dict[str, str]:
+    """The modules of the names above that type checkers alone see, read from this file.
+
+    A user of the steps need not wait for wrappers of models, data sets and progress bars: their
+    module is imported when somebody asks for the name.
+    """
+    import ast
+    import inspect
+
+    source = ast.parse(inspect.getsource(sys.modules[__name__]))
+    block = next(node for node in source.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name.startswith("__") or name not in _later():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _HOME[name]
+    module = _later()[name]
     if module == __name__:
         return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_later()})

@@ -9,6 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "BackendError",
+    "BackendNotInstalledError",
+    "CheckpointError",
+    "CompileError",
+    "DistributedError",
+    "InputError",
+    "InputTypeError",
+    "MetaframeError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "UnknownAttributeError",
+    "UnknownKeyError",
+    "UnusedParameterError",
+]
+
 
 class MetaframeError(Exception):
     """Base class of every error raised by metaframe.

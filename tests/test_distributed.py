@@ -17,7 +17,7 @@ from metaframe import tree, use_backend
 from processes import run, run_together
 
 WORKER, CHECKS, START = (
-    str(Path(__file__).with_name(f"distributed_{name}.py"))
+    str(Path(__file__).parent / "support" / f"distributed_{name}.py")
     for name in ("worker", "checks", "start")
 )
 LIMIT = 400

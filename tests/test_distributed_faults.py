@@ -11,7 +11,7 @@ from frameworks import require, slow
 from metaframe.distributed.launch import environments
 from processes import codes, logs, running
 
-VICTIM = str(Path(__file__).with_name("distributed_victim.py"))
+VICTIM = str(Path(__file__).parent.joinpath("support", "distributed_victim.py"))
 TIMEOUT = 10.0
 START = 240
 """Seconds until the fault: imports and compilers, on a machine that may be busy."""

@@ -88,7 +88,7 @@ def test_when_one_process_stops_all_do(backend_name: str, tmp_path: Path) -> Non
     No thread of gloo outlives the session: at the interpreter's end it could abort the process.
     """
     require(backend_name)
-    script = str(Path(__file__).with_name("distributed_ending.py"))
+    script = str(Path(__file__).parent.joinpath("support", "distributed_ending.py"))
     run_together([script, backend_name, str(tmp_path)], 2, tmp_path, LIMIT)
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     both = {"interrupted": 26, "left of gloo": []}

@@ -16,6 +16,7 @@ import pytest
 
 from documents import ROOT, pages, prose
 from metaframe.cli.app import cli
+from metaframe.learners import algorithms
 
 REFERENCE = ROOT / "docs" / "reference"
 PUBLIC = (
@@ -118,6 +119,12 @@ def test_the_command_line_is_described_by_itself(hooks: ModuleType) -> None:
         assert command.help
         for option in (o for p in command.params for o in p.opts if o.startswith("--")):
             assert f"`{option}" in sections[name]
+
+
+def test_the_algorithms_are_listed_from_their_registrations(hooks: ModuleType) -> None:
+    text = hooks.on_page_markdown((REFERENCE / "learners.md").read_text())
+    for name, entry in algorithms().items():
+        assert f"| `{name}` | {entry.about} |" in text
 
 
 def test_formulas_become_mathml(hooks: ModuleType) -> None:

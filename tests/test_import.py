@@ -43,7 +43,7 @@ import sys, metaframe
 print(sorted({"metaframe.learners", "metaframe.training", "metaframe.models"} & set(sys.modules)))
 assert {"MAML", "MetaTrainer", "models", "maml_step"} <= set(dir(metaframe))
 from metaframe import MAML, MetaTrainer
-assert metaframe.models.BatchNorm and metaframe.training.MetaTrainer is MetaTrainer
+assert metaframe.models.functional and metaframe.training.MetaTrainer is MetaTrainer
 assert not hasattr(metaframe, "no_such_name")
 """
     assert run_python(code, tmp_path) == "[]"

@@ -23,8 +23,8 @@ from metaframe import (
     nn,
 )
 from metaframe.backend import Backend, load_backend
+from metaframe.core.implicit import conjugate_gradient
 from metaframe.errors import InputError
-from metaframe.learners.implicit import conjugate_gradient
 from metaframe.learners.maml_pp import multi_step_weights
 from metaframe.learners.meta_curvature import transformed
 from metaframe.tasks import Task
@@ -317,11 +317,11 @@ def test_conjugate_gradient(backend: Backend, arr: Any, to_np: Any) -> None:
         return whole[:2], whole[2:]
 
     for steps in (6, 20):  # more steps than numbers do no harm
-        found = conjugate_gradient(backend, apply, (arr(right[:2]), arr(right[2:])), steps)
+        found = conjugate_gradient(backend, apply, (arr(right[:2]), arr(right[2:])), steps=steps)
         np.testing.assert_allclose(
             np.concatenate(to_np(found)), np.linalg.solve(system, right), rtol=0, atol=1e-10
         )
-    zero = conjugate_gradient(backend, apply, (arr(np.zeros(2)), arr(np.zeros(4))), 2)
+    zero = conjugate_gradient(backend, apply, (arr(np.zeros(2)), arr(np.zeros(4))), steps=2)
     np.testing.assert_array_equal(np.concatenate(to_np(zero)), np.zeros(6))
 
 

@@ -15,8 +15,10 @@ import pytest
 
 from frameworks import require, slow
 from metaframe import MAML, nn
+from metaframe.backend import Forward, Inputs
 from metaframe.errors import InputError, InputTypeError
-from metaframe.models import Forward, Inputs, adapter_of, functional
+from metaframe.models import functional
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 from metaframe.testing.conformance.cases import slope
 

@@ -21,8 +21,10 @@ import zoo_keras
 from contract_keras import check_meta_gradient, check_own_call, snapshot, to_np
 from frameworks import require, slow
 from metaframe import MAML, nn
+from metaframe.backend import Forward, Inputs
 from metaframe.errors import InputError
-from metaframe.models import Forward, Inputs, adapter_of, functional
+from metaframe.models import functional
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 from zoo_keras import ROUNDED, ROWS, layer, made
 
@@ -71,10 +73,10 @@ def test_meta_gradient_every_way(name: str) -> None:
 )
 def test_other_frameworks(framework: str, names: tuple[str, ...], ways: str) -> None:
     require(framework)
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "backends", ROOT / "tests" / "support")))
     environment = {**os.environ, "KERAS_BACKEND": framework, "JAX_ENABLE_X64": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "tests/contract_keras.py", ways, *names],
+        [sys.executable, "-W", "ignore", ROOT / "tests/support/contract_keras.py", ways, *names],
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,

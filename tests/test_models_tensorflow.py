@@ -15,8 +15,9 @@ import zoo
 import zoo_tensorflow
 from frameworks import require, slow
 from metaframe import MAML, nn
+from metaframe.backend import Inputs
 from metaframe.errors import InputError
-from metaframe.models import Inputs, adapter_of
+from metaframe.models.lookup import adapter_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning",  # of Keras variables, to NumPy

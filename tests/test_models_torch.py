@@ -13,8 +13,10 @@ import metaframe
 import zoo
 from frameworks import require
 from metaframe import MAML, functional_forward
+from metaframe.backend import Inputs
 from metaframe.errors import BackendError, InputError
-from metaframe.models import Inputs, adapter_of, functional
+from metaframe.models import functional
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 
 require("torch")
@@ -295,7 +297,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("forward", WRITERS, ids=lambda f: f.__name__)
-@pytest @ pytest.mark.parametrize("how", [*zoo_torch.HOWS, "as it is"])
+@pytest.mark.parametrize("how", [*zoo_torch.HOWS, "as it is"])
 def test_a_model_that_changes_itself_is_refused_and_left_as_it_was(forward: Any, how: str) -> None:
     model = Layer(forward)
     before, bits = state_of(model), {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -382,7 +384,7 @@ class Once(torch.autograd.Function):
         return 2 * g * x
 
 
-@pytest @ pytest.mark.parametrize("how", zoo_torch.HOWS)
+@pytest.mark.parametrize("how", zoo_torch.HOWS)
 def test_a_function_that_is_differentiable_once_is_refused(how: Any) -> None:
     """The second derivative is dropped by torch, without an error."""
     model = Layer(lambda module, x: Once.apply(module.layer(x)))

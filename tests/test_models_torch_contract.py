@@ -21,7 +21,8 @@ import pytest
 
 from frameworks import require, slow
 from metaframe import MAML, MetaframeError
-from metaframe.models import Forward, Inputs, adapter_of
+from metaframe.backend import Forward, Inputs
+from metaframe.models.lookup import adapter_of
 from metaframe.tasks import Task
 from metaframe.testing.conformance.cases import slope
 

@@ -1,6 +1,6 @@
 """The three steps against matrix algebra, in float64 to 1e-12, with all of their arguments crossed.
 
-`test_steps_closed_form.py`, `test_step_choices.py` and the conformance suite vary one at a time.
+`test_steps_closed_form.py`, `test_batching.py` and the conformance suite vary one at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metaframe.testing.conformance.closed_form import (
     support_cost,
     unpacked,
 )
-from test_step_choices import FORMS, only
+from test_batching import FORMS, only
 
 Call = Callable[..., Any]
 

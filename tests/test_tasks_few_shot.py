@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaframe.backend import use_backend
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import InputError, InputTypeError, MissingDependencyError
 from metaframe.tasks import (
     DIGITS_SPLIT,
     ClassSplit,
     FewShotSampler,
-    MissingDependencyError,
     digits_sampler,
     load_digits,
     split_classes,

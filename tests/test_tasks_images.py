@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 
 from metaframe.cli import main
-from metaframe.errors import InputError, InputTypeError, MetaframeError, UnknownKeyError
+from metaframe.errors import (
+    InputError,
+    InputTypeError,
+    MetaframeError,
+    MissingDependencyError,
+    UnknownKeyError,
+)
 from metaframe.tasks import (
     ClassSplit,
     FewShotSampler,
     LabelledImages,
     LazyImages,
-    MissingDependencyError,
     load_image_dataset,
     load_image_folder,
 )

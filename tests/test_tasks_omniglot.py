@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaframe.errors import InputError, UnknownKeyError
+from metaframe.errors import InputError, MissingDependencyError, UnknownKeyError
 from metaframe.tasks import (
     FewShotSampler,
-    MissingDependencyError,
     Omniglot,
     load_omniglot,
     one_shot_runs,

@@ -51,7 +51,7 @@ def made() -> dict[str, dict[str, tuple[Fn, Fn]]]:
     return {}
 
 
-@pytest.mark.parametrize("cell", list(_cells()))
+@pytest.mark.parametrize("cell", tuple(_cells()))
 def test_transform(cell: tuple[str, Row, str], made: dict[str, dict[str, tuple[Fn, Fn]]]) -> None:
     framework, row, function = cell
     require(framework)
@@ -74,4 +74,4 @@ def test_the_page_is_current() -> None:
     for framework in BACKENDS:
         require(framework)
     text = PAGE.read_text()
-    assert page_with_tables(text) == text, "run: python tests/transform_tables.py"
+    assert page_with_tables(text) == text, "run: python tests/support/transform_tables.py"

@@ -1,4 +1,4 @@
-"""JAX: every transform of the boundary is JAX's own, used on flat tuples."""
+"""JAX: every transform of the contract is JAX's own, used on flat tuples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.model import ModelAdapter
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    RowFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import Place, Workers
 from metaframe.errors import BackendError, nearest
-from metaframe.models import ModelAdapter
 from metaframe.tree.foreign import Node
 from metaframe_jax import _private
 from metaframe_jax._devices import on_cpu
@@ -39,7 +47,7 @@ _KIND = operator.attrgetter("aval", "sharding")
 
 
 class JaxBackend(Backend):
-    """The backend boundary on JAX."""
+    """The backend contract on JAX."""
 
     name = "jax"
 
@@ -163,9 +171,7 @@ class JaxBackend(Backend):
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return jax.vmap(fn)
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def total(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
             values, aux = jax.vmap(fn, (None, None, 0))(xs, held, tasks)
             return values.sum(), (values, aux)
@@ -178,19 +184,19 @@ class JaxBackend(Backend):
 
         return call
 
-    def scan(
-        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         if not _staged():
             return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
+    def repeat(
+        self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False
+    ) -> tuple[Arrays, Arrays]:
         if times <= (1 if rolled else UNROLL_AT_MOST) or not _staged():
-            return super().repeat(fn, carry, times)
-        final: Arrays = jax.lax.scan(lambda c, _: (fn(c), None), carry, None, length=times)[0]
-        return final
+            return super().repeat(fn, carry, times, rows=rows)
+        final, ys = jax.lax.scan(fn, carry, rows, length=times)
+        return final, ys
 
     def signature(self, x: Array) -> Hashable:
         try:

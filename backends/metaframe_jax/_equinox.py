@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Inputs, ModelAdapter
 from metaframe.errors import InputError, InputTypeError
-from metaframe.models import Inputs, ModelAdapter
 from metaframe_jax._names import filled, named
 
 Params = dict[str, Array]

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import BatchNorm, Forward, Inputs, ModelAdapter
 from metaframe.errors import InputError, InputTypeError
-from metaframe.models import BatchNorm, Forward, Inputs, ModelAdapter
 from metaframe.models.attributes import Flags
 from metaframe_jax._equinox import find_equinox_adapter
 from metaframe_jax._names import filled, named, path_name, unique

@@ -1,4 +1,4 @@
-"""TensorFlow: the boundary over GradientTape, vectorized_map and tf.function."""
+"""TensorFlow: the contract over GradientTape, vectorized_map and tf.function."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, ScalarFn
+from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
-from metaframe_tensorflow import _private
+from metaframe_tensorflow import _loop, _private
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -25,6 +25,9 @@ from metaframe_tensorflow._roots import with_finite_roots
 from metaframe_tensorflow._rule import closures, with_rule
 
 T = TypeVar("T")
+
+UNROLL_AT_MOST = 8
+"""Inner loops up to this many steps are unrolled in a graph, longer ones become one `while`."""
 
 ALIGNMENT = 64
 """Bytes: what Eigen may assume of a tensor's memory, at the most."""
@@ -50,7 +53,7 @@ def _leave_ours_alone() -> None:
 
 
 class TensorFlowBackend(Backend):
-    """The backend boundary on TensorFlow."""
+    """The backend contract on TensorFlow."""
 
     name = "tensorflow"
     conformance_gaps: Mapping[str, str] = {
@@ -233,9 +236,7 @@ class TensorFlowBackend(Backend):
 
         return call
 
-    def scan(
-        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         if tf.executing_eagerly():
             return super().scan(fn, carry, xs)
         length = xs[0].shape[0]
@@ -258,6 +259,18 @@ class TensorFlowBackend(Backend):
         )
         return tuple(carry), tuple(store.stack() for store in stores)
 
+    def repeat(
+        self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False
+    ) -> tuple[Arrays, Arrays]:
+        if times > (1 if rolled else UNROLL_AT_MOST) and not tf.executing_eagerly():
+            found = _loop.rolled(fn, carry, times, rows)
+            if found is not None:
+                return found
+        return super().repeat(fn, carry, times, rows=rows)
+
+    def unstack(self, x: Array) -> Sequence[Array]:
+        return tf.unstack(x)  # type: ignore[no-any-return]
+
     def needed_a_value(self, error: Exception) -> bool:
         if isinstance(error, tf.errors.OperatorNotAllowedInGraphError):
             return True
@@ -276,10 +289,7 @@ class TensorFlowBackend(Backend):
         return not tf.executing_eagerly() or tf.config.functions_run_eagerly()
 
     def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return _private.translated(fn)(*args, **kwargs)
-
-        return call
+        return _private.translated(fn)
 
     def signature(self, x: Array) -> Hashable:
         return tuple(x.shape), x.dtype, x.device

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Inputs, ModelAdapter, NamedParameters
 from metaframe.backend.types import Array
 from metaframe.errors import InputError
-from metaframe.models import Inputs, ModelAdapter, NamedParameters
 from metaframe.models._keras_call import call_layer, is_layer, is_variable, layers_of
 from metaframe.models.attributes import Flags
 from metaframe_tensorflow import _private

@@ -48,8 +48,8 @@ def with_rule(
             return forward(xs)  # nothing is differentiated
         if closed is None:
             closed = closed_over(forward, xs)
-        others, count = tuple(filter(_is_differentiable, closed)), len(xs)
-        constants = any(map(_is_eager, closed))
+        others, count = tuple(filter(is_differentiable, closed)), len(xs)
+        constants = any(map(is_eager, closed))
         if _private.has_tangents((*xs, *others)):
             raise BackendError(NO_FORWARD_MODE)
 
@@ -93,11 +93,13 @@ def closures(fn: ArraysFn, xs: Arrays) -> Arrays:
     return (*tensors, *found.variables)
 
 
-def _is_differentiable(x: Any) -> bool:
+def is_differentiable(x: Any) -> bool:
+    """Is `x` of a dtype that has gradients?"""
     return bool(x.dtype.is_floating or x.dtype.is_complex)
 
 
-def _is_eager(x: Any) -> bool:
+def is_eager(x: Any) -> bool:
+    """Is `x` a variable, or a tensor with a value?"""
     return isinstance(x, tf.Variable) or _private.is_eager(x)
 
 

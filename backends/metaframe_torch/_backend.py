@@ -1,4 +1,4 @@
-"""PyTorch: the boundary over `torch.func`.
+"""PyTorch: the contract over `torch.func`.
 
 Two paths in torch are silently wrong and never taken here: `grad` of a `vmap` (wrong second
 derivatives through fused normalisation layers; callers take `vmap` of `grad`, and see `_tape`), and
@@ -12,6 +12,7 @@ import importlib
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,15 @@ import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    ObjectiveFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError
 from metaframe_torch import _foreign, _private, _tape
@@ -37,7 +46,7 @@ T = TypeVar("T")
 
 
 class TorchBackend(Backend):
-    """The backend boundary on PyTorch."""
+    """The backend contract on PyTorch."""
 
     name = "torch"
     module_base = torch.nn.Module
@@ -127,16 +136,14 @@ class TorchBackend(Backend):
     def value_and_grad(
         self, fn: ScalarFn, on_disconnected: Callable[[], None] | None = None
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
-        def checked(xs: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
+        def checked(xs: Arrays) -> tuple[Array, Arrays]:
             value, aux = fn(xs)
-            if not value.requires_grad:
-                if on_disconnected is not None:
-                    on_disconnected()
-                # torch.func refuses a constant; this connects it with gradients of zero.
-                value = value + sum((x.sum() * 0 for x in xs), start=torch.zeros_like(value))
-            return value, (value, aux)
+            if on_disconnected is not None and not value.requires_grad:
+                on_disconnected()
+            return value, aux
 
-        recorded = torch.func.grad(checked, has_aux=True)
+        objective = fn if on_disconnected is None else checked
+        recorded = torch.func.grad_and_value(objective, has_aux=True)
 
         @in_our_words()
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
@@ -147,8 +154,8 @@ class TorchBackend(Backend):
             # the outermost gradient that would be a graph in memory which nobody asks for; the
             # pull-back of torch.func.vjp can do without, unless the tape records a rule of our own.
             if not _tape.inside_a_gradient():
-                with_pull_back: Any = torch.func.vjp(checked, xs, has_aux=True)
-                value, pull_back, (_, aux) = with_pull_back
+                with_pull_back: Any = torch.func.vjp(objective, xs, has_aux=True)
+                value, pull_back, aux = with_pull_back
                 if not _private.records(value):
                     (grads,) = _private.pull_back_once(pull_back, torch.ones_like(value))
                     return value, aux, grads
@@ -200,6 +207,10 @@ class TorchBackend(Backend):
 
         return call
 
+    def unstack(self, x: Array) -> Sequence[Array]:
+        rows: Sequence[Array] = x.unbind()
+        return rows
+
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         from metaframe_torch._hidden import hidden_effect
 
@@ -211,23 +222,24 @@ class TorchBackend(Backend):
     def vmap(self, fn: ArraysFn) -> ArraysFn:
         return _tape.recordable(_mapped(fn), _one_by_one(fn))
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
-            ends = len(xs), len(xs) + len(held)
+            count, end = len(xs), len(xs) + len(held)
 
-            def flat(mapped: Callable[[ArraysFn], ArraysFn]) -> ArraysFn:
+            def by(mapped: Callable[[ArraysFn], ArraysFn]) -> ArraysFn:
                 def run(arrays: Arrays) -> Arrays:
-                    of_tasks = self._gradients_of_tasks(fn, mapped)
-                    given = arrays[: ends[0]], arrays[ends[0] : ends[1]], arrays[ends[1] :]
-                    values, aux, grads = of_tasks(*given)
-                    return (*grads, values, *aux)
+                    def one(task: Arrays) -> Arrays:
+                        objective = partial(fn, held=arrays[count:end], task=task)
+                        value, aux, grads = self.value_and_grad(objective)(arrays[:count])
+                        return (*grads, value, *aux)
+
+                    out = mapped(one)(arrays[end:])
+                    return (*(g.sum(0) for g in out[:count]), *out[count:])
 
                 return run
 
-            out = _tape.recordable(flat(_mapped), flat(_one_by_one))((*xs, *held, *tasks))
-            return out[len(xs)], out[len(xs) + 1 :], out[: len(xs)]
+            out = _tape.recordable(by(_mapped), by(_one_by_one))((*xs, *held, *tasks))
+            return out[count], out[count + 1 :], out[:count]
 
         return call
 
@@ -387,8 +399,8 @@ class _Rule(torch.autograd.Function):
 
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
-    mapped = torch.func.vmap(lambda *xs: fn(xs), randomness="different")
-    return in_our_words(mapped=True)(lambda xs: tuple(mapped(*xs)))
+    mapped: ArraysFn = torch.func.vmap(fn, randomness="different")
+    return in_our_words(mapped=True)(mapped)
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

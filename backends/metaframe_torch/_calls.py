@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from metaframe.backend.model import Forward
 from metaframe.errors import InputError
-from metaframe.models import Forward
 from metaframe_torch import _kernels, _tape
 from metaframe_torch._batch_norm import batch_norm
 from metaframe_torch._substitution import WRITES, Substitution, carried

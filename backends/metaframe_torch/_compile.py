@@ -46,7 +46,7 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
             return tuple(program(*map(_plain, xs)))
 
     # Numbers of Python and NumPy are part of the program; run again, the function gets them too.
-    return _tape.taped(run, streams.replayed(fn) if drawn else fn)
+    return _tape.recordable(run, streams.replayed(fn) if drawn else fn)
 
 
 def _plain(x: Array) -> Array:

@@ -22,7 +22,7 @@ RECURRENCES = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
 def run_foreign(run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Tensor]]:
-    """See the boundary."""
+    """See the contract."""
     calls = _Calls(twice)
     # Attention by the kernel that has a second derivative.
     with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext(), calls:

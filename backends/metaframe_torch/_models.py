@@ -20,9 +20,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metaframe import tree
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import BatchNorm, Inputs, ModelAdapter, NamedParameters
 from metaframe.backend.types import Array, Arrays, ObjectiveFn
 from metaframe.errors import InputError
-from metaframe.models import BatchNorm, Inputs, ModelAdapter, NamedParameters
 from metaframe.models.attributes import Flags
 from metaframe_torch import _private, _tape
 from metaframe_torch._calls import ModelCalls, Unmapped

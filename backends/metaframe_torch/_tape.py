@@ -145,7 +145,6 @@ def outermost() -> Iterator[None]:
 
 def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
     """The values of `quick` with the derivatives of `exact`, which computes the same."""
-    without_transforms = taped(quick, exact)
 
     def call(xs: Arrays) -> Arrays:
         if transforming():
@@ -153,18 +152,7 @@ def recordable(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
         refuse_script_trace()
         # Dual tensors are differentiated from outside too, and no transform of torch.func goes
         # with hooks on what is saved for a backward pass, such as those of a checkpoint.
-        if has_tangents() or _private.hooks_on_saved():
-            return exact(xs)
-        return without_transforms(xs)
-
-    return call
-
-
-def taped(quick: ArraysFn, exact: ArraysFn) -> ArraysFn:
-    """`recordable` where no transform is active."""
-
-    def call(xs: Arrays) -> Arrays:
-        if _inside.get() or has_tangents():
+        if _inside.get() or has_tangents() or _private.hooks_on_saved():
             return exact(xs)
         if not torch.is_grad_enabled():
             return quick(xs)

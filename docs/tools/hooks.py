@@ -1,4 +1,4 @@
-"""What mkdocs does to the pages: the command line's reference, and formulas.
+"""What mkdocs does to the pages: the command line's reference, the algorithms, and formulas.
 
 Formulas, in `$$` on lines of their own or between single `$`, become MathML, which browsers render
 without a script.
@@ -15,8 +15,10 @@ import rich_click as click
 
 from metaframe.cli.app import cli
 from metaframe.cli.options import GROUPS
+from metaframe.learners import algorithms
 
 CLI_MARK = "<!-- commands -->"
+ALGORITHMS_MARK = "<!-- algorithms -->"
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?![\w$])")
@@ -25,7 +27,8 @@ INLINE = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?![\w$])")
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """The text of a page before it becomes HTML."""
     del kwargs
-    parts = FENCE.split(markdown.replace(CLI_MARK, commands()))
+    filled = markdown.replace(CLI_MARK, commands()).replace(ALGORITHMS_MARK, algorithms_table())
+    parts = FENCE.split(filled)
     return "".join(part if i % 2 else formulas(part) for i, part in enumerate(parts))
 
 
@@ -50,6 +53,12 @@ def commands() -> str:
     with click.Context(cli, info_name="metaframe") as parent:
         sections = [_command(cli.commands[name], parent) for name in sorted(cli.commands)]
     return "\n\n".join(sections)
+
+
+def algorithms_table() -> str:
+    """Every registered algorithm in a line."""
+    rows = [f"| `{name}` | {entry.about} |" for name, entry in algorithms().items()]
+    return "\n".join(["| algorithm | |", "| --- | --- |", *rows])
 
 
 def _command(command: click.Command, parent: click.Context) -> str:

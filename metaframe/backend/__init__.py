@@ -7,6 +7,11 @@ models in `model.py` and the workers in `workers.py`. `registry.py` knows the ba
 
 from metaframe.backend.contract import Backend as Backend
 from metaframe.backend.contract import NativeOptimizer as NativeOptimizer
+from metaframe.backend.model import BatchNorm as BatchNorm
+from metaframe.backend.model import Forward as Forward
+from metaframe.backend.model import Inputs as Inputs
+from metaframe.backend.model import ModelAdapter as ModelAdapter
+from metaframe.backend.model import NamedParameters as NamedParameters
 from metaframe.backend.registry import BackendInfo as BackendInfo
 from metaframe.backend.registry import available_backends as available_backends
 from metaframe.backend.registry import load_backend as load_backend

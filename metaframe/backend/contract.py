@@ -1,4 +1,4 @@
-"""The backend boundary: what a framework has to provide.
+"""The backend contract: what a framework has to provide.
 
 A backend is transforms and hardly any operations. It sees flat tuples of arrays and never a
 nested structure; core code never asks which backend it has.
@@ -10,6 +10,7 @@ import abc
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +19,16 @@ import numpy as np
 from metaframe.backend.model import ModelAdapter, NamedParameters
 from metaframe.backend.required import Required
 from metaframe.backend.tables import NNTable, OpsTable
-from metaframe.backend.types import Array, Arrays, ArraysFn, ObjectiveFn, ScalarFn
+from metaframe.backend.types import (
+    Array,
+    Arrays,
+    ArraysFn,
+    MappedGradient,
+    ObjectiveFn,
+    RowFn,
+    ScalarFn,
+    TaskCost,
+)
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputTypeError
 from metaframe.tree.foreign import Node
@@ -31,15 +41,12 @@ class NativeOptimizer(Protocol):
 
     def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
         """Update `variables` by `grads`, both by name."""
-        ...
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
         """The state for a checkpoint: arrays by name, and plain values."""
-        ...
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
         """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
-        ...
 
 
 class Backend(Required):
@@ -268,9 +275,10 @@ class Backend(Required):
         return fn
 
     def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, a function of the user's, as it is where a framework translates Python code.
+        """`fn`, a function of the user's, to be called here and now.
 
-        Our own code around it is not translated, which must not keep the user's from being so.
+        For a framework that translates Python code: our own code around it is not translated,
+        which must not keep the user's from being so. Every call of one asks for it.
         """
         return fn
 
@@ -278,9 +286,7 @@ class Backend(Required):
     def needed_a_value(self, error: Exception) -> bool:
         """Was `error` raised because traced code asked an array for its value?"""
 
-    def scan(
-        self, fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]], carry: Arrays, xs: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
 
         The default is a Python loop: right everywhere, and for a framework without a compiled
@@ -292,9 +298,7 @@ class Backend(Required):
             rows.append(y)
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
 
-    def mapped_value_and_grad(
-        self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
+    def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.
 
         They are those of `fn(xs, held, task)`. Tasks are mapped over the leading axis; scalars and
@@ -302,36 +306,46 @@ class Backend(Required):
         The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
         number for less work, for a framework where that is safe.
         """
-        return self._gradients_of_tasks(fn, self.vmap)
-
-    def _gradients_of_tasks(
-        self,
-        fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]],
-        mapped: Callable[[ArraysFn], ArraysFn],
-    ) -> Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays, Arrays]]:
-        """`mapped_value_and_grad` by `mapped`, which maps a function over tasks."""
 
         def of_tasks(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
             def one(task: Arrays) -> Arrays:
-                value, aux, grads = self.value_and_grad(lambda xs: fn(xs, held, task))(xs)
+                value, aux, grads = self.value_and_grad(partial(fn, held=held, task=task))(xs)
                 return (*grads, value, *aux)
 
-            out = mapped(one)(tasks)
+            out = self.vmap(one)(tasks)
             grads, (values, *aux) = out[: len(xs)], out[len(xs) :]
             return values, tuple(aux), tuple(self.ops.sum(g, axis=0) for g in grads)
 
         return of_tasks
 
-    def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
-        """`fn` applied `times` times.
+    def repeat(
+        self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False
+    ) -> tuple[Arrays, Arrays]:
+        """Run `carry, y = fn(carry, row)` `times` times; return the last carry and the stacked ys.
 
-        With `rolled`, in the memory of one application wherever the framework can. The default
-        implementation is a Python loop, which is unrolled when it is traced.
+        Args:
+            fn: one application.
+            carry: what the first one gets.
+            times: how many there are, known when a program is traced.
+            rows: arrays with a leading axis of `times`; application k gets their k-th rows.
+            rolled: in the memory and the program of one application, wherever the framework can.
+
+        Returns:
+            The carry, and the ys with a leading axis of `times`; without any for `times=0`.
+
+        The default is a Python loop, which is unrolled when it is traced.
         """
         del rolled
-        for _ in range(times):
-            carry = fn(carry)
-        return carry
+        columns = [self.unstack(x) for x in rows]
+        found = []
+        for k in range(times):
+            carry, y = fn(carry, tuple(column[k] for column in columns))
+            found.append(y)
+        return carry, tuple(self.ops.stack(column) for column in zip(*found, strict=True))
+
+    def unstack(self, x: Array) -> Sequence[Array]:
+        """The rows of an array, in a form whose gradient costs no more than the array."""
+        return [x[k] for k in range(x.shape[0])]
 
     def register_node(
         self,

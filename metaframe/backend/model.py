@@ -85,7 +85,7 @@ class NamedParameters(abc.ABC):
     """Parameters by name, wherever a framework keeps them: a model's, or learned values alone.
 
     >>> import torch
-    >>> from metaframe.models import adapter_of
+    >>> from metaframe.models.lookup import adapter_of
     >>> adapter = adapter_of(torch.nn.Linear(2, 1))
     >>> adapter.assign({"bias": torch.tensor([1.5])})
     >>> adapter.params()["bias"].item()
@@ -150,7 +150,7 @@ class ModelAdapter(NamedParameters):
     """A model of any framework.
 
     >>> import torch
-    >>> from metaframe.models import adapter_of
+    >>> from metaframe.models.lookup import adapter_of
     >>> adapter = adapter_of(torch.nn.Linear(2, 1))
     >>> values = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
     >>> adapter.call(values, {}, Inputs((torch.tensor([[1.0, 2.0]]),)))[0].item()

@@ -13,13 +13,14 @@ import rich_click as click
 
 from metaframe import __version__
 from metaframe.backend.registry import available_backends
-from metaframe.cli import algorithms, applicable, datasets, presets, runs
-from metaframe.cli.config import known_keys
+from metaframe.cli import applicable, datasets, presets, run_folder, runs
 from metaframe.cli.errors import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.options import GROUPS, given, setting_flags
 from metaframe.cli.output import Output, described
+from metaframe.cli.run_config import known_keys
 from metaframe.errors import BackendNotInstalledError, MetaframeError, UnknownKeyError
+from metaframe.learners import algorithms
 from metaframe.training.interrupt import TERMINATED, Terminated
 
 click.rich_click.TEXT_MARKUP = "rich"
@@ -119,9 +120,9 @@ def train(
     config = resolve(given(flags), file, settings)
     for warning in applicable.warnings(config):
         output.remark(f"warning: {warning}")
-    folder = out or runs.default_folder(config)
+    folder = out or run_folder.default_folder(config)
     extras = runs.Extras(plots, tensorboard)
-    with _saved(folder, f"metaframe resume {runs.quoted(folder)}", output):
+    with _saved(folder, f"metaframe resume {run_folder.quoted(folder)}", output):
         result = runs.train(config, folder, output, extras, overwrite=overwrite)
     _report(result, folder, output)
 
@@ -152,9 +153,9 @@ def resume(
     One that stopped early goes on with more --patience.
     """
     changes = given(flags) if iterations is None else {**given(flags), "iterations": iterations}
-    config = runs.opened(run, changes)
+    config = run_folder.opened(run, changes)
     output = Output(as_json=as_json, quiet=quiet)
-    with _saved(run, f"metaframe resume {runs.quoted(run)}", output):
+    with _saved(run, f"metaframe resume {run_folder.quoted(run)}", output):
         result = runs.go_on(config, run, output, runs.Extras(plots, tensorboard))
     _report(result, run, output)
 
@@ -165,7 +166,7 @@ def _saved(folder: Path, command: str, output: Output) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated):
-        if (folder / runs.CONFIG).exists():
+        if (folder / run_folder.CONFIG).exists():
             output.remark(f"saved; continue with: {command}")
         raise
 
@@ -189,7 +190,7 @@ def _report(result: Mapping[str, Any], folder: Path, output: Output) -> None:
 def evaluate(run: Path, checkpoint: str | None, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Measure a trained run on held-out tasks, with a 95% confidence interval."""
     output = Output(as_json=as_json, quiet=quiet)
-    result = runs.evaluate(run, runs.opened(run, given(flags)), checkpoint, output)
+    result = runs.evaluate(run, run_folder.opened(run, given(flags)), checkpoint, output)
     output.result(result, described(result["evaluation"], percent=result["metric"] == "accuracy"))
 
 
@@ -200,7 +201,7 @@ def evaluate(run: Path, checkpoint: str | None, as_json: bool, quiet: bool, **fl
 def plot(run: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Draw the plots of a run: learning curve, accuracy by step, predictions."""
     output = Output(as_json=as_json, quiet=quiet)
-    files = runs.plot(run, runs.opened(run, given(flags)), output)
+    files = runs.plot(run, run_folder.opened(run, given(flags)), output)
     output.result(files, files)
 
 
@@ -251,8 +252,8 @@ def reproduce(
     output.remark(f"{name}: {chosen.about}")
     extras = runs.Extras(plots, tensorboard)
     with _saved(folder, "the same command", output):
-        if (folder / runs.CONFIG).exists() and not overwrite:
-            runs.check_same(config, folder)
+        if (folder / run_folder.CONFIG).exists() and not overwrite:
+            run_folder.check_same(config, folder)
             runs.go_on(config, folder, output, extras)
         else:
             runs.train(config, folder, output, extras, overwrite=overwrite)
@@ -285,7 +286,7 @@ def launch(processes: int, command: tuple[str, ...]) -> None:
 def backends(check: str | None, clauses: str, as_json: bool, quiet: bool) -> None:
     """The backends, whether they are installed, and their devices.
 
-    With --check, the exit code is 1 if the backend does not keep the contract of the boundary.
+    With --check, the exit code is 1 if the backend does not keep the contract.
     """
     if check is not None:
         _check_backend(check, clauses.split(","), Output(as_json=as_json, quiet=quiet))
@@ -318,7 +319,7 @@ def list_(as_json: bool, quiet: bool) -> None:
     output = Output(as_json=as_json, quiet=quiet)
     groups = {
         "data sets": {name: entry.about for name, entry in datasets.DATASETS.items()},
-        "algorithms": {name: entry.about for name, entry in algorithms.ALGORITHMS.items()},
+        "algorithms": {name: entry.about for name, entry in algorithms().items()},
         "presets": {name: entry.about for name, entry in presets.PRESETS.items()},
     }
     if as_json:

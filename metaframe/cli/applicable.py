@@ -10,13 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from metaframe.cli.algorithms import ALGORITHMS, algorithm
-from metaframe.cli.config import RunConfig
 from metaframe.cli.datasets import DATASETS, dataset
-from metaframe.cli.errors import UsageError
+from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.run_config import RunConfig
+from metaframe.learners import Algorithm, algorithms
 
-_ALGORITHMS = {name: entry.settings for name, entry in ALGORITHMS.items()}
 _DATASETS = {name: entry.settings for name, entry in DATASETS.items()}
+
+
+def algorithm(name: str) -> Algorithm:
+    """The algorithm called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = algorithms()
+    if name not in known:
+        raise UsageError(f"no algorithm called {name!r}. {suggestion(name, known)}")
+    return known[name]
+
+
+def _own_settings() -> dict[str, tuple[str, ...]]:
+    """The settings of each algorithm that not all have a use for."""
+    return {name: entry.settings for name, entry in algorithms().items()}
 
 
 def defaults(data: str, algorithm_name: str) -> dict[str, Any]:
@@ -28,7 +44,7 @@ def has_use(name: str, data: str, algorithm_name: str) -> bool:
     """Do this data set and this algorithm have a use for a setting?"""
     if name in algorithm(algorithm_name).ignores:
         return False
-    both = (algorithm_name, _ALGORITHMS), (data, _DATASETS)
+    both = (algorithm_name, _own_settings()), (data, _DATASETS)
     return all(own in (_owners(name, settings) or [own]) for own, settings in both)
 
 
@@ -46,7 +62,7 @@ def check_fit(config: RunConfig, own: Iterable[str]) -> None:
         )
     usual = RunConfig(**defaults(config.dataset, config.algorithm))
     given = {n: v for n in own if (v := getattr(config, n)) != getattr(usual, n)}
-    _check_owned(given, "algorithm", config.algorithm, _ALGORITHMS)
+    _check_owned(given, "algorithm", config.algorithm, _own_settings())
     _check_owned(given, "dataset", config.dataset, _DATASETS)
     for name in chosen.ignores:
         if name in given:

@@ -9,8 +9,8 @@ import numpy as np
 
 from metaframe import optim
 from metaframe.backend.selection import use_backend
-from metaframe.cli.config import RunConfig
 from metaframe.cli.experiment import step_settings
+from metaframe.cli.run_config import RunConfig
 from metaframe.cli.workloads import SEED, Workload
 from metaframe.core.task_map import strategy
 from metaframe.learners import MAML

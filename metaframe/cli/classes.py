@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metaframe.cli import datasets
-from metaframe.cli.config import RunConfig
 from metaframe.cli.errors import UsageError
+from metaframe.cli.run_config import RunConfig
 from metaframe.errors import InputError
 from metaframe.tasks.sampling import Split
 from metaframe.training.checkpoint import write_atomically

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metaframe import nn, ops
-from metaframe.cli.config import RunConfig
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.run_config import RunConfig
 from metaframe.tasks import (
     ClassSplit,
     FewShotSampler,

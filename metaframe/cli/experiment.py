@@ -14,10 +14,10 @@ from typing import Any
 from metaframe import nn, optim
 from metaframe.backend.registry import known_backends, load_backend
 from metaframe.backend.selection import use_backend
-from metaframe.cli import algorithms, datasets
-from metaframe.cli.applicable import check_fit, defaults, has_use
-from metaframe.cli.config import RunConfig, check_keys, read_toml
+from metaframe.cli import datasets
+from metaframe.cli.applicable import algorithm, check_fit, defaults, has_use
 from metaframe.cli.errors import UsageError, suggestion
+from metaframe.cli.run_config import RunConfig, check_keys, read_toml
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
 from metaframe.tasks import IndexedSampler
@@ -45,9 +45,9 @@ def resolve(
     given = {**(preset or {}), **own}
     check_keys(given, "the command line")
     data = str(given.get("dataset", RunConfig.dataset))
-    algorithm = str(given.get("algorithm", RunConfig.algorithm))
-    given = {n: v for n, v in given.items() if n in own or has_use(n, data, algorithm)}
-    config = RunConfig(**{**defaults(data, algorithm), **given})
+    chosen = str(given.get("algorithm", RunConfig.algorithm))
+    given = {n: v for n, v in given.items() if n in own or has_use(n, data, chosen)}
+    config = RunConfig(**{**defaults(data, chosen), **given})
     if "eval_steps" not in given:
         steps = max(config.eval_steps, config.inner_steps)
         config = dataclasses.replace(config, eval_steps=steps)
@@ -79,7 +79,7 @@ class Experiment:
         pair: Any = (model, model.init(config.seed))
         if config.precision == "bfloat16":
             pair = mixed_precision(pair)
-        self.learner = algorithms.algorithm(config.algorithm).build(pair, config)
+        self.learner = algorithm(config.algorithm).build(pair, config)
 
     @functools.cached_property
     def settings(self) -> StepSettings:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from metaframe.cli.config import RunConfig
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, schedule
 from metaframe.cli.output import Output
+from metaframe.cli.run_config import RunConfig
 from metaframe.training.callbacks import EarlyStopping, Run
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import rich_click as click
 
-from metaframe.cli.config import RunConfig
+from metaframe.cli.run_config import RunConfig
 
 Command = Callable[..., Any]
 

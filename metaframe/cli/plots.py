@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from metaframe import tree
 from metaframe.backend.selection import backend_of
-from metaframe.cli import datasets, runs
+from metaframe.cli import datasets, run_folder
 from metaframe.cli.experiment import Experiment
 from metaframe.learners.objective import as_batch
 from metaframe.tasks import Task
@@ -26,11 +26,11 @@ def draw_all(experiment: Experiment, folder: Path) -> list[str]:
     """Draw what there is data for; returns the files."""
     pictures: tuple[Callable[[], Figure | None], ...] = (
         lambda: learning_curve(read_metrics(folder)),
-        lambda: adaptation(runs.read_result(folder)),
+        lambda: adaptation(run_folder.read_result(folder)),
         lambda: predictions(experiment),
     )
     written = []
-    for name, draw in zip(runs.PICTURES, pictures, strict=True):
+    for name, draw in zip(run_folder.PICTURES, pictures, strict=True):
         figure = draw()
         if figure is not None:
             figure.savefig(folder / name, dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 from metaframe.cli.errors import UsageError
 from metaframe.cli.options import GROUPS
 from metaframe.cli.output import described
-from metaframe.cli.runs import read_result
+from metaframe.cli.run_folder import read_result
 from metaframe.errors import nearest
 
 FREE = ("data", "iterations", "seed", "eval_tasks", "eval_seed", *GROUPS["Execution"])

@@ -1,4 +1,9 @@
-"""How one call of a step lays out its tasks and variables, and which variables take part."""
+"""How one call of a step lays out its tasks and variables, and which variables take part.
+
+A strategy of the task map as `batched` runs the tasks without a task axis. The reference has two
+layouts with one, which are spelled True (all tasks in one call, on variables that were tiled) and
+False (one after the other, each with a leading axis of size 1). Only this module knows of them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,10 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
 from metaframe.core.meta_gradient import first_tasks, taken_apart
-from metaframe.core.task_map import Execution, Strategy
+from metaframe.core.task_map import TASK_MAPS, Execution, TaskMap
 from metaframe.errors import InputError
 
-Batched = bool | Literal["vmap", "scan"]
+Batched = bool | TaskMap
 _WhichTasks = Literal["first", "all"]
 ReturnInner = bool | _WhichTasks
 
@@ -30,25 +35,34 @@ class Layout:
     variables: tree.Flat
     num_tasks: int
     tiled: bool
+    with_task_axis: bool
+    """Do the cost functions see a task axis?"""
     stop_gradients: bool
+    how: Execution
 
     @staticmethod
     def of(
         batch: tree.Tree,
         variables: tree.Tree,
-        num_tasks: int | None,
         batched: Batched,
+        *,
+        num_tasks: int | None,
         stop_gradients: bool,
+        chunk_size: int | None,
+        distributed: bool,
     ) -> Layout:
-        """Check one call's data and lay it out."""
+        """Check one call's data and lay it out.
+
+        Raises:
+            InputError: an unknown setting, two that do not go together, or data of a wrong shape.
+        """
+        how = _execution(batched, chunk_size, distributed, stop_gradients)
         v, data, count, backend = taken_apart(variables, batch, num_tasks)
-        tiled = batched is True
-        if tiled:
-            checks.tiled(v, count)
         tasks = first_tasks(data.arrays, count)
-        if tiled:  # all tasks as a single one
+        if batched is True:
+            checks.tiled(v, count)
             tasks = tuple(x[None] for x in tasks)
-        elif batched is False:  # each with a leading axis of size 1
+        elif batched is False:
             tasks = tuple(backend.ops.expand_dims(x, 1) for x in tasks)
         prepare = backend.stop_gradient if stop_gradients else backend.asarray
         return Layout(
@@ -56,9 +70,42 @@ class Layout:
             tree.Flat(tasks, data.spec),
             tree.Flat(tuple(map(prepare, v.arrays)), v.spec),
             count,
-            tiled,
+            batched is True,
+            isinstance(batched, bool),
             stop_gradients,
+            how.settled(v.arrays),
         )
+
+    def parts(
+        self,
+        inner_v: Any = None,
+        keep_inner_v: bool = True,
+        outer_v: Any = None,
+        keep_outer_v: bool = True,
+    ) -> list[tuple[tree.Part, tree.Part]]:
+        """The variables that adapt and those that are differentiated: for each task, or for all."""
+        inner = self._parts(inner_v, keep_inner_v, "inner_v")
+        outer = self._parts(outer_v, keep_outer_v, "outer_v")
+        count = max(len(inner), len(outer))
+        return [(inner[i % len(inner)], outer[i % len(outer)]) for i in range(count)]
+
+    def _parts(self, choice: Any, keep: bool, name: str) -> list[tree.Part]:
+        if not _is_per_task(choice):
+            return [self._part(choice, keep, name)]
+        if self.tiled or self.how.task_map != "loop":
+            raise InputError(f"{name} gives one choice a task, which needs batched=False.")
+        if self.how.distributed:
+            raise InputError(
+                f"{name} gives one choice a task, which distributed=True does not take."
+            )
+        if len(choice) != self.num_tasks:
+            raise InputError(f"{name} gives {len(choice)} choices for {self.num_tasks} tasks.")
+        return [self._part(each, keep, name) for each in choice]
+
+    def _part(self, choice: Any, keep: bool, name: str) -> tree.Part:
+        part = tree.Part(self.variables.spec, tree.flags(self.variables.spec, choice, keep))
+        checks.variables(self.variables.arrays, part, self.backend, name)
+        return part
 
     @property
     def scale(self) -> int:
@@ -90,15 +137,10 @@ class Layout:
         return self.variables.build(adapted)
 
 
-def execution(
+def _execution(
     batched: Batched, chunk_size: int | None, distributed: bool, stop_gradients: bool
 ) -> Execution:
-    """How the tasks of a step run.
-
-    Raises:
-        InputError: an unknown setting, or two that do not go together.
-    """
-    arguments.choice(batched, "batched", (True, False, "vmap", "scan"))
+    arguments.choice(batched, "batched", (True, False, *TASK_MAPS))
     if distributed and batched is True:
         raise InputError(
             "distributed=True divides the tasks, and with batched=True the cost function sees all "
@@ -109,56 +151,7 @@ def execution(
             "distributed=True with stop_gradients=False: the sum over workers is not "
             "differentiable. Leave out one of them."
         )
-    task_map: Strategy = "loop" if isinstance(batched, bool) else batched
-    return Execution(task_map, chunk_size, distributed)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Which variables adapt and which are differentiated, possibly another choice each task."""
-
-    inner_v: Any = None
-    keep_inner_v: bool = True
-    outer_v: Any = None
-    keep_outer_v: bool = True
-
-    def check(self, layout: Layout, how: Execution) -> None:
-        """Choices per task come one a task, and with the tasks one by one."""
-        for name, choice in (("inner_v", self.inner_v), ("outer_v", self.outer_v)):
-            if not _is_per_task(choice):
-                continue
-            if layout.tiled or how.task_map != "loop":
-                raise InputError(f"{name} gives one choice a task, which needs batched=False.")
-            if how.distributed:
-                raise InputError(
-                    f"{name} gives one choice a task, which distributed=True does not take."
-                )
-            if len(choice) != layout.num_tasks:
-                raise InputError(
-                    f"{name} gives {len(choice)} choices for {layout.num_tasks} tasks."
-                )
-
-    def parts(self, layout: Layout) -> list[tuple[tree.Part, tree.Part]]:
-        """The variables that adapt and those that are differentiated: for each task, or for all."""
-        count = layout.num_tasks if self._per_task else 1
-        return [
-            (
-                _part(layout, _at(self.inner_v, i), self.keep_inner_v, "inner_v"),
-                _part(layout, _at(self.outer_v, i), self.keep_outer_v, "outer_v"),
-            )
-            for i in range(count)
-        ]
-
-    @property
-    def _per_task(self) -> bool:
-        return _is_per_task(self.inner_v) or _is_per_task(self.outer_v)
-
-
-def _part(layout: Layout, choice: Any, keep: bool, name: str) -> tree.Part:
-    spec = layout.variables.spec
-    part = tree.Part(spec, tree.flags(spec, choice, keep))
-    checks.variables(layout.variables.arrays, part, layout.backend, name)
-    return part
+    return Execution("loop" if isinstance(batched, bool) else batched, chunk_size, distributed)
 
 
 def _is_per_task(choice: Any) -> bool:
@@ -167,7 +160,3 @@ def _is_per_task(choice: Any) -> bool:
         and len(choice) > 0
         and isinstance(choice[0], (list, tuple, Mapping, type(None)))
     )
-
-
-def _at(choice: Any, task: int) -> Any:
-    return choice[task] if _is_per_task(choice) else choice

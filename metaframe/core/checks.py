@@ -33,8 +33,8 @@ def learning_rate(lr: Any, name: str = "lr") -> Any:
     Returns:
         The rates, those of NumPy without axes as Python numbers.
     """
-    if type(lr) is float and 0 <= lr < math.inf:
-        return lr  # the common case, which eager steps ask for every time
+    if lr is None or (type(lr) is float and 0 <= lr < math.inf):
+        return lr  # the common cases, which eager steps ask for every time
     if isinstance(lr, Mapping) and tree.is_leaf(lr):
         lr = dict(lr)
     for i, rate in enumerate(tree.leaves(lr)):
@@ -62,6 +62,8 @@ def _is_real(x: Any) -> bool:
 
 def plain_numbers(lr: Any) -> Any:
     """NumPy's scalars as Python numbers: their dtype is not to decide that of variables."""
+    if type(lr) is float:
+        return lr
 
     def plain(rate: Any) -> Any:
         return rate.item() if isinstance(rate, np.generic | np.ndarray) and not rate.shape else rate
@@ -174,10 +176,10 @@ def tiled(v: tree.Flat, num_tasks: int) -> None:
 def scalar_cost(cost: Callable[..., Any], name: str, backend: Backend) -> Callable[..., Array]:
     """`cost` as `(batch, v) -> scalar`, with its result checked on every call."""
     by_keyword = takes_v_by_keyword(cost, name)
-    cost = backend.user_function(cost)
 
     def call(batch: tree.Tree, v: tree.Tree) -> Array:
-        return scalar(cost(batch, v=v) if by_keyword else cost(batch, v), name, backend)
+        run = backend.user_function(cost)
+        return scalar(run(batch, v=v) if by_keyword else run(batch, v), name, backend)
 
     return call
 
@@ -195,6 +197,33 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
     if shape:
         raise InputError(f"{name} returned shape {shape}, need a scalar; did you forget a mean?")
     return value
+
+
+def with_aux(result: Any, name: str) -> tuple[Any, Any]:
+    """What a function that returns something besides its cost has returned.
+
+    Raises:
+        InputTypeError: it is no pair.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputTypeError(
+            f"{name} with has_aux=True returns (cost, aux), received {type(result).__name__}."
+        )
+    return result
+
+
+def same_shapes(arrays: Arrays, like: Arrays, spec: tree.TreeSpec, name: str, whose: str) -> None:
+    """Every array of the argument `name` has the shape of that of `whose`.
+
+    Raises:
+        InputError: naming the first that has not.
+    """
+    for chain, x, y in zip(tree.chains(spec), arrays, like, strict=True):
+        if tuple(x.shape) != tuple(y.shape):
+            where = f"[{chain!r}]" if chain else ""
+            raise InputError(
+                f"{name}{where} has shape {tuple(x.shape)}, {whose}{where} has {tuple(y.shape)}."
+            )
 
 
 def takes_v_by_keyword(cost: Callable[..., Any], name: str) -> bool:

@@ -172,8 +172,8 @@ class _Program:
         inputs = tree.Packed((args, kwargs), is_array)
         self._places = inputs.places
         self._neutral = any(map(is_neutral, inputs.arrays))
-        self._outputs: tree.Packed | None = None
         backend = backend_of(*inputs.arrays)
+        self._outputs = tree.Returned(backend.owns)
         arguments = inputs.template()  # a program outlives what it was first called with
         before = tuple(map(constant, arguments.others))
         traced = [x for other in arguments.others for x in arrays_in(other)]
@@ -182,11 +182,9 @@ class _Program:
 
         def flat(xs: Arrays) -> Arrays:
             args, kwargs = arguments.unpack(xs)
-            if self._outputs is not None:
+            if self._outputs.known:
                 _check_unchanged(fn, arguments.others, before, self.changed)
-            results = tree.Packed(fn(*args, **kwargs), backend.owns)
-            self._outputs = results.template()
-            return results.arrays
+            return self._outputs.flatten(fn(*args, **kwargs))
 
         with _naming_the_line(fn, backend):
             self._run = backend.compile(flat, convert_neutral(inputs.arrays, backend))
@@ -198,9 +196,7 @@ class _Program:
         arrays = leaves if all_arrays else tuple(leaves[i] for i in self._places)
         if self._neutral:
             arrays = convert_neutral(arrays, backend_of(*arrays))
-        results = self._run(arrays)
-        assert self._outputs is not None, "the first run traces the function"
-        return self._outputs.unpack(results)
+        return self._outputs.build(self._run(arrays))
 
 
 def _inlined(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -15,138 +15,84 @@ How the loop is differentiated is the `mode`:
 - "remat": stores theta_k only and recomputes each step in the backward pass.
 - "mixed": as "remat", with the Hessian-vector product of the step taken forward over reverse
   (Kemaev et al. 2025, arXiv 2505.00793).
+- "replay": as "remat", and of the theta_k it stores only a few times the L-th root of K, for up to
+  L further runs of the loop; see `metaframe.core.recompute`.
 
-All three give the same numbers.
+All give the same numbers.
 """
 
 from __future__ import annotations
 
-import pickle
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-import numpy as np
-
-from metaframe import arguments, ops, optim, tree
+from metaframe import arguments, ops, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import checks, rates, recompute
-from metaframe.core.entrance import entrance
-from metaframe.core.update_rule import update_rule
-from metaframe.errors import InputError
+from metaframe.core import checks, optim, recompute
+from metaframe.core.per_step import Stepwise
+from metaframe.core.update_rule import checked_state, update_rule
 
 Cost = Callable[..., Array]
-Mode = Literal["reverse", "remat", "mixed"]
+Mode = Literal["reverse", "remat", "mixed", "replay"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Order = Literal[1, 2]
-
-
-@entrance
-def inner_loop(
-    cost: Cost,
-    v: tree.Tree,
-    batch: tree.Tree,
-    *,
-    steps: int,
-    lr: optim.Rate,
-    update: Any = optim.gradient_descent_update,
-    order: Order = 2,
-    mode: Mode = "reverse",
-    inner_v: Any = None,
-    keep_inner_v: bool = True,
-) -> tree.Tree:
-    """Adapt `v` to one task.
-
-    Args:
-        cost: `cost(batch, v) -> scalar`, pure.
-        v: variables, any structure of floating arrays.
-        batch: the task's data, any structure of arrays, handed to `cost` as it is.
-        steps: number of steps K, 0 or more.
-        lr: a number or an array, for all variables, or a structure of them: one for each variable
-            that adapts, or for each part of these such as a layer. Arrays are of NumPy or the
-            variables' framework, scalars or of the variable's shape, and differentiable. `None` if
-            `update` brings its own rate.
-        update: an `optim.Optimizer`, on JAX also an optax `GradientTransformation`, or a function
-            `update(v, grads, lr, stop_gradients=...)` that returns new variables.
-        order: 2, or 1 for gradients that take the adaptation for a constant shift.
-        mode: how the loop is differentiated, see the module. With "remat" and "mixed"
-            everything differentiable has to be in `v`, `batch` or `lr`.
-        inner_v: which variables adapt, as for `maml_step`; all by default.
-        keep_inner_v: False inverts `inner_v`.
-
-    Returns:
-        The adapted variables, in the structure of `v`.
-
-    Raises:
-        InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
-
-    >>> import torch
-    >>> def cost(batch, v):
-    ...     return ((v["w"] * batch["x"] - batch["y"]) ** 2).mean()
-    >>> v = {"w": torch.tensor(1.0)}
-    >>> batch = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor([3.0, 6.0])}
-    >>> inner_loop(cost, v, batch, steps=1, lr=0.1)
-    {'w': tensor(2.)}
-    """
-    settings = InnerSettings(lr, update, order, mode)
-    arguments.integer(steps, "steps", at_least=0)
-    leaves, spec = tree.flatten(v)
-    batch_leaves, batch_spec = tree.flatten(batch)
-    with following(tree.node_types(spec, batch_spec)):
-        backend = backend_of(*leaves, *batch_leaves)
-        leaves = convert_neutral(leaves, backend)
-        # Python numbers in the batch stay what they are.
-        arrays = [x for x in batch_leaves if is_array(x)]
-        converted = iter(convert_neutral(arrays, backend))
-        batch = tree.unflatten(
-            batch_spec, [next(converted) if is_array(x) else x for x in batch_leaves]
-        )
-    data = tree.Packed(batch, backend.owns)
-    part = tree.Part(spec, tree.flags(spec, inner_v, keep_inner_v))
-    checks.variables(leaves, part, backend, "inner_v")
-    params, others = part.divide(leaves)
-    loop = InnerLoop(
-        backend,
-        flat_cost(cost, "cost", backend, part, data.template()),
-        part.structure(leaves),
-        replace(settings, lr_known=tree.chains(spec) if rates.is_structure(lr) else ()),
-    )
-    found = loop.run(params, (*others, *data.arrays), steps)
-    return tree.unflatten(spec, part.merge(found.params, others))
 
 
 class FlatCost(Protocol):
     """An inner cost as a function of flat arrays."""
 
     def __call__(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
-        """`(scaled cost, (cost,))`, of the arrays that adapt and all others it depends on."""
-        ...
+        """`(scaled cost, (cost, *aux))`, of the arrays that adapt and all others it depends on."""
 
 
 def flat_cost(
-    cost: Cost, name: str, backend: Backend, part: tree.Part, batch: tree.Packed, scale: float = 1
+    cost: Cost,
+    name: str,
+    backend: Backend,
+    part: tree.Part,
+    batch: tree.Packed,
+    scale: float = 1,
+    aux: tree.Returned | None = None,
 ) -> FlatCost:
     """`cost(batch, v)` on flat arrays, with its result checked.
 
     The context is the variables that do not adapt, and after them the arrays of the batch. `scale`
     multiplies what is differentiated: a cost that averages over a task axis of the variables
-    becomes each task's own gradient when it is multiplied by the number of tasks.
+    becomes each task's own gradient when it is multiplied by the number of tasks. With `aux` the
+    cost is `cost(batch, v) -> (scalar, aux)`, and the structure of its aux is noted there.
     """
     by_keyword = checks.takes_v_by_keyword(cost, name)
-    cost = backend.user_function(cost)
     held = part.flags.count(False)
 
     def scaled_cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         v = tree.unflatten(part.spec, part.merge(params, context[:held]))
         data = batch.unpack(context[held:])
-        found = checks.scalar(cost(data, v=v) if by_keyword else cost(data, v), name, backend)
-        return found if scale == 1 else found * scale, (found,)
+        run = backend.user_function(cost)
+        result = run(data, v=v) if by_keyword else run(data, v)
+        result, seen = (result, ()) if aux is None else checks.with_aux(result, name)
+        found = checks.scalar(result, name, backend)
+        return found if scale == 1 else found * scale, (found, *(aux.flatten(seen) if aux else ()))
 
     return scaled_cost
+
+
+def in_order(cost: FlatCost, held: int, data: Stepwise) -> FlatCost:
+    """`cost` with the context in the order of a loop: the rows of a step come last.
+
+    `held` is the number of arrays before the batch.
+    """
+    if data.steps is None:
+        return cost
+    fixed = held + len(data.fixed)
+
+    def call(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        arrays = data.at(context[fixed:], context[held:fixed])
+        return cost(params, (*context[:held], *arrays))
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -191,10 +137,12 @@ class InnerResult(NamedTuple):
     """The end of an inner loop."""
 
     params: Arrays
-    state: tree.Tree
+    state: tree.Flat
     """The state of the update rule."""
     total: Arrays
     """What the observer returned, summed over the steps; empty without observer or steps."""
+    seen: Arrays = ()
+    """What the cost returned at each step, with a leading step axis; empty unless kept."""
 
 
 Observer = Callable[[Arrays, StepView | None, Array], Arrays]
@@ -205,6 +153,17 @@ modes that recompute it, where it is not kept."""
 def first_index(like: Array) -> Array:
     """The index of the first step, an integer where `like` is."""
     return ops.astype(ops.sum(ops.zeros_like(like)), "int32")
+
+
+class Rows(NamedTuple):
+    """What changes from step to step, as arrays with a leading step axis."""
+
+    arrays: Arrays
+    """Those of the learning rate, and after them those of the batch."""
+    rates: int = 0
+    """How many are the learning rate's."""
+    rate_at: Callable[[Arrays], optim.Rate] | None = None
+    """The learning rate of a step, from its arrays."""
 
 
 class _Given(NamedTuple):
@@ -231,11 +190,7 @@ class InnerLoop:
         self._cost = cost
         self._spec = spec
         self._settings = settings
-        self._rule = update_rule(
-            settings.update,
-            stop_gradients=settings.stop_gradients,
-            called=backend.user_function,
-        )
+        self._rule = update_rule(settings.update, stop_gradients=settings.stop_gradients)
 
     def run(
         self,
@@ -246,6 +201,8 @@ class InnerLoop:
         *,
         state: Any = None,
         index: Array | None = None,
+        rows: Rows | None = None,
+        keeps: bool = False,
     ) -> InnerResult:
         """`steps` steps from `start`.
 
@@ -256,100 +213,194 @@ class InnerLoop:
             observe: what looks at each step.
             state: the state of the update rule to go on from; by default its first.
             index: the number of the first step; by default 0.
+            rows: what changes from step to step; for the cost, that comes after the context.
+            keeps: return what the cost returned at each step.
         """
         settings, backend = self._settings, self._backend
-        v = tree.unflatten(self._spec, start)
-        rate = self._rule.rate(settings.lr, v, name=settings.lr_name, known=settings.lr_known)
         first = start if settings.order == 2 else tuple(map(backend.stop_gradient, start))
-        if state is None:
-            state = self._rule.init(v if first is start else tree.unflatten(self._spec, first))
-        packed = _Given(tree.Packed(state, backend.owns), tree.Packed(rate, backend.owns))
-        step = self._step(packed)
-        context = (*packed.rate.arrays, *context)
+        given = self._given(start, first, state)
+        context = (*given.rate.arrays, *context)
         counted = observe is not None or settings.context_of_step is not None
         at = () if not counted else (first_index(first[0]) if index is None else index,)
-        sizes = (len(first), len(packed.state.arrays), len(at))
-
-        def body(carry: Arrays) -> Arrays:
-            params, state, at, total = recompute.split(carry, sizes)
-            after, state, view = step(params, state, self._context_of(context, *at))
-            if observe is not None:
-                seen = observe(self._attach(params, start), view, *at)
-                total = tuple(a + b for a, b in zip(total, seen, strict=True)) if total else seen
-            return (*after, *state, *(i + 1 for i in at), *total)
-
-        carry = (*first, *packed.state.arrays, *at)
+        sizes = (len(first), len(given.state.arrays), len(at))
+        body = self._body(given, start, sizes, observe, rows, keeps)
+        carry = (*first, *given.state.arrays, *at)
         if steps and settings.recomputes:
-            self._check_repeatable(packed, first, self._context_of(context, *at))
-        if steps and (observe is not None or steps == 1):
+            row = tuple(x[0] for x in rows.arrays) if rows else ()
+            now = self._context_at(given, start, context, at, row, rows)
+            step = partial(self._step, given, self._gradient)
+            recompute.check_repeatable(
+                backend,
+                step,
+                (first, given.state.arrays, now),
+                f"mode={settings.mode!r} runs an inner step again in the backward pass",
+            )
+        over, seen = rows.arrays if rows else (), ()
+        if steps and observe is not None:
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
-            carry, steps = body(carry), steps - 1
+            carry, _ = body(carry, context, tuple(x[0] for x in over))
+            over, steps = tuple(x[1:] for x in over), steps - 1
         if steps:
-            carry = backend.repeat(body, carry, steps, rolled=settings.recomputes)
+            if settings.mode == "replay" and settings.recomputes:
+                carry, seen = recompute.replayed(backend, body, carry, context, steps, over)
+            else:
+                carry, seen = backend.repeat(
+                    lambda carry, row: body(carry, context, row),
+                    carry,
+                    steps,
+                    rows=over,
+                    rolled=settings.recomputes,
+                )
         params, arrays, _, total = recompute.split(carry, sizes)
-        return InnerResult(self._attach(params, start), packed.state.unpack(arrays), total)
+        after = tree.Flat(given.state.leaves(arrays), given.state.spec)
+        return InnerResult(self._attach(params, start), after, total, seen)
+
+    def _given(self, start: Arrays, first: Arrays, state: Any) -> _Given:
+        """The rule's state, its first one where there is none yet, and the rate of each variable.
+
+        `first` are the values of `start` from which the steps run.
+        """
+        settings, owns = self._settings, self._backend.owns
+        v = tree.unflatten(self._spec, start)
+        rate = self._rule.rate(settings.lr, v, name=settings.lr_name, known=settings.lr_known)
+        if state is None:
+            state = self._rule.init(v if first is start else tree.unflatten(self._spec, first))
+        return _Given(tree.Packed(state, owns), tree.Packed(rate, owns))
+
+    def _body(
+        self,
+        given: _Given,
+        start: Arrays,
+        sizes: Sequence[int],
+        observe: Observer | None,
+        rows: Rows | None,
+        keeps: bool,
+    ) -> recompute.Body:
+        """One step, from and to the params, the rule's state, the index and the totals.
+
+        `sizes` are the numbers of arrays of the first three.
+        """
+        settings, count = self._settings, len(given.rate.arrays)
+        recomputed = self._recomputed(given, keeps) if settings.recomputes else None
+
+        def body(carry: Arrays, context: Arrays, row: Arrays) -> tuple[Arrays, Arrays]:
+            params, state, at, total = recompute.split(carry, sizes)
+            view, now = None, self._context_at(given, params, context, at, row, rows)
+            if recomputed is not None:
+                after, state, seen = recomputed(params, state, now)
+            else:
+                # With order 1 and what is kept of the cost, that is attached to the start too.
+                where = self._attach(params, start) if keeps else params
+                _, seen, grads = self._gradient_given(now[count:])(where)
+                if settings.order == 1:
+                    grads = tuple(map(self._backend.stop_gradient, grads))
+                after, state, updates = self._update(given, params, grads, state, now[:count])
+                view = StepView(seen[0], grads, updates)
+            if observe is not None:
+                more = observe(self._attach(params, start), view, *at)
+                total = tuple(a + b for a, b in zip(total, more, strict=True)) if total else more
+            return (*after, *state, *(i + 1 for i in at), *total), seen if keeps else ()
+
+        return body
+
+    def _context_at(
+        self,
+        given: _Given,
+        params: Arrays,
+        context: Arrays,
+        at: Arrays,
+        row: Arrays,
+        rows: Rows | None,
+    ) -> Arrays:
+        """The rates and the context of one step."""
+        of_step, count = self._settings.context_of_step, len(given.rate.arrays)
+        now = context if of_step is None else of_step(context, *at)
+        if rows is None:
+            return now
+        rates_, row = row[: rows.rates], row[rows.rates :]
+        if rows.rate_at is None:
+            return (*now, *row)
+        settings, v = self._settings, tree.unflatten(self._spec, params)
+        rate = self._rule.rate(
+            rows.rate_at(rates_), v, name=settings.lr_name, known=settings.lr_known
+        )
+        return (*tree.Packed(rate, self._backend.owns).arrays, *now[count:], *row)
+
+    def checked_state(self, state: tree.Tree, params: Arrays) -> tree.Tree:
+        """A state of the update rule that was given, after checking that it fits `params`.
+
+        Raises:
+            InputError: another structure, shape or dtype than the rule's first state.
+        """
+        first = tree.Flat.of(self._rule.init(tree.unflatten(self._spec, params)))
+        owns = self._backend.owns
+        leaves = tree.same_structure(state, first.spec, what="state")
+        given = [
+            self._backend.asarray(x) if owns(like) and not owns(x) else x
+            for x, like in zip(leaves, first.arrays, strict=True)
+        ]
+        return first.build(checked_state(first.build(given), first, "state"))
 
     def cost_and_gradient(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         """The cost at `params` and its gradient, scaled like those of the steps."""
-        _, (cost,), grads = self._gradient_given(context)(params)
-        return cost, grads
+        _, seen, grads = self._gradient_given(context)(params)
+        return seen[0], grads
 
     def _gradient_given(self, context: Arrays) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
         return self._backend.value_and_grad(
             partial(self._cost, context=context), checks.cost_ignores_variables
         )
 
-    def _context_of(self, context: Arrays, index: Array | None = None) -> Arrays:
-        of_step = self._settings.context_of_step
-        return context if of_step is None else of_step(context, index)
-
-    def _step(self, given: _Given) -> Callable[[Arrays, Arrays, Arrays], Any]:
-        """`(params, state, context) -> (new params, new state, view)` in the mode of the loop."""
-        settings, count = self._settings, len(given.rate.arrays)
-
-        def gradient(params: Arrays, context: Arrays) -> Arrays:
-            return self.cost_and_gradient(params, context[count:])[1]
+    def _recomputed(self, given: _Given, keeps: bool) -> recompute.Step:
+        """A step that is run again in the backward pass, in the mode of the loop."""
 
         def scaled_cost(params: Arrays, context: Arrays) -> Array:
-            return self._cost(params, context[count:])[0]
+            return self._cost(params, context)[0]
 
-        def apply(
-            params: Arrays, grads: Arrays, arrays: Arrays, context: Arrays
-        ) -> tuple[Arrays, Arrays]:
-            return self._update(given, params, grads, arrays, context[:count])[:2]
-
-        if not settings.recomputes:
-            return partial(self._plain_step, given)
-        if settings.mode == "mixed":
+        gradient = self._gradient
+        if self._settings.mode == "mixed":
             products = recompute.forward_over_reverse(self._backend, scaled_cost)
-            rule = recompute.rematerialised(self._backend, products, apply)
-        else:
-            rule = recompute.rematerialised(self._backend, gradient, apply)
-        return lambda params, arrays, context: (*rule(params, arrays, context), None)
 
-    def _plain_step(
-        self, given: _Given, params: Arrays, arrays: Arrays, context: Arrays
-    ) -> tuple[Arrays, Arrays, StepView]:
+            def gradient(params: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
+                seen = self._cost(params, context)[1] if keeps else ()
+                return products(params, context), seen
+
+        return recompute.rematerialised(
+            self._backend, partial(self._step, given, gradient, keeps=keeps)
+        )
+
+    def _step(
+        self,
+        given: _Given,
+        gradient: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
+        params: Arrays,
+        arrays: Arrays,
+        context: Arrays,
+        keeps: bool = False,
+    ) -> tuple[Arrays, Arrays, Arrays]:
+        """New params, the arrays of the rule's new state, and what is kept of the cost."""
         count = len(given.rate.arrays)
-        _, (cost,), grads = self._gradient_given(context[count:])(params)
-        if self._settings.order == 1:
-            grads = tuple(map(self._backend.stop_gradient, grads))
-        after, arrays, updates = self._update(given, params, grads, arrays, context[:count])
-        return after, arrays, StepView(cost, grads, updates)
+        grads, seen = gradient(params, context[count:])
+        after, state, _ = self._update(given, params, grads, arrays, context[:count])
+        return after, state, seen if keeps else ()
+
+    def _gradient(self, params: Arrays, context: Arrays) -> tuple[Arrays, Arrays]:
+        _, seen, grads = self._gradient_given(context)(params)
+        return grads, seen
 
     def _update(
-        self, given: _Given, params: Arrays, grads: Arrays, state: Arrays, rate: Arrays
+        self, given: _Given, params: Arrays, grads: Arrays, arrays: Arrays, rate: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
-        spec = self._spec
-        new, after_state, updates = self._rule.apply(
-            tree.unflatten(spec, params),
-            tree.unflatten(spec, grads),
-            given.state.unpack(state),
+        """New params, the arrays of the rule's new state, and what was added to the params."""
+        state = given.state
+        after = self._rule.apply(
+            tree.Flat(params, self._spec),
+            grads,
+            tree.Flat(state.leaves(arrays), state.spec),
             given.rate.unpack(rate),
         )
-        after = tree.same_structure(new, spec, what="what the inner update returned")
-        return after, tree.Packed(after_state, self._backend.owns).arrays, tree.leaves(updates)
+        return after.params, tuple(after.state[i] for i in state.places), after.updates
 
     def _attach(self, params: Arrays, start: Arrays) -> Arrays:
         """With order 1, the identity as Jacobian from the start: adds an exact, tracked zero."""
@@ -357,42 +408,3 @@ class InnerLoop:
             return params
         stop = self._backend.stop_gradient
         return tuple(p + (s - stop(s)) for p, s in zip(params, start, strict=True))
-
-    def _check_repeatable(self, given: _Given, start: Arrays, context: Arrays) -> None:
-        """A step that is run again in the backward pass depends on its arguments alone.
-
-        Raises:
-            InputError: it depends on something else, and the framework would not say so.
-        """
-        sizes = (len(start), len(given.state.arrays), len(context))
-
-        def first_step(xs: Arrays) -> Arrays:
-            params, arrays, context, _ = recompute.split(xs, sizes)
-            after, arrays, _ = self._plain_step(given, params, arrays, context)
-            return (*after, *arrays)
-
-        before = _global_streams()
-        try:
-            found = self._backend.hidden_inputs(first_step, (*start, *given.state.arrays, *context))
-        except Exception as error:
-            if not self._backend.needed_a_value(error):
-                raise
-            raise InputError(
-                f"mode={self._settings.mode!r} traces an inner step, and the inner cost or the "
-                "update rule needs the value of an array, which is not known then. Choose with "
-                'ops.where, or use mode="reverse".'
-            ) from error
-        if not found and _global_streams() != before:
-            found = "draws random numbers, of which there would be others"
-        if found:
-            raise InputError(
-                f"mode={self._settings.mode!r} runs an inner step again in the backward pass, and "
-                f"the inner cost or the update rule {found}. Make it an argument, in the variables "
-                'or the batch, or use mode="reverse".'
-            )
-
-
-def _global_streams() -> bytes:
-    """The random streams that no framework knows of: Python's and NumPy's."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  users' code draws from it
-    return pickle.dumps((random.getstate(), numpy))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 from metaframe import arguments, tree
@@ -20,7 +19,6 @@ from metaframe.core.task_map import (
     TaskMap,
     averaged,
     gradient_of,
-    strategy,
     weighed,
 )
 from metaframe.distributed.agreement import agree
@@ -125,8 +123,8 @@ def meta_value_and_grad(
                 num_tasks=count,
             )
             _check_share(backend, how, count)
-        settled = replace(how, task_map=strategy(how.task_map, variables.arrays))
-        run = gradient_of(backend, objective, wanted, held, settled)
+        settled = how.settled(variables.arrays)
+        run = gradient_of(backend, [objective], wanted, held, settled)
         tasks_ = first_tasks(batch.arrays, count)
         costs, aux, grads = averaged(backend, run, tasks_, wanted, settled)
         gradient = tree.Flat(grads, part.structure(variables.arrays))
@@ -188,17 +186,13 @@ def taken_apart(
     v: tree.Tree, tasks: tree.Tree, num_tasks: int | None
 ) -> tuple[tree.Flat, tree.Flat, int, Backend]:
     """The variables and the tasks, how many tasks to use, and the backend of all arrays."""
-    v_leaves, v_spec = tree.flatten(v)
-    task_leaves, task_spec = tree.flatten(tasks)
-    count = checks.tasks(tree.Flat(task_leaves, task_spec), num_tasks)
-    with following(tree.node_types(v_spec, task_spec)):
-        backend = backend_of(*v_leaves, *task_leaves)
-        return (
-            tree.Flat(convert_neutral(v_leaves, backend), v_spec),
-            tree.Flat(convert_neutral(task_leaves, backend), task_spec),
-            count,
-            backend,
-        )
+    variables, batch = tree.Flat.of(v), tree.Flat.of(tasks)
+    count = checks.tasks(batch, num_tasks)
+    with following(tree.node_types(variables.spec, batch.spec)):
+        backend = backend_of(*variables.arrays, *batch.arrays)
+        variables = variables._replace(arrays=convert_neutral(variables.arrays, backend))
+        batch = batch._replace(arrays=convert_neutral(batch.arrays, backend))
+    return variables, batch, count, backend
 
 
 def first_tasks(batch: Arrays, count: int) -> Arrays:

@@ -1,33 +1,48 @@
 """The three meta-steps, with the signatures of ivy's functional API.
 
-Each is a few lines over the composable core: an inner loop (`inner.py`), a cost at the point or
-points it visits, and the mean and gradient of that over tasks (`meta.py`). How tasks are laid out
-is the argument `batched`:
+Each is a few lines over the composable core: an inner loop (`inner_loop.py`), a cost at the
+point or points that it visits (`task_program.py`), and the mean and gradient of that over tasks
+(`task_map.py`). How tasks are laid out is the argument `batched`:
 
 - `True`: one call of the cost function sees all tasks at once. The caller has tiled every variable
   along a leading task axis, and the cost function returns the mean over tasks.
 - `False`: the tasks one after the other; the cost function sees a sub-batch with a leading axis of
   size 1, and variables without a task axis.
-- `"vmap"`, `"scan"`: the cost function sees one task without a task axis; the tasks are vectorised,
-  or run one after the other in compiled form in the memory of one.
+- `"vmap"`, `"scan"`, `"loop"`, `"auto"`: the cost function sees one task without a task axis, and
+  the tasks run as `task_map` of `meta_value_and_grad` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.types import Array, Arrays
+from metaframe.backend.types import Array, Arrays, TaskCost
 from metaframe.core import checks, rates
-from metaframe.core.batching import RETURN_INNER, Batched, Choices, Layout, ReturnInner, execution
+from metaframe.core.batching import RETURN_INNER, Batched, Layout, ReturnInner
 from metaframe.core.entrance import entrance
-from metaframe.core.inner_loop import Cost, InnerLoop, InnerSettings, Mode, flat_cost
-from metaframe.core.task_map import Execution, averaged, gradient_of, weighed
-from metaframe.core.task_map import Objective as TaskObjective
+from metaframe.core.inner_loop import (
+    Cost,
+    InnerLoop,
+    InnerSettings,
+    Mode,
+    Rows,
+    flat_cost,
+    in_order,
+)
+from metaframe.core.optim import Rate, gradient_descent_update
+from metaframe.core.per_step import (
+    Stepwise,
+    contains_marks,
+    number_of_steps,
+    step_axis_first,
+    unmarked,
+)
+from metaframe.core.task_map import averaged, gradient_of, weighed
 from metaframe.core.task_program import (
     Direction,
     Objective,
@@ -37,7 +52,7 @@ from metaframe.core.task_program import (
     reptile,
 )
 from metaframe.distributed.agreement import agree
-from metaframe.optim import Rate, gradient_descent_update
+from metaframe.errors import InputError
 
 LR = "inner_learning_rate"
 """The name of the argument, for errors."""
@@ -137,11 +152,19 @@ def maml_step(
         inner_batch_fn,
         outer_batch_fn,
         average_cost if average_across_steps else adapted_cost,
+        return_inner_v,
     )
-    how = execution(batched, chunk_size, distributed, stop_gradients)
-    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    return _step(layout, task, choices, how, check_finite, return_inner_v, "sum")
+    layout = Layout.of(
+        batch,
+        variables,
+        batched,
+        num_tasks=num_tasks,
+        stop_gradients=stop_gradients,
+        chunk_size=chunk_size,
+        distributed=distributed,
+    )
+    parts = layout.parts(inner_v, keep_inner_v, outer_v, keep_outer_v)
+    return _step(layout, task, parts, "sum", check_finite)
 
 
 @entrance
@@ -196,18 +219,26 @@ def fomaml_step(
         InnerSettings(
             inner_learning_rate,
             inner_optimization_step,
-            order=1,
+            1,
             stop_gradients=stop_gradients,
             lr_name=LR,
         ),
         inner_batch_fn,
         outer_batch_fn,
         average_cost if average_across_steps else adapted_cost,
+        return_inner_v,
     )
-    how = execution(batched, chunk_size, distributed, stop_gradients)
-    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
-    choices = Choices(inner_v, keep_inner_v, outer_v, keep_outer_v)
-    cost, grads, inner = _step(layout, task, choices, how, check_finite, return_inner_v, "sum")
+    layout = Layout.of(
+        batch,
+        variables,
+        batched,
+        num_tasks=num_tasks,
+        stop_gradients=stop_gradients,
+        chunk_size=chunk_size,
+        distributed=distributed,
+    )
+    parts = layout.parts(inner_v, keep_inner_v, outer_v, keep_outer_v)
+    cost, grads, inner = _step(layout, task, parts, "sum", check_finite)
     return (cost, grads, inner) if return_inner_v else (cost, grads)
 
 
@@ -268,8 +299,15 @@ def reptile_step(
     """
     arguments.choice(direction, "direction", ("gradients", "displacement"))
     arguments.integer(inner_grad_steps, "inner_grad_steps", at_least=1)
-    how = execution(batched, chunk_size, distributed, stop_gradients)
-    layout = Layout.of(batch, variables, num_tasks, batched, stop_gradients)
+    layout = Layout.of(
+        batch,
+        variables,
+        batched,
+        num_tasks=num_tasks,
+        stop_gradients=stop_gradients,
+        chunk_size=chunk_size,
+        distributed=distributed,
+    )
     task = _TaskOfStep(
         cost_fn,
         None,
@@ -277,17 +315,18 @@ def reptile_step(
         InnerSettings(
             inner_learning_rate,
             inner_optimization_step,
-            order=1,
+            1,
             stop_gradients=stop_gradients,
             lr_name=LR,
         ),
         None,
         None,
         partial(reptile, direction=direction, scale=layout.scale, stop_gradients=stop_gradients),
+        return_inner_v,
         reported=True,
     )
     divisor = _divisor(task.settings, layout)
-    cost, grads, inner = _step(layout, task, Choices(), how, check_finite, return_inner_v, "mean")
+    cost, grads, inner = _step(layout, task, layout.parts(), "mean", check_finite)
     grads = rates.divided(grads, divisor)
     return (cost, grads, inner) if return_inner_v else (cost, grads)
 
@@ -303,22 +342,22 @@ class _TaskOfStep:
     inner_batch_fn: BatchFn | None
     outer_batch_fn: BatchFn | None
     objective: Objective
+    return_inner: ReturnInner
     reported: bool = False
     """Whether the cost to return is not the one that is differentiated, but the one reported."""
-    returns_inner: bool = False
 
     def __post_init__(self) -> None:
         arguments.function(self.inner_cost, "inner_cost_fn")
-        if self.outer_cost is not None:
-            arguments.function(self.outer_cost, "outer_cost_fn")
-        for name in ("inner_batch_fn", "outer_batch_fn"):
-            if getattr(self, name) is not None:
-                arguments.function(getattr(self, name), name)
+        optional = {"outer_cost_fn": self.outer_cost, "inner_batch_fn": self.inner_batch_fn}
+        for name, fn in {**optional, "outer_batch_fn": self.outer_batch_fn}.items():
+            if fn is not None:
+                arguments.function(fn, name)
         arguments.integer(self.steps, "inner_grad_steps", at_least=0)
+        arguments.choice(self.return_inner, "return_inner_v", RETURN_INNER)
 
     def bound(
         self, layout: Layout, inner: tree.Part, outer: tree.Part, differentiated: tree.Part
-    ) -> TaskObjective:
+    ) -> TaskCost:
         """The objective of a task map; it reports the cost to return and the adapted variables.
 
         Args:
@@ -329,18 +368,28 @@ class _TaskOfStep:
         backend, spec = layout.backend, layout.batch.spec
         adapting = inner.structure(layout.variables.arrays)
         size = len(layout.batch.arrays)
+        pairs = zip(outer.flags, differentiated.flags, strict=True)
+        of_others = [anywhere and not here for here, anywhere in pairs]
 
         def objective(xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
             leaves, weight = task[:size], task[size:]
             variables = differentiated.merge(xs, held)
-            if outer is not differentiated:
-                pairs = zip(variables, outer.flags, strict=True)
-                variables = tuple(x if flag else backend.stop_gradient(x) for x, flag in pairs)
+            variables = tuple(
+                backend.stop_gradient(x) if other else x
+                for x, other in zip(variables, of_others, strict=True)
+            )
             params, others = inner.divide(variables)
-            support = _applied(self.inner_batch_fn, spec, leaves, backend)
+            support = self._support(layout, leaves)
             query = _applied(self.outer_batch_fn, spec, leaves, backend)
+            if contains_marks(query.spec):
+                query = tree.Packed(unmarked(query.unpack(query.arrays))[0], backend.owns)
             inner_cost = flat_cost(
-                self.inner_cost, "inner_cost_fn", backend, inner, support, layout.scale
+                self.inner_cost,
+                "inner_cost_fn",
+                backend,
+                inner,
+                support.data.template(),
+                layout.scale,
             )
             outer_cost = flat_cost(
                 self.outer_cost or self.inner_cost, "outer_cost_fn", backend, inner, query
@@ -348,17 +397,37 @@ class _TaskOfStep:
             context = (*others, *query.arrays)
             found = self.objective(
                 TaskRun.of(
-                    InnerLoop(backend, inner_cost, adapting, self.settings),
+                    InnerLoop(
+                        backend, in_order(inner_cost, len(others), support), adapting, self.settings
+                    ),
                     params,
-                    (*others, *support.arrays),
+                    (*others, *support.fixed),
                     self.steps,
                     lambda at, index: (outer_cost(at, context)[0], ()),
+                    None if support.steps is None else Rows(support.rows),
                 )
             )
-            adapted = inner.merge(found.params, others) if self.returns_inner else ()
+            adapted = inner.merge(found.params, others) if self.return_inner else ()
             return weighed(backend, found.cost, weight), (*found.report, *adapted)
 
         return objective
+
+    def _support(self, layout: Layout, leaves: Arrays) -> Stepwise:
+        """What the inner cost of a task gets, with its rows for each step."""
+        support = _applied(self.inner_batch_fn, layout.batch.spec, leaves, layout.backend)
+        if not contains_marks(support.spec):
+            return Stepwise.plain(support)
+        if self.reported:
+            raise InputError(
+                "reptile_step looks at the inner cost after the last step too, for which per_step "
+                "has no row. Leave out per_step, or use unroll."
+            )
+        batch = support.unpack(support.arrays)
+        if layout.with_task_axis:
+            batch = step_axis_first(batch, layout.backend)
+        found = Stepwise.of(batch, layout.backend.owns, "batch")
+        number_of_steps(self.steps, {"batch": found.steps}, "inner_grad_steps")
+        return found
 
 
 def _applied(
@@ -372,29 +441,23 @@ def _applied(
 def _step(
     layout: Layout,
     task: _TaskOfStep,
-    choices: Choices,
-    how: Execution,
-    check_finite: bool,
-    return_inner_v: ReturnInner,
+    parts: list[tuple[tree.Part, tree.Part]],
     reduce: Literal["sum", "mean"],
+    check_finite: bool,
 ) -> tuple[Any, tree.Tree, tree.Tree]:
-    """Cost, gradients and adapted variables, as the caller gets them."""
-    arguments.choice(return_inner_v, "return_inner_v", RETURN_INNER)
-    task = replace(task, returns_inner=bool(return_inner_v))
-    choices.check(layout, how)
-    parts, backend, spec = choices.parts(layout), layout.backend, layout.variables.spec
-    if len(parts) == 1:
-        differentiated = parts[0][1]
-    else:
-        flags = [any(column) for column in zip(*(outer.flags for _, outer in parts), strict=True)]
-        differentiated = tree.Part(spec, flags)
+    """Cost, gradients and adapted variables, as the caller gets them.
+
+    `parts` are the variables that adapt and those that are differentiated: for all tasks, or one
+    pair for each.
+    """
+    backend, how = layout.backend, layout.how
+    flags = [any(column) for column in zip(*(outer.flags for _, outer in parts), strict=True)]
+    differentiated = tree.Part(layout.variables.spec, flags)
     objectives = [task.bound(layout, inner, outer, differentiated) for inner, outer in parts]
     wanted, held = differentiated.divide(layout.variables.arrays)
     if how.distributed:
         agree(backend, step=(task, how), batch=layout.batch, v=layout.variables, chosen=parts)
-    run = gradient_of(
-        backend, objectives[0] if len(objectives) == 1 else objectives, wanted, held, how
-    )
+    run = gradient_of(backend, objectives, wanted, held, how)
     costs, rows, grads = averaged(backend, run, layout.batch.arrays, wanted, how)
     gradient = tree.Flat(
         layout.without_task_axis(grads, reduce), differentiated.structure(layout.variables.arrays)
@@ -405,7 +468,7 @@ def _step(
         checks.finite(costs, backend, tiled=layout.tiled)
         checks.finite_leaves(gradient, backend)
     cost = layout.cost(backend.ops.mean(costs))
-    return cost, gradient.build(gradient.arrays), layout.inner(rows, return_inner_v)
+    return cost, gradient.build(gradient.arrays), layout.inner(rows, task.return_inner)
 
 
 def _divisor(settings: InnerSettings, layout: Layout) -> Rate:
@@ -415,9 +478,5 @@ def _divisor(settings: InnerSettings, layout: Layout) -> Rate:
     name = "the optimizer's learning_rate" if lr is None else LR
     rates.refuse_zero(rate, name, "reptile_step")
     arrays = layout.variables.arrays
-    v = (
-        layout.variables.build(x[0] for x in arrays)
-        if layout.tiled
-        else layout.variables.build(arrays)
-    )
-    return rates.spread(rate, v, name=name)
+    of_a_task = [x[0] for x in arrays] if layout.tiled else arrays
+    return rates.spread(rate, layout.variables.build(of_a_task), name=name)

@@ -7,16 +7,16 @@ scan or a Python loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
-from typing import Literal, Protocol, get_args
+from itertools import cycle
+from typing import Literal, get_args
 
 from metaframe import arguments
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of
-from metaframe.backend.types import Array, Arrays
+from metaframe.backend.types import Array, Arrays, TaskCost
 from metaframe.backend.workers import Share
 from metaframe.distributed.sharding import sharded
 
@@ -31,14 +31,6 @@ TaskFn = Callable[[Arrays], Found]
 
 A task divided among workers comes with its weight, as the last array; see `weighed`.
 """
-
-
-class Objective(Protocol):
-    """The cost of a task as a function of flat arrays."""
-
-    def __call__(self, xs: Arrays, held: Arrays, task: Arrays) -> tuple[Array, Arrays]:
-        """`(differentiated variables, held variables, task) -> (scalar, aux)`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,10 @@ class Execution:
         """The share that this process was given, where it was given no more than its own tasks."""
         return self.distributed if isinstance(self.distributed, Share) else None
 
+    def settled(self, variables: Arrays) -> Execution:
+        """The same with what "auto" means for these variables."""
+        return replace(self, task_map=strategy(self.task_map, variables))
+
 
 def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
     """The meaning of "auto": "scan" for convolutions on a CPU, "vmap" for everything else.
@@ -77,7 +73,7 @@ def strategy(task_map: TaskMap, variables: Arrays) -> Strategy:
 
 def gradient_of(
     backend: Backend,
-    objective: Objective | Iterable[Objective],
+    objectives: Sequence[TaskCost],
     wanted: Arrays,
     held: Arrays,
     how: Execution,
@@ -85,14 +81,15 @@ def gradient_of(
     """`tasks -> (costs, aux, gradients in wanted)`, of what `averaged` hands it.
 
     Args:
-        objective: the cost of a task; where tasks run one by one in Python, also one for each.
+        objectives: the cost of a task; where tasks run one by one in Python, also one for each.
         wanted: the variables to differentiate.
         held: the others.
         how: how the tasks run, without "auto".
     """
-    if how.task_map == "vmap" and callable(objective):
+    if how.task_map == "vmap":
+        (objective,) = objectives
         return partial(backend.mapped_value_and_grad(objective), wanted, held)
-    each = iter(repeat(objective) if callable(objective) else objective)
+    each = cycle(objectives)
 
     def run(task: Arrays) -> Found:
         return backend.value_and_grad(partial(next(each), held=held, task=task))(wanted)

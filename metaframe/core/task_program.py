@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from metaframe import ops
 from metaframe.backend.types import Array, Arrays
-from metaframe.core.inner_loop import InnerLoop, InnerResult, Observer, StepView
+from metaframe.core.inner_loop import InnerLoop, InnerResult, Observer, Rows, StepView
 from metaframe.errors import InputError
 
 OuterCost = Callable[[Arrays, Array | None], tuple[Array, Arrays]]
@@ -23,7 +23,13 @@ Direction = Literal["gradients", "displacement"]
 
 
 class Outcome(NamedTuple):
-    """What a task contributes."""
+    """What a task contributes.
+
+    >>> def final(run):
+    ...     adapted = run.adapted().params
+    ...     cost, report = run.outer(adapted, None)
+    ...     return Outcome(cost, adapted, report)
+    """
 
     cost: Array
     """A scalar, whose gradient goes into the meta-gradient."""
@@ -38,7 +44,6 @@ class Adapt(Protocol):
 
     def __call__(self, observe: Observer | None = None) -> InnerResult:
         """The params after the inner loop, and the sums of what the observer returned."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class TaskRun:
         inner: the inner cost at given params, with its gradient.
         outer: the outer cost at given params.
         schedule: numbers that change from one call to the next and are not differentiated.
+
+    An objective, such as that of `metaframe.learners.Method`, receives one:
+
+    >>> def unadapted(run: TaskRun) -> Outcome:
+    ...     return Outcome(run.outer(run.start, None)[0], run.start, ())
     """
 
     start: Arrays
@@ -63,13 +73,18 @@ class TaskRun:
 
     @staticmethod
     def of(
-        loop: InnerLoop, start: Arrays, context: Arrays, steps: int, outer: OuterCost
+        loop: InnerLoop,
+        start: Arrays,
+        context: Arrays,
+        steps: int,
+        outer: OuterCost,
+        rows: Rows | None = None,
     ) -> TaskRun:
         """A run of `loop` from `start`, and nothing after it."""
         return TaskRun(
             start,
             steps,
-            partial(loop.run, start, context, steps),
+            partial(loop.run, start, context, steps, rows=rows),
             partial(loop.cost_and_gradient, context=context),
             outer,
         )

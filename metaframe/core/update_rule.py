@@ -8,30 +8,39 @@ shapes and dtypes of those that it got.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaframe import optim, tree
+from metaframe import tree
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Arrays
-from metaframe.core import rates
+from metaframe.core import optim, rates
+from metaframe.core.optim import Optimizer, Params, Rate, State
 from metaframe.errors import InputError, InputTypeError
-from metaframe.optim import Optimizer, Params, Rate, State
+from metaframe.tree import Flat, Leaves
 
 RETURNED = "what the inner update returned"
+
+
+class Updated(NamedTuple):
+    """What an update leads to, as leaves in the order of the variables and of the state."""
+
+    params: Leaves
+    state: Leaves
+    updates: Leaves
+    """What was added to the variables."""
 
 
 class UpdateRule(NamedTuple):
     """One form for every kind of update."""
 
     init: Callable[[Params], State]
-    apply: Callable[[Params, Params, State, Rate], tuple[Params, State, Params]]
-    """`(v, grads, state, lr) -> (new v, new state, what was added)`."""
+    apply: Callable[[Flat, Leaves, Flat, Rate], Updated]
+    """`(v, grads, state, lr) -> Updated`."""
     rate: Callable[..., Rate]
     """`rate(lr, v, name=..., known=...)`: what `apply` takes as `lr`, or an error about it.
 
@@ -39,22 +48,15 @@ class UpdateRule(NamedTuple):
     """
 
 
-def update_rule(
-    update: Any,
-    *,
-    stop_gradients: bool,
-    called: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
-) -> UpdateRule:
+def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
     """`update` as an `UpdateRule`.
-
-    `called(update)` is what is called of an update function, see `Backend.user_function`.
 
     `stop_gradients` is handed to an update function. Pairs have no such argument: what they return
     depends on the gradients as they come, and it is for the caller to make those constants.
     """
     if update is optim.gradient_descent_update:
         # As a pair it also says what it added, without the rounding of a difference.
-        update = optim.sgd()
+        return GRADIENT_DESCENT
     if isinstance(update, Optimizer):
         if optim.rule(update) is None:
             _check_signature(update.init, "init(v)", None)
@@ -63,27 +65,29 @@ def update_rule(
     if hasattr(update, "init") and hasattr(update, "update"):
         return _foreign_pair(update)
     if callable(update):
-        return _function(update, stop_gradients, called(update))
+        return _function(update, stop_gradients)
     raise InputTypeError(
         "the inner update is an optim.Optimizer, a pair with init and update, or a function "
         f"update(v, grads, lr, stop_gradients=...), received {type(update).__name__}."
     )
 
 
-def _pair(init: Any, update: Any, rate: Callable[..., Rate]) -> UpdateRule:
-    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        result = update(grads, state, v, lr)
+def _pair(init: Any, update: Any, rate: Callable[..., Rate], *, cast: bool = False) -> UpdateRule:
+    """A rule that says what to add, which it does in the variables' dtypes if told to `cast`."""
+
+    def apply(v: Flat, grads: Leaves, state: Flat, lr: Rate) -> Updated:
+        result = update(v.build(grads), state.build(state.arrays), v.build(v.arrays), lr)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputTypeError(
                 "the inner update is a pair whose update returns (updates, new state), received "
                 f"{type(result).__name__}."
             )
-        updates, new_state = result
-        tree.same_structure(updates, tree.structure(v), what=RETURNED)
-        new = optim.apply_updates(v, updates)
+        updates = tree.same_structure(result[0], v.spec, what=RETURNED)
+        if cast:
+            updates = tuple(map(_in_dtype_of, updates, v.arrays))
+        new = tuple(p + u for p, u in zip(v.arrays, updates, strict=True))
         _check_variables(new, v)
-        _check_state(new_state, state)
-        return new, new_state, updates
+        return Updated(new, checked_state(result[1], state), updates)
 
     return UpdateRule(init, apply, rate)
 
@@ -103,7 +107,7 @@ def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
     return rate
 
 
-def _with_finite_roots(update: Callable[..., Any]) -> Callable[..., Any]:
+def _with_finite_roots(update: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`update`, code of others, as something to differentiate.
 
     The square root of a second moment has no derivative where that is zero, as it is for a unit
@@ -113,19 +117,20 @@ def _with_finite_roots(update: Callable[..., Any]) -> Callable[..., Any]:
     def call(*given: Any) -> Any:
         backend = backend_of(*tree.leaves(given[0]))
         arguments = tree.Packed(given, backend.owns)
-        results: list[tree.Packed] = []
+        returned = tree.Returned(backend.owns)
 
         def flat(xs: Arrays) -> Arrays:
-            results.append(tree.Packed(update(*arguments.unpack(xs)), backend.owns))
-            return results[-1].arrays
+            found = backend.user_function(update)(*arguments.unpack(xs), **settings)
+            return returned.flatten(found)
 
         try:
             arrays = backend.with_finite_roots(flat)(arguments.arrays)
         except Exception as error:
             if not backend.needed_a_value(error):
                 raise
-            return update(*given)  # it looks at values, and runs as it is
-        return results[-1].unpack(arrays)
+            # It looks at values, and runs as it is.
+            return backend.user_function(update)(*given, **settings)
+        return returned.build(arrays)
 
     return call
 
@@ -144,15 +149,11 @@ def _foreign_pair(pair: Any) -> UpdateRule:
 
     def update(grads: Params, state: State, v: Params, lr: Rate) -> Any:
         del lr
-        result = finite(grads, state, v)
-        if not isinstance(result, tuple) or len(result) != 2:
-            return result
-        # As optax applies them: in the dtype of the variables, whatever it accumulates in.
-        tree.same_structure(result[0], tree.structure(v), what=RETURNED)
-        return tree.map(_in_dtype_of, result[0], v), result[1]
+        return finite(grads, state, v)
 
     _check_signature(pair.update, "update(grads, state, v)", None, None, None)
-    return _pair(pair.init, update, rate)
+    # As optax applies them: in the dtype of the variables, whatever it accumulates in.
+    return _pair(pair.init, update, rate, cast=True)
 
 
 def _in_dtype_of(x: Any, like: Any) -> Any:
@@ -162,9 +163,7 @@ def _in_dtype_of(x: Any, like: Any) -> Any:
     return backend.ops.astype(x, backend.dtype_name(like))
 
 
-def _function(
-    update: Callable[..., Params], stop_gradients: bool, called: Callable[..., Params]
-) -> UpdateRule:
+def _function(update: Callable[..., Params], stop_gradients: bool) -> UpdateRule:
     _check_signature(
         update,
         "update(v, grads, lr, stop_gradients=...)",
@@ -179,12 +178,13 @@ def _function(
             return rates.arrays(lr, v)
         return rates.spread(lr, v, name=name, known=known)
 
-    finite = _with_finite_roots(functools.partial(called, stop_gradients=stop_gradients))
+    finite = _with_finite_roots(update, stop_gradients=stop_gradients)
 
-    def apply(v: Params, grads: Params, state: State, lr: Rate) -> tuple[Params, State, Params]:
-        new = finite(v, grads, lr)
+    def apply(v: Flat, grads: Leaves, state: Flat, lr: Rate) -> Updated:
+        returned = finite(v.build(v.arrays), v.build(grads), lr)
+        new = tree.same_structure(returned, v.spec, what=RETURNED)
         _check_variables(new, v)
-        return new, state, tree.map(lambda n, o: n - o, new, v)
+        return Updated(new, state.arrays, tuple(n - o for n, o in zip(new, v.arrays, strict=True)))
 
     return UpdateRule(lambda v: (), apply, rate)
 
@@ -200,52 +200,48 @@ def _check_signature(fn: Any, form: str, *args: Any, **kwargs: Any) -> None:
         pass  # written in C, and without a signature
 
 
-def _check_variables(new: Params, v: Params) -> None:
-    """New variables are arrays of the structure, shapes and dtypes of the old ones."""
-    spec = tree.structure(v)
-    found = tree.same_structure(new, spec, what=RETURNED)
-    for i, (x, like) in enumerate(zip(found, tree.leaves(v), strict=True)):
-        problem = _difference(x, like) if owner(like) is not None else None
-        if problem is not None:
-            name = tree.key_chains(v)[i]
+def _check_variables(new: Leaves, v: Flat) -> None:
+    """New variables are arrays of the shapes and dtypes of the old ones."""
+    for name, x, like in _unlike(new, v):
+        if owner(like) is not None:
             where = f" for {name!r}" if name else ""
             raise InputError(
-                f"the inner update returned {problem[0]}{where}, whose variable is {problem[1]}. "
-                "Return new variables of the shapes and dtypes of the old ones."
+                f"the inner update returned {_described(x)}{where}, whose variable is "
+                f"{_described(like)}. Return variables of the shapes and dtypes of the old ones."
             )
 
 
-def _check_state(new: State, state: State) -> None:
-    """A new state is arrays of the structure, shapes and dtypes of the old one."""
-    what = "the state that the inner update returned"
-    found = tree.same_structure(new, tree.structure(state), what=what)
-    for i, (x, like) in enumerate(zip(found, tree.leaves(state), strict=True)):
-        problem = _difference(x, like)
-        if problem is not None:
-            name = tree.key_chains(state)[i]
-            where = f" at {name!r}" if name else ""
-            raise InputError(
-                f"{what} has {problem[0]}{where}, and before it was {problem[1]}. A state consists "
-                "of arrays whose shapes and dtypes stay; count in an array, such as "
-                "ops.sum(ops.zeros_like(w))."
-            )
+def checked_state(
+    new: State, state: Flat, what: str = "the state that the inner update returned"
+) -> Leaves:
+    """The leaves of a new state: of the structure, shapes and dtypes of the old one."""
+    found = tree.same_structure(new, state.spec, what=what)
+    for name, x, like in _unlike(found, state):
+        where = f" at {name!r}" if name else ""
+        raise InputError(
+            f"{what} has {_described(x)}{where}; it has to be {_described(like)}. A state "
+            "consists of arrays whose shapes and dtypes stay; count in an array, such as "
+            "ops.sum(ops.zeros_like(w))."
+        )
+    return found
 
 
-def _difference(x: Any, like: Any) -> tuple[str, str] | None:
-    """What `x` is and what `like` is, where one cannot stand in the place of the other."""
+def _unlike(new: Leaves, old: Flat) -> Iterator[tuple[str, Any, Any]]:
+    """Where a leaf cannot stand in the place of the old one: its key chain, and both of them."""
+    for i, (x, like) in enumerate(zip(new, old.arrays, strict=True)):
+        if not _alike(x, like):
+            yield tree.chains(old.spec)[i], x, like
+
+
+def _alike(x: Any, like: Any) -> bool:
     backend = owner(like)
     if backend is None:
-        same = x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
-        return None if same else (_described(x), _described(like))
-    alike = backend.owns(x) and backend.dtype_name(x) == backend.dtype_name(like)
-    if alike and _same_size(tuple(x.shape), tuple(like.shape)):
-        return None
-    return _described(x), _described(like)
-
-
-def _same_size(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+        return x is like or (owner(x) is None and np.array_equal(np.asarray(x), np.asarray(like)))
+    if not backend.owns(x) or backend.dtype_name(x) != backend.dtype_name(like):
+        return False
+    a, b = tuple(x.shape), tuple(like.shape)
     # TensorFlow has None where a size is not known yet.
-    return len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(m == n or None in (m, n) for m, n in zip(a, b, strict=True))
 
 
 def _described(x: Any) -> str:
@@ -253,3 +249,7 @@ def _described(x: Any) -> str:
     if backend is None:
         return f"{x!r:.60} ({type(x).__name__})"
     return f"{backend.dtype_name(x)} of shape {tuple(x.shape)} ({backend.name})"
+
+
+GRADIENT_DESCENT = update_rule(optim.sgd(), stop_gradients=False)
+"""Gradient descent with the rate of the loop."""

@@ -18,8 +18,6 @@ started. See docs/scaling.md.
 from metaframe.backend.workers import Place as Place
 from metaframe.backend.workers import Share as Share
 from metaframe.backend.workers import Workers as Workers
-from metaframe.distributed.session import TIMEOUT as TIMEOUT
 from metaframe.distributed.session import is_first as is_first
-from metaframe.distributed.session import is_restarted as is_restarted
 from metaframe.distributed.session import place as place
 from metaframe.distributed.session import session as session

@@ -9,7 +9,8 @@ from metaframe.backend.registry import owner
 from metaframe.backend.selection import is_neutral
 from metaframe.errors import InputError
 from metaframe.learners.maml import MAML
-from metaframe.models import adapter_of
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.models.lookup import adapter_of
 
 
 class ANIL(MAML):
@@ -93,3 +94,14 @@ def _arrays(head: Any) -> tuple[Any, ...]:
     if all(owner(leaf) is not None or is_neutral(leaf) for leaf in leaves):
         return leaves
     return tuple(adapter_of(head).params().values())
+
+
+register_algorithm(
+    Algorithm(
+        "anil",
+        "adapts the head only (arXiv 1909.09157)",
+        lambda model, c: ANIL(
+            model, "head", inner_lr=c.inner_lr, inner_steps=c.inner_steps, norm=c.norm
+        ),
+    )
+)

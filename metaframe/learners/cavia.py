@@ -7,7 +7,8 @@ from typing import Any
 from metaframe.errors import InputError
 from metaframe.learners.anil import part_names
 from metaframe.learners.maml import MAML
-from metaframe.models import adapter_of
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.models.lookup import adapter_of
 from metaframe.models.wrapped import WithContext
 
 
@@ -50,3 +51,16 @@ class CAVIA(MAML):
         if not adapter.trainable():
             raise InputError("the context is the whole model, which leaves nothing to meta-learn.")
         super().__init__(adapter, **kwargs)
+
+
+register_algorithm(
+    Algorithm(
+        "cavia",
+        "adapts context parameters only (arXiv 1810.03642)",
+        lambda model, c: CAVIA(
+            model, "context", inner_lr=c.inner_lr, inner_steps=c.inner_steps, norm=c.norm
+        ),
+        ("context",),
+        {"context": 5, "inner_lr": 1.0},
+    )
+)

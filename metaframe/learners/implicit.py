@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from metaframe import arguments, ops, optim, tree
-from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
-from metaframe.core import recompute
+from metaframe.core.implicit import attached, conjugate_gradient
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params
+from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
-from metaframe.learners.settings import Norm
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
 
 
 class ImplicitMAML(MAML):
@@ -72,15 +72,23 @@ class ImplicitMAML(MAML):
         arguments.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
             raise InputError(f"proximal must be a positive number, received {proximal!r}.")
-        super().__init__(
-            module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
-        )
-        # The gradient is differentiated again, in the products with H.
-        self.config = dataclasses.replace(self.config, twice=True)
-        self._method = Method(
+        method = Method(
             penalty=functools.partial(squared_distance, strength=proximal),
             finish=functools.partial(implicit, strength=proximal, cg_steps=cg_steps),
         )
+        super().__init__(
+            module,
+            inner_lr,
+            inner_steps,
+            True,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=update,
+            method=method,
+        )
+        # The gradient is differentiated again, in the products with H.
+        self.config = dataclasses.replace(self.config, twice=True)
 
 
 def squared_distance(params: Params, start: Params, *, strength: float) -> Array:
@@ -92,74 +100,33 @@ def squared_distance(params: Params, start: Params, *, strength: float) -> Array
 def implicit(
     support: Support, start: Params, params: Params, *, strength: float, cg_steps: int
 ) -> Params:
-    """`params` with the derivatives of the solution of the proximal problem.
-
-    With u = (I + H / lambda)^{-1} v for a cotangent v of the solution, the cotangent of the start
-    is u, and that of anything else the support loss depends on, -1/lambda times the transposed
-    derivative of its gradient with respect to that, times u.
-    """
+    """`params` with the derivatives of the solution of the proximal problem."""
     backend, names = support.backend, sorted(support.names)
+    packed = tree.Packed((start, (support.x, support.y)), backend.owns)
+
+    def cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
+        begun, batch = packed.unpack(context)
+        adapted = dict(zip(names, params, strict=True))
+        at = {**begun, **adapted}
+        distance = squared_distance(adapted, begun, strength=strength)
+        return support.loss(batch, {name: at[name] for name in start}) + distance, ()
+
     solution = tuple(backend.stop_gradient(params[name]) for name in names)
-    others = {name: x for name, x in start.items() if name not in names}
-    context = tree.Packed((others, (support.x, support.y)), backend.owns)
-    sizes = (len(names), len(names))
-
-    def gradient(solution: Arrays, arrays: Arrays) -> Sequence[Arrays]:
-        others, batch = context.unpack(arrays)
-
-        def loss(solution: Arrays) -> tuple[Array, Arrays]:
-            at = {**others, **dict(zip(names, solution, strict=True))}
-            return support.loss(batch, {name: at[name] for name in params}), ()
-
-        return (backend.value_and_grad(loss)(solution)[2],)
-
-    def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
-        solution, _, arrays = recompute.split(xs, sizes)
-
-        def system(u: Arrays) -> Arrays:
-            (curvature,) = recompute.vjp(backend, lambda s: gradient(s, arrays), (solution,), u)
-            return tuple(a + b / strength for a, b in zip(u, curvature, strict=True))
-
-        u = conjugate_gradient(backend, system, cotangents, cg_steps)
-        (rest,) = recompute.vjp(backend, lambda a: gradient(solution, a), (arrays,), u)
-        zeros = tuple(ops.zeros_like(x) for x in solution)
-        return (*zeros, *u, *(None if x is None else -x / strength for x in rest))
-
-    attached = backend.custom_vjp(lambda xs: tuple(1 * x for x in xs[: len(names)]), backward)
-    found = attached((*solution, *(start[name] for name in names), *context.arrays))
+    solve = functools.partial(conjugate_gradient, steps=cg_steps)
+    found = attached(backend, cost, solution, packed.arrays, solve)
     return {**params, **dict(zip(names, found, strict=True))}
 
 
-def conjugate_gradient(
-    backend: Backend, system: Callable[[Arrays], Arrays], right: Arrays, steps: int
-) -> Arrays:
-    """The solution of a symmetric positive definite system, after `steps` steps from zero.
-
-    Hestenes & Stiefel 1952. Once the residual is exactly zero nothing changes any more.
-    """
-    count = len(right)
-
-    def body(carry: Arrays) -> Arrays:
-        x, residual, direction, _ = recompute.split(carry, (count, count, count))
-        product = system(direction)
-        size = _dot(residual, residual)
-        rate = size / _or_one(_dot(direction, product))
-        x = _along(x, rate, direction)
-        residual = _along(residual, -rate, product)
-        ratio = _dot(residual, residual) / _or_one(size)
-        return (*x, *residual, *_along(residual, ratio, direction))
-
-    start = (*map(ops.zeros_like, right), *right, *right)
-    return backend.repeat(body, start, steps)[:count]
-
-
-def _dot(xs: Arrays, ys: Arrays) -> Array:
-    return sum(ops.sum(x * y) for x, y in zip(xs, ys, strict=True))
-
-
-def _along(xs: Arrays, rate: Array, direction: Arrays) -> Arrays:
-    return tuple(x + rate * d for x, d in zip(xs, direction, strict=True))
-
-
-def _or_one(x: Array) -> Array:
-    return ops.where(ops.abs(x) > 0, x, 1.0)
+register_algorithm(
+    Algorithm(
+        "imaml",
+        "gradients at the solution of a proximal inner problem (arXiv 1909.04630)",
+        lambda model, c: ImplicitMAML(
+            model, c.inner_lr, c.inner_steps, c.proximal, c.cg_steps, norm=c.norm
+        ),
+        ("proximal", "cg_steps"),
+        {"inner_steps": 16},
+        ignores=("mode",),
+        exact=False,
+    )
+)

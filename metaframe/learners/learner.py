@@ -10,15 +10,15 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.model import Inputs, ModelAdapter
 from metaframe.backend.types import Array
 from metaframe.core import checks
 from metaframe.core.entrance import entrance
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params, array_like, descend, gradients
+from metaframe.learners.functions import Params, array_like, descend, gradients
 from metaframe.learners.method import Method, Support
 from metaframe.learners.parts import Find, Part, attribute
 from metaframe.learners.settings import AdaptConfig
-from metaframe.models import Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
 LossFn = Callable[[Any, Any], Array]

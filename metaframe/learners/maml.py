@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from metaframe import arguments, optim
-from metaframe.learners.functional import LearningRate, adapted_names, rate_for
+from metaframe.learners.functions import LearningRate, adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
-from metaframe.learners.method import Method
-from metaframe.learners.settings import AdaptConfig, Norm
-from metaframe.models import adapter_of
+from metaframe.learners.method import PLAIN, Method
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.learners.settings import AdaptConfig
+from metaframe.models.lookup import adapter_of
 
 
 class MAML(MetaLearner):
@@ -41,6 +43,7 @@ class MAML(MetaLearner):
             the model's running statistics. A `tf.Module`, a function of your own with parameters
             and an Equinox module without its state decide for themselves.
         update: the inner update rule, as for `metaframe.inner_loop`.
+        method: where an algorithm of your own departs from MAML, see `metaframe.learners.Method`.
 
     Raises:
         InputError: fewer steps than one, no parameters to adapt, an unknown name.
@@ -76,6 +79,7 @@ class MAML(MetaLearner):
         *,
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
+        method: Method = PLAIN,
     ) -> None:
         arguments.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
@@ -94,7 +98,7 @@ class MAML(MetaLearner):
             every=adapt_names is None,
         )
         config.check_rate(adapter.params())
-        super().__init__(adapter, config, Method())
+        super().__init__(adapter, config, method)
 
     @property
     def inner_lr(self) -> LearningRate | None:
@@ -120,3 +124,21 @@ class MAML(MetaLearner):
     def allow_unused(self) -> bool:
         """Whether a support loss may leave adapted parameters out."""
         return self.config.allow_unused
+
+
+register_algorithm(
+    Algorithm(
+        "maml",
+        "exact second-order meta-gradients (arXiv 1703.03400)",
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, norm=c.norm),
+    )
+)
+register_algorithm(
+    Algorithm(
+        "fomaml",
+        "inner gradients detached (arXiv 1703.03400, 5.2)",
+        lambda model, c: MAML(model, c.inner_lr, c.inner_steps, first_order=True, norm=c.norm),
+        ignores=("mode",),
+        exact=False,
+    )
+)

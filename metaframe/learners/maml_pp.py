@@ -12,15 +12,16 @@ import numpy as np
 from metaframe import arguments, ops, tree
 from metaframe.backend.types import Array, Arrays
 from metaframe.core.inner_loop import StepView
+from metaframe.core.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 from metaframe.core.task_program import Outcome, TaskRun, adapted_cost
-from metaframe.learners.functional import LearningRate
+from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import Phase
 from metaframe.learners.method import Method
-from metaframe.learners.settings import Norm
-from metaframe.models import adapter_of
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.models.lookup import adapter_of
 from metaframe.models.per_step import StepAffine, row
-from metaframe.optim import Grads, Optimizer, Params, Rate, State, gradient_descent_update
 
 LEAST_WEIGHT = 0.03
 """Times 1/K, what a step before the last keeps while its weight falls (the authors' code)."""
@@ -192,3 +193,22 @@ def _rated_step(
         return -row(rates, state) * g
 
     return tree.map(step, grads, lr), state + 1
+
+
+register_algorithm(
+    Algorithm(
+        "maml++",
+        "learned rates for every step, multi-step loss, annealed order (arXiv 1810.09502)",
+        lambda model, c: MAMLPlusPlus(
+            model,
+            c.inner_lr,
+            c.inner_steps,
+            norm=c.norm,
+            learn_norms=c.learn_norms,
+            multi_step_epochs=c.multi_step_epochs,
+            second_order_from=c.second_order_from,
+        ),
+        ("multi_step_epochs", "learn_norms", "second_order_from", "steps_per_epoch"),
+        {"inner_steps": 5, "multi_step_epochs": 10},
+    )
+)

@@ -11,11 +11,12 @@ from metaframe import ops
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
 from metaframe.core import checks
+from metaframe.core.optim import Grads, Optimizer, Params, Rate, State
 from metaframe.errors import InputTypeError
 from metaframe.learners.maml import MAML
-from metaframe.learners.settings import Norm
-from metaframe.models import adapter_of
-from metaframe.optim import Grads, Optimizer, Params, Rate, State
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.models.lookup import adapter_of
 
 MODES = ("out", "in", "window")
 Modes = tuple[int, int, int]
@@ -142,3 +143,12 @@ def _modes(x: Array, output_first: bool) -> Modes:
 
 def _identity(size: int, like: Array) -> Array:
     return ops.one_hot(ops.arange(size, like=like), size, backend_of(like).dtype_name(like))
+
+
+register_algorithm(
+    Algorithm(
+        "metacurvature",
+        "learns a transformation of the inner gradients (arXiv 1902.03356)",
+        lambda model, c: MetaCurvature(model, c.inner_lr, c.inner_steps, norm=c.norm),
+    )
+)

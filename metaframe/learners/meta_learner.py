@@ -10,6 +10,7 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Inputs, ModelAdapter, NamedParameters
 from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
 from metaframe.core import checks
@@ -20,18 +21,18 @@ from metaframe.core.meta_gradient import MetaResult
 from metaframe.core.task_map import Execution, TaskMap, strategy
 from metaframe.errors import InputError, nearest
 from metaframe.learners import parameters
-from metaframe.learners.functional import Params, array_like
+from metaframe.learners.functions import Params, array_like
 from metaframe.learners.learner import Learner, LossFn
 from metaframe.learners.method import Method
 from metaframe.learners.names import named, renamed
 from metaframe.learners.native_class import Wrapper
+from metaframe.learners.norms import Norm
 from metaframe.learners.objective import Meta, Setting, as_batch
-from metaframe.learners.pure import Adaptation, MetaGradient, divided
-from metaframe.learners.settings import AdaptConfig, Norm
+from metaframe.learners.programs import Adaptation, MetaGradient, divided
+from metaframe.learners.settings import AdaptConfig
 from metaframe.learners.statistics import StatisticsOfTasks
-from metaframe.models import Inputs, ModelAdapter, NamedParameters
+from metaframe.models.learned_values import live
 from metaframe.models.per_step import StepStatistics
-from metaframe.models.values import live
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe.backend.types import Array
-from metaframe.learners.functional import LearningRate
+from metaframe.learners.functions import LearningRate
 from metaframe.learners.maml import MAML
-from metaframe.learners.settings import Norm
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
 
 
 class MetaSGD(MAML):
@@ -64,3 +65,12 @@ class MetaSGD(MAML):
     def rates(self) -> Mapping[str, Array]:
         """The same as `lrs`."""
         return self.lrs
+
+
+register_algorithm(
+    Algorithm(
+        "metasgd",
+        "learns the inner rates (arXiv 1707.09835)",
+        lambda model, c: MetaSGD(model, c.inner_lr, c.inner_steps, norm=c.norm),
+    )
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from metaframe.models import adapter_of
+from metaframe.models.lookup import adapter_of
 
 
 class _Plain:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from metaframe import tree
 from metaframe.backend.contract import Backend
+from metaframe.backend.model import Forward, Inputs, ModelAdapter
 from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
 from metaframe.core.inner_loop import InnerLoop, InnerResult, InnerSettings, Mode, Observer
 from metaframe.core.task_program import TaskRun, adapted_cost
 from metaframe.errors import InputTypeError
-from metaframe.learners.functional import Params, array_like, gradients
+from metaframe.learners.functions import Params, array_like, gradients
 from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
 from metaframe.learners.settings import AdaptConfig
-from metaframe.models import Forward, Inputs, ModelAdapter
 from metaframe.models.per_step import STEP, at_step
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ModelOnTask:
 
         def adapted(observe: Observer | None = None) -> InnerResult:
             if self.setting.steps == 0:
-                return InnerResult(start, (), ())
+                return InnerResult(start, tree.Flat.of(()), ())
             found = loop.run(start, context, self.setting.steps, observe)
             if finish is None:
                 return found

@@ -6,13 +6,12 @@ Whatever is left out can be listed with the reason, and what cannot be learned i
 
 from __future__ import annotations
 
-from metaframe.backend.model import is_inexact
+from metaframe.backend.model import ModelAdapter, NamedParameters, is_inexact
 from metaframe.core import checks
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params
-from metaframe.learners.pure import LEARNED
+from metaframe.learners.functions import Params
+from metaframe.learners.programs import LEARNED
 from metaframe.learners.settings import AdaptConfig
-from metaframe.models import ModelAdapter, NamedParameters
 
 Learned = NamedParameters | None
 """What an update rule learns, if anything."""

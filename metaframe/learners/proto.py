@@ -18,12 +18,14 @@ from metaframe import arguments, ops, optim
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
 from metaframe.errors import InputError
-from metaframe.learners.functional import Params
+from metaframe.learners.functions import Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import Method, Support
-from metaframe.learners.settings import AdaptConfig, Norm
-from metaframe.models import adapter_of
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.learners.settings import AdaptConfig
+from metaframe.models.lookup import adapter_of
 from metaframe.models.wrapped import HEAD, WithHead
 
 
@@ -108,8 +110,8 @@ class ProtoMAML(MAML):
             allow_unused,
             norm=norm,
             update=update,
+            method=_from_prototypes(ways),
         )
-        self._method = _from_prototypes(ways)
 
 
 def prototypes(features: Array, labels: Array, ways: int) -> tuple[Array, Array]:
@@ -152,3 +154,26 @@ def _with_head(support: Support, params: Params, *, ways: int) -> Params:
     # ones the head was made from would count its change as theirs.
     start = {name: 1 * x if name in support.names else x for name, x in params.items()}
     return {**start, **dict(zip(HEAD, head, strict=True))}
+
+
+register_algorithm(
+    Algorithm(
+        "protonet",
+        "classes are the means of their features (arXiv 1703.05175)",
+        lambda model, c: ProtoNet(model, c.ways, norm=c.norm),
+        ("features",),
+        {"features": 64},
+        ignores=("inner_lr", "inner_steps", "eval_steps", "mode"),
+        classifies=True,
+    )
+)
+register_algorithm(
+    Algorithm(
+        "protomaml",
+        "MAML with a head that starts from prototypes (arXiv 1903.03096)",
+        lambda model, c: ProtoMAML(model, c.ways, c.inner_lr, c.inner_steps, norm=c.norm),
+        ("features",),
+        {"features": 64},
+        classifies=True,
+    )
+)

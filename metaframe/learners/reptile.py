@@ -12,10 +12,12 @@ from metaframe.core import checks, rates
 from metaframe.core.inner_loop import StepView
 from metaframe.core.task_program import Outcome, TaskRun, with_gradient
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params
+from metaframe.learners.functions import LearningRate, Params
 from metaframe.learners.maml import MAML
 from metaframe.learners.method import Method, Support
-from metaframe.learners.settings import AdaptConfig, Norm
+from metaframe.learners.norms import Norm
+from metaframe.learners.registry import Algorithm, register_algorithm
+from metaframe.learners.settings import AdaptConfig
 
 
 class Reptile(MAML):
@@ -96,3 +98,17 @@ def _updates(at: Arrays, view: StepView | None, index: Array) -> Arrays:
 def _constants(support: Support, start: Params, params: Params) -> Params:
     del start
     return {name: support.backend.stop_gradient(x) for name, x in params.items()}
+
+
+register_algorithm(
+    Algorithm(
+        "reptile",
+        "moves towards the adapted parameters (arXiv 1803.02999)",
+        lambda model, c: Reptile(model, c.inner_lr, c.inner_steps, norm=c.norm),
+        # After one step it moves along the plain gradient of the support loss, and learns nothing
+        # of adaptation.
+        defaults={"inner_steps": 5},
+        ignores=("mode",),
+        exact=False,
+    )
+)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from metaframe import arguments, ops, optim
+from metaframe.backend.model import Forward
 from metaframe.backend.types import Array
 from metaframe.core import rates
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
-from metaframe.learners.functional import LearningRate, Params, rate_for
-from metaframe.models import Forward
-
-Norm = Literal["batch", "frozen", "support", "per-step"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
+from metaframe.learners.functions import LearningRate, Params, rate_for
+from metaframe.learners.norms import NORMS, Norm, Phase, forward_under
 
 
 # By identity, because a learning rate may be an array or a mapping, which have no hash.
@@ -100,9 +98,7 @@ class AdaptConfig:
             return learned or None
         return rate_for(self.inner_lr, self.names, name="inner_lr")
 
-    def forward(self, phase: Literal["support", "query"]) -> Forward:
+    def forward(self, phase: Phase) -> Forward:
         """How the model is called on the examples of this phase."""
         twice = not self.first_order if self.twice is None else self.twice
-        if self.norm == "support":
-            return Forward("record" if phase == "support" else "frozen", twice)
-        return Forward("frozen" if self.norm == "per-step" else self.norm, twice)
+        return forward_under(self.norm, phase, twice=twice)

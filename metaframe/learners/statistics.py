@@ -11,9 +11,9 @@ from metaframe.backend.types import Array, Arrays
 from metaframe.core.inner_loop import StepView
 from metaframe.core.meta_gradient import map_tasks
 from metaframe.core.task_map import Strategy
-from metaframe.learners.functional import Params
+from metaframe.learners.functions import Params
 from metaframe.learners.objective import Meta, ModelOnTask, Setting
-from metaframe.learners.pure import divided
+from metaframe.learners.programs import divided
 from metaframe.models.per_step import StepStatistics, placed
 
 if TYPE_CHECKING:

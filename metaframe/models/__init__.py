@@ -21,22 +21,7 @@ come from anywhere and `params` is any structure of arrays, such as
   have to be made before, and those of a closure are refused.
 """
 
-from metaframe.backend.model import BatchNorm as BatchNorm
-from metaframe.backend.model import Forward as Forward
-from metaframe.backend.model import Inputs as Inputs
-from metaframe.backend.model import ModelAdapter as ModelAdapter
-from metaframe.backend.model import NamedParameters as NamedParameters
 from metaframe.models.lookup import FunctionalModel as FunctionalModel
-from metaframe.models.lookup import adapter_of as adapter_of
 from metaframe.models.lookup import functional as functional
 
-__all__ = [
-    "BatchNorm",
-    "Forward",
-    "FunctionalModel",
-    "Inputs",
-    "ModelAdapter",
-    "NamedParameters",
-    "adapter_of",
-    "functional",
-]
+__all__ = ["FunctionalModel", "functional"]

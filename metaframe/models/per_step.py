@@ -16,7 +16,7 @@ from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Array
 from metaframe.core.inner_loop import first_index
 from metaframe.errors import InputError
-from metaframe.models.values import kept, live
+from metaframe.models.learned_values import kept, live
 from metaframe.models.wrapped import Around
 
 STEP = "inner step"

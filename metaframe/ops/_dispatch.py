@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, convert_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputTypeError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+ELEMENTWISE: dict[str, Callable[[Any], Any]] = {}
+"""The functions of one element that every backend has as a method: by name the formula in NumPy."""
+
+
+def elementwise(formula: Callable[[Any], Any]) -> Callable[[F], F]:
+    """Make a function `(x: Array) -> Array` the method of the same name of the arrays' backend."""
+
+    def decorate(fn: F) -> F:
+        name = fn.__name__
+        ELEMENTWISE[name] = formula
+
+        @functools.wraps(fn)
+        def call(x: Array) -> Array:
+            backend, (x,) = native(x)
+            return getattr(backend.ops, name)(x)
+
+        return cast(F, call)
+
+    return decorate
 
 
 def native(*xs: Array) -> tuple[Backend, Arrays]:

@@ -1,63 +1,64 @@
-"""Functions of one element, and of two with broadcasting."""
+"""Functions of one element, and of two with broadcasting.
+
+A function that is a method of every backend's table is one entry here: its formula in NumPy, from
+which the conformance suite has its clause, its signature and its docstring.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array
 from metaframe.errors import InputError, InputTypeError
-from metaframe.ops._dispatch import native, native_or_number, need_floating
+from metaframe.ops._dispatch import elementwise, native, native_or_number, need_floating
 
 
+@elementwise(np.exp)
 def exp(x: Array) -> Array:
     """The exponential function.
 
     >>> ops.to_numpy(ops.exp(ops.asarray([0.0]))).tolist()
     [1.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.exp(x)
 
 
+@elementwise(np.expm1)
 def expm1(x: Array) -> Array:
     """`exp(x) - 1`, accurate near zero.
 
     >>> ops.to_numpy(ops.expm1(ops.asarray([0.0]))).tolist()
     [0.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.expm1(x)
 
 
+@elementwise(np.log)
 def log(x: Array) -> Array:
     """The natural logarithm.
 
     >>> ops.to_numpy(ops.log(ops.asarray([1.0]))).tolist()
     [0.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.log(x)
 
 
+@elementwise(np.log1p)
 def log1p(x: Array) -> Array:
     """`log(1 + x)`, accurate near zero.
 
     >>> ops.to_numpy(ops.log1p(ops.asarray([0.0]))).tolist()
     [0.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.log1p(x)
 
 
+@elementwise(np.sqrt)
 def sqrt(x: Array) -> Array:
     """The square root; its gradient at zero is infinite (see `safe_sqrt`).
 
     >>> ops.to_numpy(ops.sqrt(ops.asarray([4.0]))).tolist()
     [2.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.sqrt(x)
 
 
 def safe_sqrt(x: Array) -> Array:
@@ -75,14 +76,13 @@ def safe_sqrt(x: Array) -> Array:
     return where(zero, 0.0, backend.ops.sqrt(where(zero, 1.0, x)))
 
 
+@elementwise(np.square)
 def square(x: Array) -> Array:
     """`x * x`.
 
     >>> ops.to_numpy(ops.square(ops.asarray([3.0]))).tolist()
     [9.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.square(x)
 
 
 def power(x: Array, exponent: float) -> Array:
@@ -133,64 +133,58 @@ def _product(backend: Backend, x: Array, count: int) -> Array:
     return root * x if count % 2 else root
 
 
+@elementwise(np.abs)
 def abs(x: Array) -> Array:
     """The absolute value; its gradient at zero is zero.
 
     >>> ops.to_numpy(ops.abs(ops.asarray([-2.0, 3.0]))).tolist()
     [2.0, 3.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.abs(x)
 
 
+@elementwise(np.sign)
 def sign(x: Array) -> Array:
     """-1, 0 or 1.
 
     >>> ops.to_numpy(ops.sign(ops.asarray([-2.0, 0.0, 3.0]))).tolist()
     [-1.0, 0.0, 1.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.sign(x)
 
 
+@elementwise(np.sin)
 def sin(x: Array) -> Array:
     """The sine.
 
     >>> ops.to_numpy(ops.sin(ops.asarray([0.0]))).tolist()
     [0.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.sin(x)
 
 
+@elementwise(np.cos)
 def cos(x: Array) -> Array:
     """The cosine.
 
     >>> ops.to_numpy(ops.cos(ops.asarray([0.0]))).tolist()
     [1.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.cos(x)
 
 
+@elementwise(np.tanh)
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent.
 
     >>> ops.to_numpy(ops.tanh(ops.asarray([0.0]))).tolist()
     [0.0]
     """
-    backend, (x,) = native(x)
-    return backend.ops.tanh(x)
 
 
+@elementwise(lambda x: 1 / (1 + np.exp(-x)))
 def sigmoid(x: Array) -> Array:
     """`1 / (1 + exp(-x))`.
 
     >>> ops.to_numpy(ops.sigmoid(ops.asarray([0.0]))).tolist()
     [0.5]
     """
-    backend, (x,) = native(x)
-    return backend.ops.sigmoid(x)
 
 
 def softplus(x: Array) -> Array:

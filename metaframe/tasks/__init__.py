@@ -1,6 +1,5 @@
 """Tasks and the samplers that make them, in NumPy, the same on every backend."""
 
-from metaframe.errors import MissingDependencyError as MissingDependencyError
 from metaframe.tasks.digits import DIGITS_SPLIT as DIGITS_SPLIT
 from metaframe.tasks.digits import digits_sampler as digits_sampler
 from metaframe.tasks.digits import load_digits as load_digits

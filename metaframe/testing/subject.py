@@ -13,10 +13,11 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.selection import backend_of, is_neutral
 from metaframe.backend.types import Array
 from metaframe.core import checks
-from metaframe.core.inner_loop import Cost, Mode, Order, inner_loop
+from metaframe.core.inner_loop import Cost, Mode, Order
 from metaframe.core.meta_gradient import map_tasks, meta_value_and_grad
 from metaframe.core.steps import BatchFn
 from metaframe.core.task_map import TaskMap
+from metaframe.core.unroll import inner_loop
 from metaframe.errors import InputError, InputTypeError
 
 Values = np.ndarray[Any, Any]
@@ -123,7 +124,7 @@ class Subject:
         self.backend = backend_of(*tree.leaves(variables), *tree.leaves(batch))
         self.variables = double(variables, self.backend)
         self.batch = double(batch, self.backend)
-        self.tasks = checks.tasks(tree.Flat(*tree.flatten(self.batch)), None)
+        self.tasks = checks.tasks(tree.Flat.of(self.batch), None)
         leaves, spec = tree.flatten(self.variables)
         self.names = tree.chains(spec)
         everything = tree.Part(spec, (True,) * len(leaves))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from metaframe import arguments
 from metaframe.errors import InputTypeError
+from metaframe.learners.meta_learner import MetaLearner
 from metaframe.training.evaluation import Evaluation
+from metaframe.training.parameters import Arrays
 from metaframe.training.step import StepReport
-
-if TYPE_CHECKING:
-    from metaframe.training.trainer import MetaTrainer
 
 
 @dataclass
@@ -39,6 +38,26 @@ class History:
     stopped: str | None = None
 
 
+class Trainer(Protocol):
+    """A trainer as callbacks and checkpoints use it; `MetaTrainer` is one."""
+
+    step: int
+    """The outer steps taken in all."""
+
+    @property
+    def maml(self) -> MetaLearner:
+        """The learner."""
+        ...
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        """Where the training is: arrays by name, and plain values."""
+        ...
+
+    def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        ...
+
+
 @dataclass
 class Run:
     """One call of `fit`, as callbacks see it.
@@ -61,7 +80,7 @@ class Run:
     'good enough'
     """
 
-    trainer: MetaTrainer
+    trainer: Trainer
     num_iterations: int
     tasks_per_step: int
     history: History = field(default_factory=History)

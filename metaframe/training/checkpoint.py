@@ -23,9 +23,8 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
-from metaframe.training.callbacks import Callback, Run, merit
+from metaframe.training.callbacks import Callback, Run, Trainer, merit
 from metaframe.training.parameters import checked_parameters
-from metaframe.training.trainer import MetaTrainer
 
 if TYPE_CHECKING:
     from metaframe.learners.meta_learner import MetaLearner
@@ -66,7 +65,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: str | Path, trainer: MetaTrainer, config: Mapping[str, Any] | None = None
+    path: str | Path, trainer: Trainer, config: Mapping[str, Any] | None = None
 ) -> None:
     """Write where `trainer` is to `path`, atomically.
 
@@ -97,7 +96,7 @@ def save_checkpoint(
     write_atomically(Path(path), encode(checkpoint))
 
 
-def load_checkpoint(path: str | Path, trainer: MetaTrainer) -> Checkpoint:
+def load_checkpoint(path: str | Path, trainer: Trainer) -> Checkpoint:
     """Continue `trainer` from the checkpoint at `path`, whichever backend wrote it.
 
     Returns:
@@ -340,7 +339,7 @@ class Checkpoints(Callback):
         self._config = dict(config or {})
         self._best = -np.inf
         self._own: set[Path] = set()
-        self._trainer: MetaTrainer | None = None
+        self._trainer: Trainer | None = None
 
     def on_start(self, run: Run) -> None:
         """Look at what there is: does this run go on from it, and how good is the best one?"""
@@ -387,7 +386,7 @@ class Checkpoints(Callback):
         if not self._path(run.trainer.step).exists():
             self._save(run.trainer)
 
-    def _save(self, trainer: MetaTrainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         path = self._path(trainer.step)
         save_checkpoint(path, trainer, self._config)
         self._own.add(path)

@@ -13,7 +13,7 @@ import numpy as np
 from metaframe.backend.types import Array
 from metaframe.backend.workers import AllSum
 from metaframe.core.compile import compile
-from metaframe.learners.functional import array_like
+from metaframe.learners.functions import array_like
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.training.callbacks import Run
 from metaframe.training.interrupt import Interrupt

@@ -29,7 +29,7 @@ from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
-from metaframe.learners.pure import Adaptation, Adapted
+from metaframe.learners.programs import Adaptation, Adapted
 from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
 from metaframe.training import checks
 from metaframe.training.step import StepSettings
@@ -318,7 +318,7 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.
     """
     if isinstance(tasks, Task):
-        total = core_checks.tasks(tree.Flat(*tree.flatten(tasks)), None)
+        total = core_checks.tasks(tree.Flat.of(tasks), None)
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
         arguments.integer(num_tasks, "num_tasks", at_least=1)

@@ -20,12 +20,13 @@ from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
 from metaframe.core.compile import compile
 from metaframe.core.inner_loop import MODES, Mode
+from metaframe.core.optim import rule
 from metaframe.core.task_map import Execution, TaskMap
 from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
-from metaframe.learners.pure import MetaGradient
+from metaframe.learners.programs import MetaGradient
 from metaframe.tasks import Task
 from metaframe.training._keras import keras_optimizer
 
@@ -181,7 +182,7 @@ class _PureStep:
         self._gradient = gradient
         self._state = optimizer.init(maml.meta_arrays())
         self._ours = ours = isinstance(optimizer, optim.Optimizer)
-        self._rule = optim.rule(optimizer) if ours else None
+        self._rule = rule(optimizer) if ours else None
 
         def step(
             gradient: MetaGradient,

@@ -155,7 +155,7 @@ class MetaTrainer:
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
         if not self._distributed:
             return self._advance(batch).loss
-        count = core_checks.tasks(tree.Flat(*tree.flatten(batch)), None)
+        count = core_checks.tasks(tree.Flat.of(batch), None)
         share = self._workers().share(count)
         return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 

@@ -32,3 +32,19 @@ from metaframe.tree.nodes import register_dict as register_dict
 from metaframe.tree.nodes import same_structure as same_structure
 from metaframe.tree.nodes import structure as structure
 from metaframe.tree.nodes import unflatten as unflatten
+
+__all__ = [  # the other names are for metaframe itself
+    "Tree",
+    "TreeSpec",
+    "flatten",
+    "key_chains",
+    "leaves",
+    "map",
+    "prune",
+    "register",
+    "register_dataclass",
+    "register_dict",
+    "register_wrapper",
+    "structure",
+    "unflatten",
+]

@@ -12,7 +12,7 @@ from metaframe.tree.nodes import Leaves, Tree, TreeSpec, flatten, prune, structu
 class Flat(NamedTuple):
     """A tree taken apart once, at the door of a public function.
 
-    >>> flat = Flat(*flatten({"a": 1, "b": 2}))
+    >>> flat = Flat.of({"a": 1, "b": 2})
     >>> flat.arrays, flat.build((10, 20))
     ((1, 2), {'a': 10, 'b': 20})
     """
@@ -20,34 +20,14 @@ class Flat(NamedTuple):
     arrays: Leaves
     spec: TreeSpec
 
+    @classmethod
+    def of(cls, tree: Tree) -> Flat:
+        """`tree`, taken apart."""
+        return cls(*flatten(tree))
+
     def build(self, arrays: Iterable[Any]) -> Tree:
         """The tree of these arrays."""
         return unflatten(self.spec, arrays)
-
-
-class Returned:
-    """The structure of what a function returns, known once it has run.
-
-    Inside of a transform the function hands flat arrays on, by `flatten`; outside `build` puts
-    those of the transform's result together.
-
-    >>> returned = Returned()
-    >>> arrays = returned.flatten({"a": 1, "b": 2})
-    >>> returned.build(10 * x for x in arrays)
-    {'a': 10, 'b': 20}
-    """
-
-    def __init__(self) -> None:
-        self._spec: TreeSpec = structure(())
-
-    def flatten(self, tree: Tree) -> Leaves:
-        """The leaves, after noting the structure."""
-        leaves, self._spec = flatten(tree)
-        return leaves
-
-    def build(self, arrays: Iterable[Any]) -> Tree:
-        """A tree of the structure noted last."""
-        return unflatten(self._spec, arrays)
 
 
 class Packed:
@@ -64,7 +44,8 @@ class Packed:
     """
 
     def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        leaves, self._spec = flatten(tree)
+        leaves, self.spec = flatten(tree)
+        """The structure, arrays and others."""
         arrays, places = [], []
         aside = list(leaves)
         for i, leaf in enumerate(leaves):
@@ -88,7 +69,7 @@ class Packed:
     def of(cls, spec: TreeSpec, arrays: Leaves) -> Packed:
         """A tree that was taken apart by `flatten`, all of whose leaves are arrays."""
         packed = cls.__new__(cls)
-        packed._spec, packed._aside = spec, [None] * len(arrays)
+        packed.spec, packed._aside = spec, [None] * len(arrays)
         packed.arrays, packed.places = tuple(arrays), tuple(range(len(arrays)))
         return packed
 
@@ -98,14 +79,48 @@ class Packed:
         found.arrays = ()
         return found
 
-    def unpack(self, arrays: Iterable[Any]) -> Tree:
-        """The tree with `arrays` in the places of `self.arrays`."""
+    def leaves(self, arrays: Iterable[Any]) -> Leaves:
+        """All leaves, with `arrays` in the places of `self.arrays`."""
         if len(self.places) == len(self._aside):  # of every call of a compiled function
-            return unflatten(self._spec, arrays)
+            return tuple(arrays)
         leaves = list(self._aside)
         for i, array in zip(self.places, arrays, strict=True):
             leaves[i] = array
-        return unflatten(self._spec, leaves)
+        return tuple(leaves)
+
+    def unpack(self, arrays: Iterable[Any]) -> Tree:
+        """The tree with `arrays` in the places of `self.arrays`."""
+        leaves = self.leaves(arrays)
+        return leaves[0] if self.spec.is_leaf() else unflatten(self.spec, leaves)
+
+
+class Returned:
+    """The structure of what a function returns, known once it has run.
+
+    Inside of a transform the function hands flat arrays on, by `flatten`; outside `build` puts
+    those of the transform's result together. With `is_array` other leaves are kept aside.
+
+    >>> returned = Returned()
+    >>> arrays = returned.flatten({"a": 1, "b": 2})
+    >>> returned.build(10 * x for x in arrays)
+    {'a': 10, 'b': 20}
+    """
+
+    def __init__(self, is_array: Callable[[Any], bool] = lambda leaf: True) -> None:
+        self._is_array = is_array
+        self._structure = Packed((), is_array)
+        self.known = False
+        """Whether the function has run."""
+
+    def flatten(self, tree: Tree) -> Leaves:
+        """The leaves, after noting the structure."""
+        packed = Packed(tree, self._is_array)
+        self._structure, self.known = packed.template(), True
+        return packed.arrays
+
+    def build(self, arrays: Iterable[Any]) -> Tree:
+        """A tree of the structure noted last."""
+        return self._structure.unpack(arrays)
 
 
 class Part:

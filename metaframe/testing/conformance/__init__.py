@@ -1,4 +1,4 @@
-"""The conformance suite: the contract of the backend boundary, checked on any backend.
+"""The conformance suite: the backend contract, checked on any backend.
 
 A clause is one promise. Its truth is independent of every backend: closed forms, formulas in NumPy,
 finite differences. docs/backends.md says how to write a backend that keeps them.

@@ -1,4 +1,4 @@
-"""What a clause is: one promise of the backend boundary, with the check that it is kept."""
+"""What a clause is: one promise of the backend contract, with the check that it is kept."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Clause:
 
 
 class Chapter:
-    """The clauses about one part of the boundary, in the order in which they were written."""
+    """The clauses about one part of the contract, in the order in which they were written."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-import metaframe
-from metaframe import Container, ops
+from metaframe import ops
+from metaframe.core.compile import compile
+from metaframe.core.container import Container
 from metaframe.errors import CompileError
 from metaframe.testing.conformance.clause import Bench, Chapter, close, equal, same
 
@@ -28,7 +29,7 @@ def _one_program(b: Bench) -> None:
         runs.append(1)
         return _scaled(v)
 
-    compiled = metaframe.compile(fn)
+    compiled = compile(fn)
     for start in (0.0, 1.0, 2.0):
         found = compiled({"w": b.arr([start, start + 1])})
         same(b.to_np(found["scaled"]), [2 * start, 2 * start + 2])
@@ -40,7 +41,7 @@ def _one_program(b: Bench) -> None:
 @COMPILE.clause("programs", compiles=True)
 def _programs(b: Bench) -> None:
     """Another shape, dtype or structure is another program, and each is kept."""
-    compiled = metaframe.compile(_scaled)
+    compiled = compile(_scaled)
     calls = [
         {"w": b.arr([1.0, 2.0])},
         {"w": b.arr([1.0, 2.0, 3.0])},
@@ -58,7 +59,7 @@ def _programs(b: Bench) -> None:
 @COMPILE.clause("layouts", compiles=True)
 def _layouts(b: Bench) -> None:
     """The memory layout of the inputs does not matter: transposed, broadcast, plain."""
-    compiled = metaframe.compile(lambda x: x @ x)
+    compiled = compile(lambda x: x @ x)
     plain = np.arange(9.0).reshape(3, 3)
     for x, expected in (
         (b.arr(plain), plain),
@@ -78,7 +79,7 @@ def _branches_on_a_value(v: Any) -> Any:
 @COMPILE.clause("branch-on-a-value")
 def _branch(b: Bench) -> None:
     """A branch on a value is a CompileError: `needed_a_value` knows the framework's own."""
-    compiled = metaframe.compile(_branches_on_a_value)
+    compiled = compile(_branches_on_a_value)
     try:
         compiled({"w": b.arr([1.0])})
     except CompileError as error:
@@ -96,7 +97,7 @@ def _errors(b: Bench) -> None:
         raise LookupError("mine")
 
     try:
-        metaframe.compile(broken)({"w": b.arr([1.0])})
+        compile(broken)({"w": b.arr([1.0])})
     except LookupError as error:
         equal(str(error), "mine")
     else:
@@ -109,7 +110,7 @@ def _refused(b: Bench, read: Callable[[Any], Any]) -> None:
     def fn(x: Any) -> Any:
         return x * float(np.max(read(x)))
 
-    compiled = metaframe.compile(fn)
+    compiled = compile(fn)
     try:
         compiled(b.arr(2.0))
     except CompileError as error:
@@ -147,7 +148,7 @@ def _once(b: Bench) -> None:
         runs.append(1)
         return x + 1.0
 
-    compiled = metaframe.compile(fn)
+    compiled = compile(fn)
     for _ in range(2):
         same(b.to_np(compiled(b.arr([1.0]))), [2.0])
         equal(len(runs), 1)
@@ -156,7 +157,7 @@ def _once(b: Bench) -> None:
 @COMPILE.clause("constants", compiles=True)
 def _constants(b: Bench) -> None:
     """0.0 and -0.0 are two programs, and NaN is one."""
-    compiled = metaframe.compile(lambda x, s: x * np.copysign(1.0, s))
+    compiled = compile(lambda x, s: x * np.copysign(1.0, s))
     for s, sign in ((0.0, 1.0), (-0.0, -1.0), (float("nan"), 1.0), (float("nan"), 1.0)):
         same(b.to_np(compiled(b.arr([2.0]), s)), [2.0 * sign])
     equal(compiled.traces, 3)
@@ -172,7 +173,7 @@ def _ambient(b: Bench) -> None:
 
 
 def _cubes(b: Bench) -> Callable[[Any], Any]:
-    return metaframe.compile(lambda x: b.backend.ops.sum(x**3))
+    return compile(lambda x: b.backend.ops.sum(x**3))
 
 
 @COMPILE.clause("differentiated", compiles=True)
@@ -206,6 +207,6 @@ def _mapped(b: Bench) -> None:
 def _nested(b: Bench) -> None:
     """A compiled function may call another one."""
     cubes = _cubes(b)
-    outer = metaframe.compile(lambda x: 2.0 * cubes(x) + b.gradient(cubes, x)[0])
+    outer = compile(lambda x: 2.0 * cubes(x) + b.gradient(cubes, x)[0])
     x = np.array([0.5, 2.0])
     close(b.to_np(outer(b.arr(x))), 2 * np.sum(x**3) + 3 * x**2, b.exact)

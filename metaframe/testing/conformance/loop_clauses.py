@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from metaframe import meta_value_and_grad, ops
+from metaframe import ops
+from metaframe.core.meta_gradient import meta_value_and_grad
 from metaframe.testing.conformance.clause import Bench, Chapter, close, same
 
 ROWS = np.arange(12.0).reshape(4, 3) / 7 + 0.5
@@ -157,31 +159,51 @@ def _compiled_scan(b: Bench) -> None:
 
 def _repeat(rolled: bool, compiled: bool, b: Bench) -> None:
     def times(count: int) -> Callable[[Any], Any]:
-        def body(carry: Any) -> Any:
-            return carry[0] * 1.1 + 0.1, carry[1] + 1
+        def body(carry: Any, row: Any) -> Any:
+            after = carry[0] * 1.1 + row[0]
+            return (after, carry[1] + 1), (after * carry[0],)
 
-        def end(x: Any) -> Any:
+        def end(x: Any, rows: Any) -> Any:
             carry = (x, b.backend.asarray(0, "int32"))
-            return b.backend.repeat(body, carry, count, rolled=rolled)
+            carry, ys = b.backend.repeat(body, carry, count, rows=(rows,), rolled=rolled)
+            return (*carry, *(ys or (b.arr(np.zeros((0, 2))),)))
 
-        return lambda xs: (*end(xs[0]), *b.gradient(lambda x: end(x)[0], xs[0]))
+        def weighed(x: Any, rows: Any) -> Any:
+            value, _, ys = end(x, rows)
+            return ops.sum(value) + ops.sum(ys) if count else ops.sum(value)
+
+        return lambda xs: (
+            *end(*xs),
+            *b.gradient(lambda x: weighed(x, xs[1]), xs[0]),
+            *b.gradient(lambda rows: weighed(xs[0], rows), xs[1]),
+        )
 
     for count in (0, 1, 3, 11):
-        x, xs = np.array([0.5, 2.0]), (b.arr([0.5, 2.0]),)
-        for _ in range(count):
-            x = x * 1.1 + 0.1
+        x, rows = np.array([0.5, 2.0]), np.linspace(-1, 1, 2 * count).reshape(count, 2)
+        xs = (b.arr(x), b.arr(rows))
+        points = [x]
+        for row in rows:
+            points.append(points[-1] * 1.1 + row)
+        products = [after * before for before, after in itertools.pairwise(points)]
+        # Of each point: through the next one, and through the products that it is in.
+        slope, of_rows = np.ones(2), np.zeros((count, 2))
+        for k in reversed(range(count)):
+            of_rows[k] = slope + points[k]
+            slope = 1.1 * of_rows[k] + points[k + 1]
         run = b.backend.compile(times(count), xs) if compiled else times(count)
-        value, steps, gradient = b.to_np(tuple(run(xs)))
-        close(value, x, b.exact)
+        value, steps, found, by_x, by_rows = b.to_np(tuple(run(xs)))
+        close(value, points[-1], b.exact)
         same(steps, count)
-        close(gradient, np.full(2, 1.1**count), b.exact)
+        close(found, np.reshape(products, (count, 2)), b.exact)
+        close(by_x, slope, b.exact)
+        close(by_rows, of_rows, b.exact)
 
 
 for _rolled in (False, True):
     for _compiled in (False, True):
         LOOPS.add(
             "repeat" + "-rolled" * _rolled + "-compiled" * _compiled,
-            "A function applied 0, 1, 3 and 11 times, and the gradient through it.",
+            "A function applied 0, 1, 3 and 11 times to rows, and the gradient through it.",
             functools.partial(_repeat, _rolled, _compiled),
             compiles=_compiled,
         )

@@ -119,7 +119,7 @@ def _indented(text: str) -> str:
 
 
 def check_backend(name: str, *patterns: str) -> ConformanceReport:
-    """Run the backend called `name` against the contract of the boundary.
+    """Run the backend called `name` against the contract.
 
     Args:
         name: a built-in backend, or a registered one.

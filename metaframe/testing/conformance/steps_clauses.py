@@ -8,19 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from metaframe import (
-    Container,
-    fomaml_step,
-    inner_loop,
-    maml_step,
-    meta_value_and_grad,
-    ops,
-    reptile_step,
-    tree,
-    use_backend,
-)
-from metaframe import compile as compile_whole
+from metaframe import ops, tree
+from metaframe.backend.selection import use_backend
+from metaframe.core.compile import compile as compile_whole
+from metaframe.core.container import Container
 from metaframe.core.inner_loop import MODES
+from metaframe.core.meta_gradient import meta_value_and_grad
+from metaframe.core.steps import fomaml_step, maml_step, reptile_step
+from metaframe.core.unroll import inner_loop
 from metaframe.errors import MetaframeError
 from metaframe.testing.conformance.clause import Bench, Chapter, equal
 from metaframe.testing.conformance.closed_form import (

@@ -27,7 +27,7 @@ NO_VALUE = "during function transformations"
 
 
 class MLXBackend(Backend):
-    """The backend boundary on MLX."""
+    """The backend contract on MLX."""
 
     name = "mlx"
     signature = operator.attrgetter("shape", "dtype")

@@ -1,0 +1,148 @@
+"""A run folder: what is in it, made and read.
+
+config.toml     the resolved settings
+classes.json    the classes of each split, of a data set that has files
+metrics.jsonl   one record a step and one an evaluation; metrics.csv holds the same
+checkpoints/    the last few, and the best by validation
+result.json     what the evaluation on held-out tasks found
+*.png           plots, where matplotlib is installed
+tensorboard/    the metrics once more, if asked for
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metaframe.cli.classes import CLASSES, record_classes
+from metaframe.cli.errors import UsageError
+from metaframe.cli.experiment import resolve
+from metaframe.cli.output import to_json
+from metaframe.cli.run_config import RunConfig, read_toml
+from metaframe.errors import InputError
+from metaframe.training.checkpoint import checkpoint_files, write_atomically
+
+CONFIG, RESULT = "config.toml", "result.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+FILES = (RESULT, "metrics.jsonl", "metrics.csv")
+"""What a run measures."""
+PICTURES = ("learning_curve.png", "adaptation.png", "predictions.png")
+
+
+def default_folder(config: RunConfig) -> Path:
+    """A folder named after what the run is."""
+    shape = "" if config.dataset == "sinusoid" else f"-{config.ways}w{config.shots}s"
+    name = f"{config.dataset}{shape}-{config.algorithm}-{config.backend}-seed{config.seed}"
+    return Path("runs") / name
+
+
+def quoted(folder: Path) -> str:
+    """The folder as one writes it on a command line."""
+    return shlex.quote(str(folder))
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """There is no run in `folder`, or it may go.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if overwrite:
+        return
+    if (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} has a run already. Continue it with `metaframe resume {quoted(folder)}`, "
+            "choose another folder with --out, or start anew with --overwrite."
+        )
+    left = [folder / name for name in FILES if (folder / name).exists()]
+    if found := left + checkpoint_files(folder / CHECKPOINTS):
+        raise UsageError(
+            f"{found[0]} is of another run, which has no {CONFIG}. Choose another folder with "
+            "--out, or start anew with --overwrite."
+        )
+
+
+def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
+    """Make a run folder, without anything of a run that was in it before.
+
+    Raises:
+        UsageError: there is a run in it already.
+        OSError: something of it cannot be removed, or the folder cannot be made.
+    """
+    check_free(folder, overwrite=overwrite)
+    if overwrite:
+        # The settings first: what is left if this fails is then not taken for the old run.
+        for name in (CONFIG, CLASSES, *FILES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+            _remove(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    record_classes(config, folder)
+    write_atomically(folder / CONFIG, config.to_toml().encode())
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings of the run in `folder`, with `changes`.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is no run folder: it has no {CONFIG}.")
+    return resolve(changes, None, read_toml(folder / CONFIG))
+
+
+def is_of(config: RunConfig, folder: Path) -> bool:
+    """Is the run in `folder` the one that `config` describes?"""
+    return (folder / CONFIG).is_file() and opened(folder, {}) == config
+
+
+def check_same(config: RunConfig, folder: Path) -> None:
+    """The run in `folder` is the one that `config` describes.
+
+    Raises:
+        UsageError: it is not, with the first difference.
+    """
+    there, here = opened(folder, {}).as_dict(), config.as_dict()
+    for name, value in here.items():
+        if value != there[name]:
+            raise UsageError(
+                f"{folder} has a run already, with {name}={there[name]}; received {name}={value}. "
+                "Choose another folder with --out, or start anew with --overwrite."
+            )
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write what the evaluation found."""
+    write_atomically(folder / RESULT, to_json(result).encode())
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What result.json holds; None if there is none yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        _ = result["evaluation"]["curve"], result["metric"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged: {error}. Remove it, and `metaframe resume {quoted(folder)}` "
+            "writes it again."
+        ) from error
+    found: dict[str, Any] = result
+    return found
