@@ -1,0 +1,206 @@
+"""Gradients without tasks: `value_and_grad`, `hessian_vector_product`, `implicit_loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frameworks import slow
+from metaframe import compile as compile_whole
+from metaframe import (
+    hessian_vector_product,
+    implicit_loop,
+    inner_loop,
+    nn,
+    ops,
+    per_step,
+    value_and_grad,
+)
+from metaframe.errors import InputError, InputTypeError, UnknownKeyError
+
+Call = Callable[..., Any]
+RNG = np.random.default_rng(3)
+A = RNG.normal(size=(3, 3))
+H = A @ A.T + np.eye(3)
+
+
+def quadratic(batch: Any, v: Any) -> Any:
+    """`v' H v / 2 - b' v`, with its minimum at `H^-1 b`."""
+    h, b = batch
+    return ops.sum(v * ops.matmul(h, v)) / 2 - ops.sum(b * v)
+
+
+# -- value_and_grad -----------------------------------------------------------------------------
+
+
+def test_value_gradient_and_aux(arr: Call, to_np: Call) -> None:
+    def fn(v: Any, x: Any, name: str) -> Any:
+        value = ops.sum(ops.square(v["a"])) * v["b"] + ops.sum(v["a"] * x)
+        return value, {name: 2 * v["b"]}
+
+    v = {"a": np.array([1.0, -2.0]), "b": np.array(3.0)}
+    step = value_and_grad(fn, outer_v="a", has_aux=True)
+    found = to_np(step(arr(v), arr(np.array([0.5, 1.0])), "twice"))
+    assert found.cost == 15.0 - 1.5
+    assert list(found.grads) == ["a"]
+    np.testing.assert_array_equal(found.grads["a"], [6.5, -11.0])
+    assert found.aux == {"twice": 6.0}
+
+
+def test_gradients_of_gradients(arr: Call, to_np: Call) -> None:
+    def first(x: Any) -> Any:
+        return value_and_grad(lambda x: x**3)(x).grads
+
+    assert to_np(value_and_grad(first)(arr(2.0)).grads) == 12.0
+
+
+def test_numpy_is_converted(to_np: Call, arr: Call) -> None:
+    found = value_and_grad(lambda v, x: ops.sum(v * x))(np.ones(2), np.array([1.0, 2.0]))
+    np.testing.assert_array_equal(to_np(found.grads), [1.0, 2.0])
+
+
+def test_what_is_refused(arr: Call) -> None:
+    v = arr({"a": 1.0})
+    with pytest.raises(InputTypeError, match="fn must be"):
+        value_and_grad(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="fn returned shape"):
+        value_and_grad(lambda v: ops.stack([v["a"], v["a"]]))(v)
+    with pytest.raises(InputTypeError, match="has_aux=True returns"):
+        value_and_grad(lambda v: v["a"], has_aux=True)(v)
+    with pytest.raises(UnknownKeyError, match="no variable at key chain 'b'"):
+        value_and_grad(lambda v: v["a"], outer_v="b")(v)
+    with pytest.raises(InputTypeError, match="int"):
+        value_and_grad(lambda v: v["a"])(arr({"a": np.array(1)}))
+
+
+# -- hessian_vector_product ------------------------------------------------------------------------
+
+
+def test_products_with_the_hessian(arr: Call, to_np: Call, execution: Call) -> None:
+    """Of a function whose Hessian is known in closed form."""
+    if execution.__name__ == "compile" and arr(0.0).__class__.__module__ == "torch":
+        execution = _as_it_is  # eager already runs the same operations, and torch compiles slowly
+    x, u = RNG.normal(size=3), RNG.normal(size=3)
+
+    def fn(v: Any, h: Any) -> Any:
+        w = v["w"]
+        return ops.sum(w * ops.matmul(h, w)) / 2 + ops.sum(w**4) / 12
+
+    product = execution(lambda v, d, h: hessian_vector_product(fn, v, d, h))
+    found = to_np(product(arr({"w": x}), arr({"w": u}), arr(H)))
+    np.testing.assert_allclose(found["w"], H @ u + x**2 * u, rtol=1e-12)
+
+
+def _as_it_is(fn: Any) -> Any:
+    return fn
+
+
+def test_products_are_differentiable(arr: Call, to_np: Call) -> None:
+    def quadratic_form(x: Any) -> Any:
+        direction = arr(np.array([1.0, 2.0]))
+        return ops.sum(direction * hessian_vector_product(lambda v: ops.sum(v**4), x, direction))
+
+    x = np.array([0.5, -1.0])
+    found = value_and_grad(quadratic_form)(arr(x)).grads
+    np.testing.assert_allclose(to_np(found), 24 * x * np.array([1.0, 4.0]), rtol=1e-12)
+
+
+def test_directions_fit(arr: Call) -> None:
+    def fn(v: Any) -> Any:
+        return ops.sum(v["w"])
+
+    v = arr({"w": np.ones(2)})
+    with pytest.raises(InputError, match=r"direction\['w'\] has shape \(3,\)"):
+        hessian_vector_product(fn, v, arr({"w": np.ones(3)}))
+    with pytest.raises(InputError, match="direction has another structure"):
+        hessian_vector_product(fn, v, arr({"u": np.ones(2)}))
+
+
+# -- implicit_loop ---------------------------------------------------------------------------------
+
+SOLVERS: list[dict[str, Any]] = [
+    {"solver": "cg", "solver_steps": 3},
+    {"solver": "neumann", "solver_steps": 400},
+]
+
+
+@pytest.mark.parametrize("how", SOLVERS, ids=lambda how: how["solver"])
+def test_the_minimum_of_a_quadratic(how: Any, arr: Call, to_np: Call) -> None:
+    """`d(c' H^-1 b)`: by b it is `H^-1 c`, by H minus the outer product with the solution."""
+    b, c = RNG.normal(size=3), RNG.normal(size=3)
+
+    def end(given: Any) -> Any:
+        rate = 1 / float(np.linalg.eigvalsh(H).max())
+        v = implicit_loop(
+            quadratic, given["v"], (given["h"], given["b"]), steps=400, lr=rate, **how
+        )
+        return ops.sum(v * arr(c))
+
+    given = {"h": H, "b": b, "v": np.zeros(3)}
+    found = to_np(value_and_grad(end)(arr(given)))
+    solution, u = np.linalg.solve(H, b), np.linalg.solve(H, c)
+    np.testing.assert_allclose(found.cost, c @ solution, rtol=1e-10)
+    np.testing.assert_allclose(found.grads["b"], u, rtol=1e-10)
+    # The gradient of the quadratic is (H + H') v / 2 - b.
+    outer = np.outer(u, solution)
+    np.testing.assert_allclose(found.grads["h"], -(outer + outer.T) / 2, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(found.grads["v"], 0.0)
+
+
+def test_damping(arr: Call, to_np: Call) -> None:
+    c = RNG.normal(size=3)
+
+    def end(b: Any) -> Any:
+        how = {"solver_steps": 3, "damping": 0.5}
+        v = implicit_loop(quadratic, arr(np.zeros(3)), (arr(H), b), steps=1, lr=0.0, **how)
+        return ops.sum(v * arr(c))
+
+    found = to_np(value_and_grad(end)(arr(np.ones(3))).grads)
+    np.testing.assert_allclose(found, np.linalg.solve(H + 0.5 * np.eye(3), c), rtol=1e-10)
+
+
+X = RNG.normal(size=(40, 3))
+LABELS = (X @ [1.0, -2.0, 0.5] + RNG.normal(size=40) > 0).astype(float)
+
+
+def logistic(batch: Any, w: Any) -> Any:
+    loss = nn.binary_cross_entropy(ops.matmul(batch["x"], w["w"]), batch["y"])
+    return loss + w["decay"] * ops.sum(ops.square(w["w"]))
+
+
+@pytest.mark.parametrize("backend_name", ["torch", "jax", slow("tensorflow")], indirect=True)
+def test_implicit_and_unrolled_hypergradients(arr: Call, to_np: Call, backend: Any) -> None:
+    """Of the weight decay of a logistic regression, a variable that does not adapt."""
+    batch = arr({"x": X[:20], "y": LABELS[:20]})
+    valid = {"x": X[20:], "y": LABELS[20:]}
+
+    def end(decay: Any, how: Any, **settings: Any) -> Any:
+        v = {"w": arr(np.zeros(3)), "decay": decay}
+        v = how(logistic, v, batch, steps=300, lr=1.0, inner_v="w", **settings)
+        return logistic(arr(valid), {**v, "decay": 0.0})
+
+    def gradient(how: Any, **settings: Any) -> Any:
+        run = value_and_grad(lambda decay: end(decay, how, **settings))
+        run = run if backend.name == "torch" else compile_whole(run)
+        return to_np(run(arr(0.05)).grads)
+
+    unrolled = gradient(inner_loop)
+    np.testing.assert_allclose(gradient(implicit_loop, solver_steps=5), unrolled, rtol=1e-6)
+    neumann = gradient(implicit_loop, solver="neumann", solver_steps=200)
+    np.testing.assert_allclose(neumann, unrolled, rtol=1e-6)
+
+
+def test_implicit_loop_refuses(arr: Call) -> None:
+    v, batch = arr(np.zeros(3)), (arr(H), arr(np.ones(3)))
+    for match, how in (
+        ("solver", {"solver": "lu"}),
+        ("solver_steps", {"solver_steps": 0}),
+        ("damping", {"damping": -1.0}),
+        ("neumann.*one number", {"solver": "neumann", "lr": [0.1]}),
+        ("per_step", {"lr": per_step(np.ones(2)), "steps": 2}),
+    ):
+        with pytest.raises(InputError, match=match):
+            implicit_loop(quadratic, v, batch, **{"steps": 1, "lr": 0.1, **how})
