@@ -226,7 +226,7 @@ def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
     expected = make(seed=4, dtype="float64")
     expected = tree.map(
         lambda x: x.astype("float64") if x.dtype.kind == "f" else x,
-        expected.draw(task_rng(4, "train", 2)),
+        expected.draw(expected.rng(2)),
     )
     with use_backend(backend.name, dtype="float32"):
         found = make(seed=4, dtype="float64").task(2)
@@ -238,7 +238,7 @@ def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
 def numpy_task(make) -> Task:
     """The task as drawn, before any backend sees it."""
     sampler = make(seed=4)
-    drawn = sampler.draw(task_rng(4, "train", 2))
+    drawn = sampler.draw(sampler.rng(2))
     return tree.map(lambda x: x.astype("float32") if x.dtype.kind == "f" else x, drawn)
 
 
