@@ -42,6 +42,7 @@ class JaxBackend(Backend):
     """The backend boundary on JAX."""
 
     name = "jax"
+    loops_in_programs = True
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -185,6 +186,32 @@ class JaxBackend(Backend):
             return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
+
+    def scan_first(
+        self,
+        fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
+        carry: Arrays,
+        xs: Arrays,
+        count: Array,
+    ) -> tuple[Arrays, Arrays]:
+        # A loop whose length is known would be another program for each length: XLA unrolls short
+        # ones, and fuses what is in them with what is around them.
+        rows = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+        _, shapes = jax.eval_shape(fn, carry, tuple(rows))
+        tables = tuple(jnp.zeros((xs[0].shape[0], *y.shape), y.dtype) for y in shapes)
+
+        def body(i: Array, state: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+            carry, tables = state
+            row = tuple(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in xs)
+            carry, ys = fn(*jax.lax.optimization_barrier((carry, row)))
+            written = (
+                jax.lax.dynamic_update_index_in_dim(table, y, i, 0)
+                for table, y in zip(tables, jax.lax.optimization_barrier(ys), strict=True)
+            )
+            return carry, tuple(written)
+
+        found: tuple[Arrays, Arrays] = jax.lax.fori_loop(0, count, body, (carry, tables))
+        return found
 
     def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:
         if times <= (1 if rolled else UNROLL_AT_MOST) or not _staged():

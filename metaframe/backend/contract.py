@@ -66,6 +66,8 @@ class Backend(Required):
     """What a wrapper around this framework's models has to derive from, if anything."""
     compiles_quickly: bool = True
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    loops_in_programs: bool = False
+    """True if a compiled program that loops over outer steps beats calling a program for each."""
     forward_needs_tangents: bool = False
     """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
@@ -291,6 +293,25 @@ class Backend(Required):
             carry, y = fn(carry, tuple(x[i] for x in xs))
             rows.append(y)
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
+
+    def scan_first(
+        self,
+        fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
+        carry: Arrays,
+        xs: Arrays,
+        count: Array,
+    ) -> tuple[Arrays, Arrays]:
+        """`scan` over the first `count` rows alone, an integer array; the other ys are undefined.
+
+        With `loops_in_programs`, `fn` computes the same bits whatever `count` and the number of
+        rows are. The default implementation needs to know the value of `count`.
+        """
+        number = int(self.to_numpy(count))
+        carry, ys = self.scan(fn, carry, tuple(x[:number] for x in xs))
+        rest = xs[0].shape[0] - number
+        return carry, tuple(
+            self.ops.concat([y, *[self.ops.zeros_like(y[:1])] * rest]) if rest else y for y in ys
+        )
 
     def mapped_value_and_grad(
         self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]

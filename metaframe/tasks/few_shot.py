@@ -215,9 +215,9 @@ class FewShotSampler(BatchedSampler):
                 )
 
     @property
-    def quick(self) -> bool:  # type: ignore[override]
+    def quick(self) -> bool:
         """False for images that have to be read."""
-        return not isinstance(self._images, LazyImages)
+        return super().quick and not isinstance(self._images, LazyImages)
 
     @property
     def numbers(self) -> int:

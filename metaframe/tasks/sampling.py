@@ -238,9 +238,6 @@ class IndexedSampler(abc.ABC):
     2
     """
 
-    quick: bool = False
-    """True if drawing takes microseconds, so that nothing is gained by a thread that does it."""
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("task", "sample"):
@@ -268,6 +265,11 @@ class IndexedSampler(abc.ABC):
     @abc.abstractmethod
     def draw(self, rng: np.random.Generator) -> Task:
         """One task of NumPy arrays, from the random numbers of `rng` alone."""
+
+    @property
+    def quick(self) -> bool:
+        """True if drawing takes microseconds, so that a thread for it gains nothing."""
+        return False
 
     def rng(self, index: int) -> np.random.Generator:
         """The generator with which `draw` makes task number `index`."""
@@ -311,20 +313,23 @@ class IndexedSampler(abc.ABC):
         self._position += count
         return batch
 
-    def sample_batches(
-        self, batches: int, meta_batch_size: int, share: Sequence[int] | None = None
-    ) -> Task:
-        """`batches` calls of `sample_batch`, stacked: arrays `(batches, tasks, k, ...)`."""
-        start, own = self._position, range(meta_batch_size) if share is None else share
-        firsts = range(start, start + batches * meta_batch_size, meta_batch_size)
-        indices: Sequence[int] = [first + i for first in firsts for i in own]
-        if share is None:
-            indices = range(start, start + batches * meta_batch_size)
-        drawn = self._drawn(indices)
-        folded = tree.map(lambda x: x.reshape(batches, len(own), *x.shape[1:]), drawn)
-        placed = self._place(folded)
+    def sample_batches(self, batches: int, meta_batch_size: int) -> Task:
+        """`batches` calls of `sample_batch` in one, stacked: arrays `(batches, tasks, k, ...)`."""
+        placed = self._place(self._folded(batches, meta_batch_size))
         self._position += batches * meta_batch_size
         return placed
+
+    def batches_ahead(self, batches: int, meta_batch_size: int) -> list[Task]:
+        """`batches` calls of `sample_batch` in one."""
+        drawn = self._folded(batches, meta_batch_size)
+        rows = [self._place(tree.map(lambda x, i=i: x[i], drawn)) for i in range(batches)]
+        self._position += batches * meta_batch_size
+        return rows
+
+    def _folded(self, batches: int, size: int) -> Task:
+        drawn = self._drawn(range(self._position, self._position + batches * size))
+        folded: Task = tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), drawn)
+        return folded
 
     def _drawn(self, indices: Sequence[int]) -> Task:
         """Tasks as `draw` makes them, stacked."""
@@ -401,7 +406,10 @@ class BatchedSampler(IndexedSampler):
     TaskBatch of 25: Task(support_x=(10, 1), support_y=(10, 1), query_x=(10, 1), query_y=(10, 1))
     """
 
-    quick = True
+    @property
+    def quick(self) -> bool:
+        """True unless a subclass makes its tasks one by one."""
+        return type(self).draw is BatchedSampler.draw
 
     @property
     @abc.abstractmethod
@@ -421,6 +429,6 @@ class BatchedSampler(IndexedSampler):
         return _numbers_from(self.seed, self.split, index * -(-self.numbers // _BLOCK))
 
     def _drawn(self, indices: Sequence[int]) -> Task:
-        if type(self).draw is not BatchedSampler.draw:
+        if type(self).draw is not BatchedSampler.draw:  # what a subclass makes of one task
             return super()._drawn(indices)
         return self.draw_batch(task_numbers(self.seed, self.split, indices, self.numbers))

@@ -99,6 +99,18 @@ class Callback:
 
     everywhere: bool = True
 
+    def is_due(self, step: int) -> bool:
+        """True if the callback may look at the learner after outer step number `step`.
+
+        Between two such steps `fit` takes several without waiting for their losses, and then calls
+        `on_step` and `on_iteration` for each of them with its report and `trainer.step`, but with
+        the learner as it was before all of them. Default: after every step, for a callback with
+        one of these two methods.
+        """
+        del step
+        mine = type(self)
+        return (mine.on_step, mine.on_iteration) != (Callback.on_step, Callback.on_iteration)
+
     def on_start(self, run: Run) -> None:
         """Before the first iteration."""
 
