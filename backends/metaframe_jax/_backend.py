@@ -57,6 +57,8 @@ class JaxBackend(Backend):
                 "JAX has 64-bit types switched off and would return float32. Before any other "
                 'use of JAX: jax.config.update("jax_enable_x64", True).'
             )
+        if isinstance(x, np.ndarray):  # converted here it need not be by an operation of JAX
+            x = x.astype(jax.dtypes.canonicalize_dtype(dtype or x.dtype), copy=False)
         array = jnp.asarray(x, dtype)
         return array if device is None else jax.device_put(array, self._device(device))
 

@@ -315,21 +315,12 @@ class IndexedSampler(abc.ABC):
 
     def sample_batches(self, batches: int, meta_batch_size: int) -> Task:
         """`batches` calls of `sample_batch` in one, stacked: arrays `(batches, tasks, k, ...)`."""
-        placed = self._place(self._folded(batches, meta_batch_size))
-        self._position += batches * meta_batch_size
+        total = batches * meta_batch_size
+        drawn = self._drawn(range(self._position, self._position + total))
+        split = (batches, meta_batch_size)
+        placed = self._place(tree.map(lambda x: x.reshape(*split, *x.shape[1:]), drawn))
+        self._position += total
         return placed
-
-    def batches_ahead(self, batches: int, meta_batch_size: int) -> list[Task]:
-        """`batches` calls of `sample_batch` in one."""
-        drawn = self._folded(batches, meta_batch_size)
-        rows = [self._place(tree.map(lambda x, i=i: x[i], drawn)) for i in range(batches)]
-        self._position += batches * meta_batch_size
-        return rows
-
-    def _folded(self, batches: int, size: int) -> Task:
-        drawn = self._drawn(range(self._position, self._position + batches * size))
-        folded: Task = tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), drawn)
-        return folded
 
     def _drawn(self, indices: Sequence[int]) -> Task:
         """Tasks as `draw` makes them, stacked."""

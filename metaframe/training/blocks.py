@@ -16,7 +16,7 @@ from metaframe import tree
 from metaframe.tasks import IndexedSampler, Task
 from metaframe.training.callbacks import Callback, Run
 from metaframe.training.finite import is_finite
-from metaframe.training.pure import At, Batches, PureStep
+from metaframe.training.pure import At, PureStep, Steps
 from metaframe.training.report import StepReport
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Blocks:
         self.longest = wanted or min(STEPS_AT_MOST, fitting)
         looped = isinstance(trainer.outer, PureStep) and trainer.outer.looped
         worth = wanted is not None or run.num_iterations >= WORTH_A_LOOP
-        self._looped = looped and worth and self._gap() == self.longest > 1
+        self.together = looped and worth and self._gap() == self.longest > 1
         # The first is the one that is compiled, and says nothing of the others' time.
         self._length = wanted or 1
         self._adapts = wanted is None
@@ -81,16 +81,14 @@ class Blocks:
                 return steps
         return min(self.longest, epoch)
 
-    def draw(self, count: int) -> tuple[Batches, list[Mapping[str, Any]]]:
+    def draw(self, count: int) -> tuple[Task, list[Mapping[str, Any]]]:
         """The batches of the next `count` steps, and where the sampler is after each."""
         sampler: Any = self._trainer.task_sampler
         size, state = self._run.tasks_per_step, sampler.state()
         after = [{**state, "position": state["position"] + (i + 1) * size} for i in range(count)]
-        if self._looped:
-            batches: Batches = sampler.sample_batches(self.longest, size)
-            sampler.restore(after[-1])
-        else:
-            batches = sampler.batches_ahead(count, size)
+        rows = self.longest if self.together else count
+        batches = sampler.sample_batches(rows, size)
+        sampler.restore(after[-1])
         return batches, after
 
 
@@ -117,16 +115,19 @@ class Block:
         trainer: whose steps they are.
         batches: their tasks.
         count: how many steps.
+        together: in one program.
     """
 
-    def __init__(self, trainer: MetaTrainer, batches: Batches, count: int) -> None:
+    def __init__(self, trainer: MetaTrainer, batches: Task, count: int, *, together: bool) -> None:
         assert isinstance(trainer.outer, PureStep), "other steps are taken one by one"
         self._outer, self._trainer = trainer.outer, trainer
         self._batches, self._count = batches, count
         self._start: At = self._outer.at()
         self._random = trainer.maml.backend.random_state()
         self._rates = [trainer.rate(trainer.step + i) for i in range(count)]
-        self._steps = self._outer.several(self._start, batches, self._rates, count)
+        self._together = together
+        self._rows = len(tree.leaves(batches)[0])
+        self._steps = self._several(count)
 
     def reports(self) -> tuple[list[StepReport], StepReport | None]:
         """What the steps found, and the first report that is not finite, with which they end."""
@@ -142,12 +143,15 @@ class Block:
             return
         backend.restore_random_state(self._random)
         if taken:
-            again = self._outer.several(self._start, self._batches, self._rates, taken)
-            self._outer.assign(again.end)
+            self._outer.assign(self._several(taken).end)
 
     def batch(self, step: int) -> Task:
         """The tasks of one of the steps."""
-        if isinstance(self._batches, Task):
-            one: Task = tree.map(lambda x: x[step], self._batches)
-            return one
-        return self._batches[step]
+        one: Task = tree.map(lambda x: x[step], self._batches)
+        return one
+
+    def _several(self, count: int) -> Steps:
+        rates = [*self._rates, *self._rates[-1:] * (self._rows - len(self._rates))]
+        return self._outer.several(
+            self._start, self._batches, rates, count, together=self._together
+        )

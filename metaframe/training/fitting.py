@@ -93,7 +93,7 @@ class Fitting:
         trainer, taken, over = self._trainer, 0, False
         trainer.maml.epoch = trainer.step // trainer.steps_per_epoch
         tasks, positions = plan.draw(count)
-        block = blocks.Block(trainer, tasks, count)
+        block = blocks.Block(trainer, tasks, count, together=plan.together)
         try:
             found, failed = block.reports()
             for report, position in zip(found, positions, strict=False):

@@ -25,9 +25,6 @@ from metaframe.learners.pure import MetaGradient
 from metaframe.tasks import Task
 from metaframe.training.report import Gradient, Outcome, StepReport, on_host, refuse_rate
 
-Batches = Task | Sequence[Task]
-"""Batches of several steps: one stacked Task with a leading axis of steps, or one a step."""
-
 
 class At(NamedTuple):
     """Where training is: all that an outer step changes."""
@@ -102,13 +99,16 @@ class PureStep:
             after = optim.apply_updates(at.params, updates)
             return At(after, state), Found(cost, aux, optim.global_norm(grads))
 
-        self._step: Callable[..., tuple[At, Found]]
+        self._step: Callable[..., tuple[At, Found]] = step
+        self._prepared: Callable[..., Callable[[Arrays], Arrays] | None] | None = None
         if looped:
             several = _looped(step, maml.backend)
             self._several, one = compile(several), compile(_one(several))
             self._step = lambda *args: one(*args, self._number(1))
-        else:
-            self._step = compile(step) if compiled else step
+            self._prepared = lambda *args: one.prepared(*args, self._number(1))
+        elif compiled:
+            whole = compile(step)
+            self._step, self._prepared = whole, whole.prepared
 
     def __call__(self, batch: Task, rate: float | None, num_tasks: int | None) -> Outcome:
         """The next step."""
@@ -127,21 +127,59 @@ class PureStep:
         self._maml.assign(at.params)
         self._state = at.optimizer
 
-    def several(self, at: At, batches: Batches, rates: Sequence[float | None], count: int) -> Steps:
-        """Start `count` steps from `at`, on the first of these batches."""
+    def several(
+        self, at: At, batches: Task, rates: Sequence[float | None], count: int, *, together: bool
+    ) -> Steps:
+        """Start `count` steps from `at`, on the first of these batches, stacked.
+
+        `together` in one program, whatever `count` is; it depends on how many batches there are.
+        """
         maml, backend = self._maml, self._maml.backend
         gradient, constants = self._gradient(None), maml.constants()
-        if isinstance(batches, Task):
-            column = None if rates[0] is None else _like(rates, at.params, maml)
-            rows = as_batch(batches, at.params, backend)
-            after, table = self._several(gradient, at, constants, rows, column, self._number(count))
-            return Steps(after, lambda: _rows(table.on_host(backend), count))
-        found = []
-        for batch, rate in zip(batches[:count], rates, strict=False):
-            rows = as_batch(batch, at.params, backend)
-            at, one = self._step(gradient, at, constants, rows, self._rate_of(rate, at))
-            found.append(one)
-        return Steps(at, lambda: [one.on_host(backend).report() for one in found])
+        rows = as_batch(batches, at.params, backend)
+        rate = None if rates[0] is None else self._rates_of(rates, at)
+        if not together:
+            return self._in_calls(gradient, at, constants, rows, rate, count)
+        after, table = self._several(gradient, at, constants, rows, rate, self._number(count))
+        return Steps(after, lambda: _rows(table.on_host(backend), count))
+
+    def _in_calls(
+        self,
+        gradient: MetaGradient,
+        at: At,
+        constants: Meta,
+        batches: Task,
+        rates: Array | None,
+        count: int,
+    ) -> Steps:
+        """One call after the other; after the first the arguments are not looked at any more."""
+        backend = self._maml.backend
+        leaves, spec = tree.flatten((batches, rates))
+        rows = list(zip(*map(list, leaves), strict=True))[:count]
+        at, first = self._step(gradient, at, constants, *tree.unflatten(spec, rows[0]))
+        found = [first]
+        carry, form = tree.Packed(at, backend.owns), tree.structure(first)
+        program = None
+        if self._prepared and count > 1 and len(carry.arrays) == len(tree.leaves(at)):
+            program = self._prepared(gradient, at, constants, *tree.unflatten(spec, rows[1]))
+        if program is None:
+            for row in rows[1:]:
+                at, one = self._step(gradient, at, constants, *tree.unflatten(spec, row))
+                found.append(one)
+            return Steps(at, lambda: [one.on_host(backend).report() for one in found])
+        state, held, size = carry.arrays, tree.leaves(constants), len(carry.arrays)
+        last = (self._number(1),) if self.looped else ()
+        for row in rows[1:]:
+            results = program((*state, *held, *row, *last))
+            state = results[:size]
+            found.append(tree.unflatten(form, results[size:]))
+        end = carry.unpack(state)
+        return Steps(end, lambda: [one.on_host(backend).report() for one in found])
+
+    def _rates_of(self, rates: Sequence[float | None], at: At) -> Array:
+        if not self._ours:
+            refuse_rate(rates[0])
+        return _like(rates, at.params, self._maml)
 
     def _rate_of(self, rate: float | None, at: At) -> Array | None:
         if not self._ours:
