@@ -50,6 +50,7 @@ class Run:
         history: what was recorded so far.
         iteration: the current iteration of this call, from 0.
         report: what the last outer step found.
+        in_block: True if further steps were taken together with that one, whose reports come next.
         evaluation: what the last evaluation found.
         merits: the metric, or without one minus the loss, of every evaluation within `fit` since
             the trainer was made; those before this call too, and before a checkpoint that it was
@@ -67,6 +68,7 @@ class Run:
     history: History = field(default_factory=History)
     iteration: int = -1
     report: StepReport | None = None
+    in_block: bool = False
     evaluation: Evaluation | None = None
     merits: list[float] = field(default_factory=list)
 

@@ -100,6 +100,7 @@ class Fitting:
                 if taken == count - 1:
                     block.settle(count)
                 trainer.step, taken = trainer.step + 1, taken + 1
+                self._run.in_block = taken < count
                 over = self._follow(report, position)
                 if over:
                     return True
