@@ -564,6 +564,21 @@ def test_a_sampler_of_single_tasks_gives_batches_too():
     assert [digest(t) for t in batch] == [digest(sampler.task(i)) for i in range(3)]
 
 
+def test_single_tasks_of_different_sizes_come_in_a_list():
+    class Growing(IndexedSampler):
+        def draw(self, rng):
+            x = np.zeros((1 + int(3 * rng.random()), 1))
+            return Task(x, x, x, x)
+
+    sampler = Growing(seed=0)
+    tasks = sampler.sample(8)
+    assert isinstance(tasks, list)
+    assert sampler.position == 8
+    assert {len(t.support_x) for t in tasks} == {1, 2, 3}
+    with pytest.raises(InputError, match="different shapes cannot be stacked"):
+        Growing(seed=0).sample_batch(8)
+
+
 def test_a_subclass_may_change_single_tasks_or_whole_batches():
     plain = SinusoidTaskSampler(seed=2).sample(3)
 

@@ -189,11 +189,12 @@ class JaxBackend(Backend):
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
 
-    def scan_first(
+    def scan_rows(
         self,
         fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
         carry: Arrays,
         xs: Arrays,
+        first: Array,
         count: Array,
     ) -> tuple[Arrays, Arrays]:
         # A loop whose length is known would be another program for each length: XLA unrolls short
@@ -212,7 +213,9 @@ class JaxBackend(Backend):
             )
             return carry, tuple(written)
 
-        found: tuple[Arrays, Arrays] = jax.lax.fori_loop(0, count, body, (carry, tables))
+        found: tuple[Arrays, Arrays] = jax.lax.fori_loop(
+            first, first + count, body, (carry, tables)
+        )
         return found
 
     def repeat(self, fn: ArraysFn, carry: Arrays, times: int, *, rolled: bool = False) -> Arrays:

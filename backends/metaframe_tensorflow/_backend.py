@@ -259,15 +259,16 @@ class TensorFlowBackend(Backend):
         )
         return tuple(carry), tuple(store.stack() for store in stores)
 
-    def scan_first(
+    def scan_rows(
         self,
         fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
         carry: Arrays,
         xs: Arrays,
+        first: Array,
         count: Array,
     ) -> tuple[Arrays, Arrays]:
         if tf.executing_eagerly():
-            return super().scan_first(fn, carry, xs, count)
+            return super().scan_rows(fn, carry, xs, first, count)
         width = len(carry)
 
         def of_row(arrays: Arrays) -> Arrays:
@@ -289,9 +290,9 @@ class TensorFlowBackend(Backend):
             return i + 1, tuple(results[:width]), written
 
         _, carry, stores = tf.while_loop(
-            lambda i, *_: i < count,
+            lambda i, *_: i < first + count,
             body,
-            (tf.constant(0), tuple(carry), stores),
+            (first, tuple(carry), stores),
             parallel_iterations=1,
         )
         return tuple(carry), tuple(store.stack() for store in stores)

@@ -294,24 +294,28 @@ class Backend(Required):
             rows.append(y)
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
 
-    def scan_first(
+    def scan_rows(
         self,
         fn: Callable[[Arrays, Arrays], tuple[Arrays, Arrays]],
         carry: Arrays,
         xs: Arrays,
+        first: Array,
         count: Array,
     ) -> tuple[Arrays, Arrays]:
-        """`scan` over the first `count` rows alone, an integer array; the other ys are undefined.
+        """`scan` over `count` rows from row `first` alone, integer arrays; other ys are undefined.
 
         With `loops_in_programs`, `fn` computes the same bits whatever `count` and the number of
-        rows are. The default implementation needs to know the value of `count`.
+        rows are. The default implementation needs to know the values of `first` and `count`.
         """
-        number = int(self.to_numpy(count))
-        carry, ys = self.scan(fn, carry, tuple(x[:number] for x in xs))
-        rest = xs[0].shape[0] - number
-        return carry, tuple(
-            self.ops.concat([y, *[self.ops.zeros_like(y[:1])] * rest]) if rest else y for y in ys
-        )
+        start, number = int(self.to_numpy(first)), int(self.to_numpy(count))
+        carry, ys = self.scan(fn, carry, tuple(x[start : start + number] for x in xs))
+        rest = xs[0].shape[0] - start - number
+
+        def framed(y: Array) -> Array:
+            blank = self.ops.zeros_like(y[:1])
+            return self.ops.concat([*[blank] * start, y, *[blank] * rest])
+
+        return carry, tuple(map(framed, ys))
 
     def mapped_value_and_grad(
         self, fn: Callable[[Arrays, Arrays, Arrays], tuple[Array, Arrays]]

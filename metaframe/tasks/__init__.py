@@ -22,6 +22,8 @@ from metaframe.tasks.omniglot import load_omniglot as load_omniglot
 from metaframe.tasks.omniglot import one_shot_runs as one_shot_runs
 from metaframe.tasks.sampling import BatchedSampler as BatchedSampler
 from metaframe.tasks.sampling import IndexedSampler as IndexedSampler
+from metaframe.tasks.sampling import choices as choices
+from metaframe.tasks.sampling import permutations as permutations
 from metaframe.tasks.sampling import task_rng as task_rng
 from metaframe.tasks.sinusoid import SinusoidTaskSampler as SinusoidTaskSampler
 from metaframe.tasks.task import Task as Task

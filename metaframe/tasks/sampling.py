@@ -24,7 +24,7 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.selection import Selection, current_selection, is_neutral
 from metaframe.errors import InputError, InputTypeError, nearest
-from metaframe.tasks.task import Task, TaskBatch, first_of, stack_tasks
+from metaframe.tasks.task import Task, TaskBatch, alike, first_of, stack_tasks
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -294,9 +294,24 @@ class IndexedSampler(abc.ABC):
         """Tasks number `position` to `position + meta_batch_size - 1`; moves `position` on.
 
         Returns:
-            A `TaskBatch`: a sequence of tasks, and one stacked Task of the same arrays.
+            A `TaskBatch`: a sequence of tasks, and one stacked Task of the same arrays. Tasks of
+            different sizes, as a `draw` of one's own may make them, come in a list.
         """
-        return TaskBatch.of(self.sample_batch(meta_batch_size))
+        if self._together:
+            return TaskBatch.of(self.sample_batch(meta_batch_size))
+        count = arguments.integer(meta_batch_size, "meta_batch_size", at_least=1)
+        tasks = [self.draw(self.rng(self._position + i)) for i in range(count)]
+        if alike(tasks):
+            found = TaskBatch.of(self._place(stack_tasks(tasks)))
+        else:
+            found = [self._place(task) for task in tasks]  # type: ignore[assignment]
+        self._position += count
+        return found
+
+    @property
+    def _together(self) -> bool:
+        """True if the tasks of a batch are drawn together, and so of one size."""
+        return False
 
     def sample_batch(self, meta_batch_size: int, share: Sequence[int] | None = None) -> Task:
         """The tasks of `sample` as one stacked Task: stacked in NumPy, then placed at once.
@@ -400,6 +415,10 @@ class BatchedSampler(IndexedSampler):
     @property
     def quick(self) -> bool:
         """True unless a subclass makes its tasks one by one."""
+        return self._together
+
+    @property
+    def _together(self) -> bool:
         return type(self).draw is BatchedSampler.draw
 
     @property
@@ -420,6 +439,6 @@ class BatchedSampler(IndexedSampler):
         return _numbers_from(self.seed, self.split, index * -(-self.numbers // _BLOCK))
 
     def _drawn(self, indices: Sequence[int]) -> Task:
-        if type(self).draw is not BatchedSampler.draw:  # what a subclass makes of one task
+        if not self._together:  # what a subclass makes of one task
             return super()._drawn(indices)
         return self.draw_batch(task_numbers(self.seed, self.split, indices, self.numbers))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
 import numpy as np
 
@@ -205,12 +205,18 @@ class TaskBatch(Task, Sequence[Task]):
         return f"TaskBatch of {len(self)}: {self[0]!r}" if len(self) else "TaskBatch of 0"
 
 
-tree.register(TaskBatch, _flatten, _unflatten)
+tree.register(cast(type[Task], TaskBatch), _flatten, _unflatten)
 
 
 def plain(batch: Task) -> Task:
     """A batch as a Task and nothing else, of the same arrays."""
     return batch if type(batch) is Task else _unflatten((), (getattr(batch, n) for n in _FIELDS))
+
+
+def alike(tasks: Sequence[Task]) -> bool:
+    """True if tasks of plain arrays have the same structure and shapes, so that they stack."""
+    forms = [(tree.structure(t), [np.shape(x) for x in tree.leaves(t)]) for t in tasks]
+    return all(form == forms[0] for form in forms)
 
 
 def first_of(stacked: Task) -> Task:

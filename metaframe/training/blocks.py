@@ -9,8 +9,8 @@ is taken again from its start up to that step, which gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from metaframe import tree
 from metaframe.tasks import IndexedSampler, Task
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from metaframe.training.fitting import Validation
     from metaframe.training.trainer import MetaTrainer
 
+FEW = 8
+"""Fewer steps than these between two looks are not worth a program of several."""
 STEPS_AT_MOST = 32
 """Steps in a block, unless the user says otherwise."""
 BYTES_AT_MOST = 2**25
@@ -52,44 +54,80 @@ class Blocks:
         sampler: Any = trainer.task_sampler
         size = tree.leaves(tree.map(lambda x: x.nbytes, sampler._drawn([sampler.position])))
         fitting = max(1, BYTES_AT_MOST // (sum(size) * run.tasks_per_step))
-        self.longest = wanted or min(STEPS_AT_MOST, fitting)
+        self._longest = wanted or min(STEPS_AT_MOST, fitting)
+        # Someone may look soon and then seldom: the second gap is a whole one.
+        gap = self._gap(trainer.step)
+        self._longest = max(gap, self._gap(trainer.step + gap)) if wanted is None else wanted
         looped = isinstance(trainer.outer, PureStep) and trainer.outer.looped
-        worth = wanted is not None or run.num_iterations >= WORTH_A_LOOP
-        self.together = looped and worth and self._gap() == self.longest > 1
+        worth = run.num_iterations >= WORTH_A_LOOP and self._longest >= FEW
+        self._together = looped and (worth if wanted is None else wanted > 1)
         # The first is the one that is compiled, and says nothing of the others' time.
         self._length = wanted or 1
         self._adapts = wanted is None
+        self._rows: Rows | None = None
 
-    def next(self) -> int:
-        """How many steps the next block has."""
+    def next(self) -> Block | None:
+        """Start the next block; None if there are no steps left."""
+        trainer, sampler = self._trainer, cast(IndexedSampler, self._trainer.task_sampler)
         left = self._run.num_iterations - self._run.iteration - 1
-        return min(left, self._length, self._gap())
+        count = min(left, self._length, self._gap(trainer.step))
+        if not count:
+            return None
+        rows = self._rows
+        if rows is None or not rows.go_on(sampler):
+            drawn = self._longest if self._together else count
+            rows = self._rows = Rows(sampler, self._run.tasks_per_step, drawn)
+        trainer.maml.epoch = trainer.step // trainer.steps_per_epoch
+        return Block(trainer, rows, min(count, rows.left), together=self._together)
 
     def took(self, steps: int, seconds: float) -> None:
         """Let the next block be as long as the time allows."""
         if self._adapts:
             fitting = int(SECONDS * steps / max(seconds, 1e-9))
-            self._length = max(1, min(2 * self._length, fitting, self.longest))
+            self._length = max(1, min(2 * self._length, fitting, self._longest))
 
-    def _gap(self) -> int:
-        """Steps until someone looks at the learner."""
-        trainer = self._trainer
-        epoch = trainer.steps_per_epoch - trainer.step % trainer.steps_per_epoch
-        for steps in range(1, min(self.longest, epoch)):
-            at = trainer.step + steps
+    def _gap(self, step: int) -> int:
+        """Steps from there until someone looks at the learner."""
+        every = self._trainer.steps_per_epoch
+        epoch = every - step % every
+        for steps in range(1, min(self._longest, epoch)):
+            at = step + steps
             if self._validation.is_due(at) or any(w.is_due(at) for w in self._watchers):
                 return steps
-        return min(self.longest, epoch)
+        return min(self._longest, epoch)
 
-    def draw(self, count: int) -> tuple[Task, list[Mapping[str, Any]]]:
-        """The batches of the next `count` steps, and where the sampler is after each."""
-        sampler: Any = self._trainer.task_sampler
-        size, state = self._run.tasks_per_step, sampler.state()
-        after = [{**state, "position": state["position"] + (i + 1) * size} for i in range(count)]
-        rows = self.longest if self.together else count
-        batches = sampler.sample_batches(rows, size)
-        sampler.restore(after[-1])
-        return batches, after
+
+class Rows:
+    """Batches that were drawn together, of which each block takes some.
+
+    Args:
+        sampler: whose next batches they are. It stays where it is.
+        size: tasks in a batch.
+        count: how many batches.
+    """
+
+    def __init__(self, sampler: IndexedSampler, size: int, count: int) -> None:
+        self._size, self._count = size, count
+        self._state = sampler.state()
+        self.tasks = sampler.sample_batches(count, size)
+        sampler.restore(self._state)
+        self.taken = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def left(self) -> int:
+        """Batches that no block took."""
+        return self._count - self.taken
+
+    def go_on(self, sampler: IndexedSampler) -> bool:
+        """True if the sampler's next batch is the next of these."""
+        return self.left > 0 and sampler.state() == self.position(self.taken)
+
+    def position(self, taken: int) -> dict[str, Any]:
+        """Where the sampler is after so many of the batches."""
+        return {**self._state, "position": int(self._state["position"]) + taken * self._size}
 
 
 def serve(trainer: MetaTrainer) -> bool:
@@ -113,20 +151,22 @@ class Block:
 
     Args:
         trainer: whose steps they are.
-        batches: their tasks.
+        rows: their batches, from the next one on.
         count: how many steps.
         together: in one program.
     """
 
-    def __init__(self, trainer: MetaTrainer, batches: Task, count: int, *, together: bool) -> None:
+    def __init__(self, trainer: MetaTrainer, rows: Rows, count: int, *, together: bool) -> None:
         assert isinstance(trainer.outer, PureStep), "other steps are taken one by one"
-        self._outer, self._trainer = trainer.outer, trainer
-        self._batches, self._count = batches, count
+        self.count = count
+        self._outer, self._trainer, self._rows = trainer.outer, trainer, rows
+        self._first = rows.taken
         self._start: At = self._outer.at()
         self._random = trainer.maml.backend.random_state()
-        self._rates = [trainer.rate(trainer.step + i) for i in range(count)]
+        rates = [trainer.rate(trainer.step + i) for i in range(count)]
+        rest = len(rows) - self._first - count  # of which nobody may have thought
+        self._rates = [*rates[:1] * self._first, *rates, *rates[-1:] * rest]
         self._together = together
-        self._rows = len(tree.leaves(batches)[0])
         self._steps = self._several(count)
 
     def reports(self) -> tuple[list[StepReport], StepReport | None]:
@@ -135,23 +175,29 @@ class Block:
         bad = next((i for i, report in enumerate(found) if not is_finite(report)), None)
         return (found, None) if bad is None else (found[:bad], found[bad])
 
+    def position(self, steps: int) -> dict[str, Any]:
+        """Where the sampler is after so many of the steps."""
+        return self._rows.position(self._first + steps)
+
     def settle(self, taken: int) -> None:
         """Have the learner be as it is after `taken` of the steps."""
-        backend = self._trainer.maml.backend
-        if taken == self._count:
+        backend, sampler = self._trainer.maml.backend, self._trainer.task_sampler
+        if taken == self.count:
             self._outer.assign(self._steps.end)
-            return
-        backend.restore_random_state(self._random)
-        if taken:
-            self._outer.assign(self._several(taken).end)
+        else:
+            backend.restore_random_state(self._random)
+            if taken:
+                self._outer.assign(self._several(taken).end)
+        cast(IndexedSampler, sampler).restore(self.position(taken))
+        self._rows.taken = self._first + taken
 
     def batch(self, step: int) -> Task:
         """The tasks of one of the steps."""
-        one: Task = tree.map(lambda x: x[step], self._batches)
+        one: Task = tree.map(lambda x: x[self._first + step], self._rows.tasks)
         return one
 
     def _several(self, count: int) -> Steps:
-        rates = [*self._rates, *self._rates[-1:] * (self._rows - len(self._rates))]
-        return self._outer.several(
-            self._start, self._batches, rates, count, together=self._together
-        )
+        tasks, start = self._rows.tasks, self._start
+        if self._together:
+            return self._outer.several(start, tasks, self._rates, self._first, count)
+        return self._outer.in_calls(start, tasks, self._rates, count)

@@ -82,30 +82,28 @@ class Fitting:
 
     def _by_blocks(self) -> None:
         plan = blocks.Blocks(self._trainer, self._run, self._validation, self._watchers)
-        over = False
-        while not over and (count := plan.next()):
-            started = time.perf_counter()
-            over = self._block(plan, count)
-            plan.took(count, time.perf_counter() - started)
+        over, started = False, time.perf_counter()
+        while not over and (block := plan.next()):
+            over = self._looked_at(block)
+            now = time.perf_counter()
+            plan.took(block.count, now - started)
+            started = now
 
-    def _block(self, plan: blocks.Blocks, count: int) -> bool:
-        """Take so many steps together; is the run over?"""
-        trainer, taken, over = self._trainer, 0, False
-        trainer.maml.epoch = trainer.step // trainer.steps_per_epoch
-        tasks, positions = plan.draw(count)
-        block = blocks.Block(trainer, tasks, count, together=plan.together)
+    def _looked_at(self, block: blocks.Block) -> bool:
+        """What happens after each step of a block that was started; is the run over?"""
+        trainer, taken = self._trainer, 0
         try:
             found, failed = block.reports()
-            for report, position in zip(found, positions, strict=False):
-                if taken == count - 1:
-                    block.settle(count)
-                trainer.step, taken = trainer.step + 1, taken + 1
-                self._run.in_block = taken < count
-                over = self._follow(report, position)
-                if over:
+            for report in found:
+                taken += 1
+                if taken == block.count:
+                    block.settle(taken)
+                trainer.step += 1
+                self._run.in_block = taken < block.count
+                if self._follow(report, block.position(taken)):
                     return True
         finally:
-            if taken < count:
+            if taken < block.count:
                 block.settle(taken)
         if failed is not None:
             check_finite(failed, trainer.step, lambda: trainer.blame(block.batch(taken)))

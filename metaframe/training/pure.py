@@ -104,8 +104,8 @@ class PureStep:
         if looped:
             several = _looped(step, maml.backend)
             self._several, one = compile(several), compile(_one(several))
-            self._step = lambda *args: one(*args, self._number(1))
-            self._prepared = lambda *args: one.prepared(*args, self._number(1))
+            self._step = lambda *args: one(*args, *self._only())
+            self._prepared = lambda *args: one.prepared(*args, *self._only())
         elif compiled:
             whole = compile(step)
             self._step, self._prepared = whole, whole.prepared
@@ -128,33 +128,39 @@ class PureStep:
         self._state = at.optimizer
 
     def several(
-        self, at: At, batches: Task, rates: Sequence[float | None], count: int, *, together: bool
+        self, at: At, batches: Task, rates: Sequence[float | None], first: int, count: int
     ) -> Steps:
-        """Start `count` steps from `at`, on the first of these batches, stacked.
+        """Start `count` steps from `at`, on as many of these stacked batches from the `first` on.
 
-        `together` in one program, whatever `count` is; it depends on how many batches there are.
+        In one program, whichever they are; it depends on how many batches there are.
         """
         maml, backend = self._maml, self._maml.backend
-        gradient, constants = self._gradient(None), maml.constants()
         rows = as_batch(batches, at.params, backend)
-        rate = None if rates[0] is None else self._rates_of(rates, at)
-        if not together:
-            return self._in_calls(gradient, at, constants, rows, rate, count)
-        after, table = self._several(gradient, at, constants, rows, rate, self._number(count))
-        return Steps(after, lambda: _rows(table.on_host(backend), count))
+        after, table = self._several(
+            self._gradient(None),
+            at,
+            maml.constants(),
+            rows,
+            self._rates_of(rates, at),
+            self._number(first),
+            self._number(count),
+        )
 
-    def _in_calls(
-        self,
-        gradient: MetaGradient,
-        at: At,
-        constants: Meta,
-        batches: Task,
-        rates: Array | None,
-        count: int,
-    ) -> Steps:
-        """One call after the other; after the first the arguments are not looked at any more."""
+        def reports() -> list[StepReport]:
+            found = table.on_host(backend)
+            return [found.report(i) for i in range(first, first + count)]
+
+        return Steps(after, reports)
+
+    def in_calls(self, at: At, batches: Task, rates: Sequence[float | None], count: int) -> Steps:
+        """Start `count` steps from `at` on the first of these batches, one call after the other.
+
+        After the first the arguments are not looked at any more.
+        """
         backend = self._maml.backend
-        leaves, spec = tree.flatten((batches, rates))
+        gradient, constants = self._gradient(None), self._maml.constants()
+        rows_of = as_batch(batches, at.params, backend)
+        leaves, spec = tree.flatten((rows_of, self._rates_of(rates, at)))
         rows = list(zip(*map(list, leaves), strict=True))[:count]
         at, first = self._step(gradient, at, constants, *tree.unflatten(spec, rows[0]))
         found = [first]
@@ -168,7 +174,7 @@ class PureStep:
                 found.append(one)
             return Steps(at, lambda: [one.on_host(backend).report() for one in found])
         state, held, size = carry.arrays, tree.leaves(constants), len(carry.arrays)
-        last = (self._number(1),) if self.looped else ()
+        last = self._only() if self.looped else ()
         for row in rows[1:]:
             results = program((*state, *held, *row, *last))
             state = results[:size]
@@ -176,9 +182,11 @@ class PureStep:
         end = carry.unpack(state)
         return Steps(end, lambda: [one.on_host(backend).report() for one in found])
 
-    def _rates_of(self, rates: Sequence[float | None], at: At) -> Array:
+    def _rates_of(self, rates: Sequence[float | None], at: At) -> Array | None:
         if not self._ours:
             refuse_rate(rates[0])
+        if rates[0] is None:
+            return None
         return _like(rates, at.params, self._maml)
 
     def _rate_of(self, rate: float | None, at: At) -> Array | None:
@@ -190,8 +198,11 @@ class PureStep:
             self._rate = rate, _like(rate, at.params, self._maml)
         return self._rate[1]
 
+    def _only(self) -> tuple[Array, Array]:
+        return self._number(0), self._number(1)
+
     def _number(self, count: int) -> Array:
-        """How many steps to take, as an array, on which no program depends."""
+        """A number as an array, on which no program depends."""
         if count not in self._numbers:
             self._numbers[count] = self._maml.backend.asarray(np.asarray(count, np.int32))
         return self._numbers[count]
@@ -235,6 +246,7 @@ def _looped(step: Callable[..., tuple[At, Found]], backend: Backend) -> Callable
         constants: Meta,
         batches: Task,
         rates: Array | None,
+        first: Array,
         count: Array,
     ) -> tuple[At, Found]:
         start = tree.Packed(at, backend.owns)
@@ -246,7 +258,7 @@ def _looped(step: Callable[..., tuple[At, Found]], backend: Backend) -> Callable
             after, found = step(gradient, start.unpack(carry), constants, batch, rate)
             return tree.Packed(after, backend.owns).arrays, found_of.flatten(found)
 
-        carry, table = backend.scan_first(body, start.arrays, rows.arrays, count)
+        carry, table = backend.scan_rows(body, start.arrays, rows.arrays, first, count)
         return start.unpack(carry), found_of.build(table)
 
     return steps
@@ -261,17 +273,14 @@ def _one(several: Callable[..., tuple[At, Found]]) -> Callable[..., tuple[At, Fo
         constants: Meta,
         batch: Task,
         rate: Array | None,
+        first: Array,
         count: Array,
     ) -> tuple[At, Found]:
         rows, rates = tree.map(lambda x: x[None], (batch, rate))
-        after, table = several(gradient, at, constants, rows, rates, count)
+        after, table = several(gradient, at, constants, rows, rates, first, count)
         return after, Found(*tree.map(lambda x: x[0], tuple(table)))
 
     return one
-
-
-def _rows(table: Found, count: int) -> list[StepReport]:
-    return [table.report(i) for i in range(count)]
 
 
 def _like(rates: Any, params: Params, maml: MetaLearner) -> Array:
