@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from frameworks import hardly_depends_on_the_backend, require
-from metaframe import MAML, MetaTrainer, compile, nn, ops, optim, tree
+from metaframe import MAML, MetaTrainer, nn, ops, optim, tree
 from metaframe.backend import Backend, use_backend
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
 from metaframe.tasks import SinusoidTaskSampler, Task
@@ -228,31 +228,6 @@ def test_an_algorithm_with_epochs_enters_them_in_time(backend: Backend) -> None:
         losses.append(runner.fit(8, SIZE).meta_loss)
         assert maml.epoch == 2
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_scan_of_some_rows_is_a_scan(backend: Backend, compiled: bool) -> None:
-    if compiled and not backend.loops_in_programs:
-        return  # there the loop is one of Python
-    xs = (backend.asarray(np.arange(6.0)),)
-
-    def body(carry: Any, row: Any) -> Any:
-        total = carry[0] + row[0]
-        return (total,), (total * 2,)
-
-    def scan(start: Any, xs: Any, first: Any, count: Any) -> Any:
-        return backend.scan_rows(body, start, xs, first, count)
-
-    run = compile(scan) if compiled else scan
-    start = (backend.asarray(np.float64(1.0)),)
-    for first, count in ((0, 1), (0, 4), (0, 6), (2, 3), (5, 1)):
-        numbers = (backend.asarray(np.asarray(n, np.int32)) for n in (first, count))
-        (total,), (rows,) = run(start, xs, *numbers)
-        sums = 1.0 + np.cumsum(np.arange(6.0)[first : first + count])
-        assert float(backend.to_numpy(total)) == sums[-1]
-        found = backend.to_numpy(rows)[first : first + count]
-        np.testing.assert_array_equal(found, 2 * sums)
-    assert not compiled or run.traces == 1
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, InputError), (2.0, InputTypeError)])

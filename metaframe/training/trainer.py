@@ -179,9 +179,10 @@ class MetaTrainer:
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
-            prefetch: sample batches ahead in a background thread. It changes no result, as long as
-                nothing else draws from the training sampler: with a callback that does, turn it
-                off, or give the callback a sampler of its own.
+            prefetch: sample batches ahead in a background thread, from a sampler that can be put
+                back and is not `quick`. It changes no result, as long as nothing else draws from
+                the training sampler: with a callback that does, turn it off, or give the callback
+                a sampler of its own.
 
         Returns:
             The loss of every iteration and of every evaluation.
