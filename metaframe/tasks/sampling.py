@@ -133,7 +133,7 @@ def choices(numbers: Numbers, sizes: Any) -> Order:
         sizes: `(rows,)` or one number for all, at least k.
 
     >>> choices(np.array([[0.0, 0.0], [0.99, 0.99]]), 5).tolist()
-    [[0, 1], [4, 3]]
+    [[0, 1], [4, 0]]
     """
     rows, count = numbers.shape
     sizes = np.broadcast_to(sizes, rows)
