@@ -10,18 +10,15 @@ is taken again from its start up to that step, which gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from metaframe import tree
-from metaframe.tasks import IndexedSampler, Task
-from metaframe.training.callbacks import Callback, Run
+from metaframe.tasks import IndexedSampler, Task, TaskSampler
+from metaframe.training.callbacks import Callback, Run, Trainer
 from metaframe.training.finite import is_finite
 from metaframe.training.pure_step import At, PureStep, Steps
 from metaframe.training.report import StepReport
-
-if TYPE_CHECKING:
-    from metaframe.training.fitting import Validation
-    from metaframe.training.trainer import MetaTrainer
+from metaframe.training.step import OuterStep, StepSettings
 
 FEW = 8
 """Fewer steps than these between two looks are not worth a program of several."""
@@ -35,6 +32,30 @@ WORTH_A_LOOP = 4 * STEPS_AT_MOST
 """Iterations from which on a program of several steps is made, unless the user says otherwise."""
 
 
+class Stepping(Trainer, Protocol):
+    """A trainer as what takes its steps sees it."""
+
+    task_sampler: TaskSampler
+    settings: StepSettings
+    steps_per_epoch: int
+    outer: OuterStep
+
+    def rate(self, step: int) -> float | None:
+        """The outer learning rate after `step` steps; None without a schedule."""
+        ...
+
+
+class Validation(NamedTuple):
+    """What is evaluated in a run, and how often."""
+
+    tasks: Any
+    every: int | None
+
+    def is_due(self, step: int) -> bool:
+        """True if an evaluation comes after outer step number `step`."""
+        return self.every is not None and step % self.every == 0
+
+
 class Blocks:
     """How long blocks are, and their tasks.
 
@@ -46,7 +67,7 @@ class Blocks:
     """
 
     def __init__(
-        self, trainer: MetaTrainer, run: Run, validation: Validation, watchers: Sequence[Callback]
+        self, trainer: Stepping, run: Run, validation: Validation, watchers: Sequence[Callback]
     ) -> None:
         self._trainer, self._run = trainer, run
         self._validation, self._watchers = validation, watchers
@@ -130,7 +151,7 @@ class Rows:
         return {**self._state, "position": int(self._state["position"]) + taken * self._size}
 
 
-def serve(trainer: MetaTrainer) -> bool:
+def serve(trainer: Stepping) -> bool:
     """True if blocks are of use: nobody has to look at every step, and tasks are drawn in no time.
 
     Statistics and the steps of several processes, or of an optimizer that changes variables in
@@ -156,7 +177,7 @@ class Block:
         together: in one program.
     """
 
-    def __init__(self, trainer: MetaTrainer, rows: Rows, count: int, *, together: bool) -> None:
+    def __init__(self, trainer: Stepping, rows: Rows, count: int, *, together: bool) -> None:
         assert isinstance(trainer.outer, PureStep), "other steps are taken one by one"
         self.count = count
         self._outer, self._trainer, self._rows = trainer.outer, trainer, rows

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+from metaframe.tasks import Task
 from metaframe.training import blocks
 from metaframe.training.batches import batches
+from metaframe.training.blocks import Validation
 from metaframe.training.callbacks import Callback, Run, merit
+from metaframe.training.evaluation import Evaluation
 from metaframe.training.finite import check_finite
 from metaframe.training.interrupt import Interrupt
 from metaframe.training.report import StepReport
 
-if TYPE_CHECKING:
-    from metaframe.training.trainer import MetaTrainer
 
+class Fitted(blocks.Stepping, Protocol):
+    """A trainer as one call of its `fit` sees it."""
 
-class Validation(NamedTuple):
-    """What is evaluated in a run, and how often."""
+    owes_validation: bool
+    position: Mapping[str, Any] | None
+    merits: list[float]
+    ending: Callable[..., bool]
 
-    tasks: Any
-    every: int | None
+    def advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
+        """Take one step on a stacked batch."""
+        ...
 
-    def is_due(self, step: int) -> bool:
-        """True if an evaluation comes after outer step number `step`."""
-        return self.every is not None and step % self.every == 0
+    def blame(self, batch: Task) -> str:
+        """Which task of the batch it is whose gradient is not finite."""
+        ...
+
+    def evaluated(self, tasks: Any) -> Evaluation:
+        """What the learner reaches on these tasks."""
+        ...
 
 
 class Fitting:
@@ -41,7 +51,7 @@ class Fitting:
 
     def __init__(
         self,
-        trainer: MetaTrainer,
+        trainer: Fitted,
         run: Run,
         validation: Validation,
         watchers: Sequence[Callback],
@@ -132,7 +142,7 @@ class Fitting:
 
     def _evaluate(self) -> None:
         trainer, run = self._trainer, self._run
-        found = run.evaluation = trainer._evaluate(self._validation.tasks)
+        found = run.evaluation = trainer.evaluated(self._validation.tasks)
         trainer.owes_validation = False
         trainer.merits.append(merit(found))
         run.history.eval_loss.append((run.iteration, found.loss.mean))

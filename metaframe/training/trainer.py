@@ -19,12 +19,13 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training import checks
 from metaframe.training.batches import is_restorable, warn_of_position
+from metaframe.training.blocks import Validation
 from metaframe.training.callbacks import Callback, History, Run, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
 from metaframe.training.finite import check_finite, task_to_blame
-from metaframe.training.fitting import Fitting, Validation
+from metaframe.training.fitting import Fitting
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.parameters import Arrays, checked_parameters, group
 from metaframe.training.report import StepReport, on_host
@@ -231,7 +232,7 @@ class MetaTrainer:
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
         """
-        return self._evaluate(tasks).loss.mean
+        return self.evaluated(tasks).loss.mean
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
@@ -349,5 +350,6 @@ class MetaTrainer:
             return "the batch as a whole"  # a process that does not have the task could not tell
         return task_to_blame(self.maml, self.loss_fn, batch)
 
-    def _evaluate(self, tasks: Any) -> Evaluation:
+    def evaluated(self, tasks: Any) -> Evaluation:
+        """What the learner reaches on these tasks."""
         return self._evaluator(tasks, inductive=False, whole_curve=False)
