@@ -56,7 +56,7 @@ def constants(module: str) -> list[str]:
         for node in body
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Call)
-        and ast.unparse(node.value.func) == "PrivateName"
+        and ast.unparse(node.value.func) in ("PrivateName", "OfModules")
     ]
 
 
