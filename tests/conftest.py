@@ -27,13 +27,24 @@ _hypothesis_settings: dict[str, Any] = {
         hypothesis.HealthCheck.function_scoped_fixture,
     ],
 }
-hypothesis.settings.register_profile("default", max_examples=200, **_hypothesis_settings)
+hypothesis.settings.register_profile("default", max_examples=100, **_hypothesis_settings)
 hypothesis.settings.register_profile("nightly", max_examples=2000, **_hypothesis_settings)
 hypothesis.settings.load_profile("default")  # --hypothesis-profile chooses another
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore Ctrl-C, and so would the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SLOW = frozenset((Path(__file__).with_name("slow.txt")).read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what tests/slow.txt lists, before cases are chosen by their marks."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -102,3 +102,13 @@ def test_a_module_of_the_core_has_a_test_module() -> None:
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     without = {name for name in core if not any(f"{t}_".startswith(f"{name}_") for t in tests)}
     assert without == set(ELSEWHERE)
+
+
+def test_what_is_listed_as_slow_exists() -> None:
+    for line in (ROOT / "tests/slow.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        path, *names = line.partition("[")[0].split("::")
+        source = (ROOT / path).read_text()
+        what = f"def {names[0]}(" if len(names) == 1 else f"class {names[0]}("
+        assert what in source, line
