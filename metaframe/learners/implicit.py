@@ -102,7 +102,7 @@ def implicit(
 ) -> Params:
     """`params` with the derivatives of the solution of the proximal problem."""
     backend, names = support.backend, sorted(support.names)
-    packed = tree.Packed((start, (support.x, support.y)), backend.owns)
+    packed = tree.Packed((start, (support.x, support.y, support.learned)), backend.owns)
 
     def cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         begun, batch = packed.unpack(context)
