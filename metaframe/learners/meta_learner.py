@@ -200,6 +200,7 @@ class MetaLearner(Wrapper):
         metric: LossFn | None = None,
         weights: Any = None,
         has_aux: bool = False,
+        statistics: bool = False,
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
@@ -222,6 +223,8 @@ class MetaLearner(Wrapper):
             weights: a number for each task, shape (tasks,), by which its loss is multiplied in the
                 mean; or `weights(task) -> scalar`. Weights with a mean of 1 keep the scale.
             has_aux: `loss_fn` returns `(scalar, aux)`, the aux any structure of arrays.
+            statistics: report the mean and the variance that each batch normalisation takes of the
+                query set, under the adapted parameters, for running averages of your own.
 
             `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
             receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
@@ -229,8 +232,9 @@ class MetaLearner(Wrapper):
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
             `meta_parameters`; and in `aux`, with a leading task axis, "costs", the loss of each
-            task without its weight, "scores", the metric, and "aux", that of the loss. On torch
-            `grads` has them by the names of `named_parameters()` too: "module.weight" is "weight".
+            task without its weight, "scores", the metric, "aux", that of the loss, and
+            "statistics", by the names in the model's state. On torch `grads` has them by the names
+            of `named_parameters()` too: "module.weight" is "weight".
 
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
@@ -238,7 +242,12 @@ class MetaLearner(Wrapper):
         by_task = weights if callable(weights) else None
         gradient = self.meta_gradient(
             TaskLoss.of(
-                loss_fn, support_loss=support_loss, call=call, weights=by_task, has_aux=has_aux
+                loss_fn,
+                support_loss=support_loss,
+                call=call,
+                weights=by_task,
+                has_aux=has_aux,
+                statistics=statistics,
             ),
             steps=steps,
             task_map=task_map,
@@ -418,6 +427,11 @@ class MetaLearner(Wrapper):
     ) -> Setting:
         losses, config = TaskLoss.of(loss_fn), self._adapting
         losses.check_learned(config.outer is not None)
+        if losses.statistics and (config.norm == "per-step" or not self._adapter.recordable()):
+            raise InputError(
+                "statistics=True reports those of batch normalisation, and this model has none "
+                "that metaframe knows of; with norm='per-step', collect_statistics keeps them."
+            )
         if metric is not None:
             arguments.function(metric, "metric")
         steps = config.steps(steps, at_least=0)

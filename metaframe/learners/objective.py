@@ -60,11 +60,11 @@ class Setting:
         """
         model = ModelOnTask(self, meta, constants, task)
         found = (self.method.objective or adapted_cost)(model.run())
-        report, seen = {"costs": found.cost}, list(found.report)
+        seen = list(found.report)
+        report: dict[str, Any] = {"costs": found.cost}
         if self.metric is not None:
             report["scores"] = seen.pop(0)
-        if self.losses.has_aux:
-            report["aux"] = model.aux.build(seen)
+        report |= model.aux.build(seen)
         own = self.losses.weight(self.adapter.backend, task, model.learned)
         cost = found.cost
         for factor in (weight, own):
@@ -94,14 +94,12 @@ class ModelOnTask:
         self.learned = setting.config.learned(self._learned)
         """The outer variables beyond the model's, as they were given; None without any."""
         self.aux = tree.Returned()
-        """The structure of the aux of the loss, once it has run."""
+        """The structure of what else is reported of the query set, once that has run."""
         self.support = Support(
             task.support_x,
             task.support_y,
             lambda params, x: self._call(params, self._state, self._support_forward(), x)[0],
-            lambda batch, params: self._support_loss(
-                params, *batch[:2], batch[2] if len(batch) > 2 else self.learned, setting.steps
-            ),
+            self._loss_of,
             setting.config.names,
             setting.adapter.backend,
             self.learned,
@@ -213,7 +211,11 @@ class ModelOnTask:
         loss, aux = setting.losses.query(backend, prediction, target)
         if step is not None:
             return loss, ()
-        report = self.aux.flatten(aux)
+        more = {"aux": aux} if setting.losses.has_aux else {}
+        if setting.losses.statistics:
+            state = self.recorded(self.named(params), self.task.query_x, setting.steps)
+            more["statistics"] = {name: state[name] for name in setting.adapter.recordable()}
+        report = self.aux.flatten(more)
         if setting.metric is None:
             return loss, report
         score = run_user(backend, setting.metric, prediction, target)
@@ -236,6 +238,12 @@ class ModelOnTask:
             names = self.setting.config.names
             cost = cost + penalty(*({n: p[n] for n in names} for p in (named, self.start)))
         return cost, (cost,)
+
+    def _loss_of(self, batch: Any, params: Params) -> Array:
+        """The loss of `Support`, at the last step."""
+        x, y, *learned = batch
+        given = learned[0] if learned else self.learned
+        return self._support_loss(params, x, y, given, self.setting.steps)
 
     def _support_loss(self, params: Params, x: Any, y: Any, learned: Any, step: Any) -> Array:
         state = self._state if step is None else at_step(self._state, step)

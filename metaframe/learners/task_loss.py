@@ -39,6 +39,7 @@ class TaskLoss:
         weights: `weights(task) -> scalar`, by which the task's query loss is multiplied in the
             mean over tasks.
         has_aux: `loss_fn` returns `(scalar, aux)`.
+        statistics: report the statistics that batch normalisation takes of the query set.
 
     Raises:
         InputTypeError: something else than a function.
@@ -59,6 +60,7 @@ class TaskLoss:
     call: Callable[..., Any] | None = None
     weights: Callable[..., Array] | None = None
     has_aux: bool = False
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         arguments.function(self.loss_fn, "loss_fn")
@@ -66,6 +68,7 @@ class TaskLoss:
             if getattr(self, name) is not None:
                 arguments.function(getattr(self, name), name)
         arguments.choice(self.has_aux, "has_aux", (False, True))
+        arguments.choice(self.statistics, "statistics", (False, True))
 
     @classmethod
     def of(cls, loss_fn: Any, **given: Any) -> Self:
