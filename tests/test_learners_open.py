@@ -13,6 +13,7 @@ from metaframe import MAML, ImplicitMAML, MetaTrainer, Reptile, nn, ops, optim
 from metaframe.backend import Backend
 from metaframe.errors import InputError, InputTypeError
 from metaframe.learners import Minibatches, TaskLoss
+from metaframe.models._pair import PairAdapter
 from metaframe.tasks import Task, stack_tasks
 from metaframe.training import StepSettings, evaluate
 
@@ -300,21 +301,21 @@ def test_an_update_rule_of_ones_own_gets_anything(model: Any, backend: Backend) 
 
 
 def test_statistics_of_the_query_set(backend: Backend) -> None:
-    rng, built = np.random.default_rng(0), nn.conv4(2, 2, image_size=16)
-    shapes = ((3, 16, 16, 1), (3, 2), (4, 16, 16, 1), (4, 2))
-    tasks = [Task(*[rng.normal(size=shape) for shape in shapes]) for _ in range(2)]
-    maml = MAML((built, built.init(0)), 0.1, 1, first_order=True)
-    result = maml.meta_value_and_grad(nn.mse, tasks, statistics=True)
-    found = result.aux["statistics"]
-    assert len(found) == 8, "a mean and a variance for each of four blocks"
-    learner = maml.clone()
-    learner.adapt_on(nn.mse, tasks[1].support_x, tasks[1].support_y)
-    images = backend.asarray(tasks[1].query_x)
-    outputs = backend.to_numpy(nn.conv2d(images, learner.params["block1/kernel"]))
-    moments = {"mean": outputs.mean(axis=(0, 1, 2)), "var": outputs.var(axis=(0, 1, 2))}
-    for name, expected in moments.items():
-        row = backend.to_numpy(found[f"block1/{name}"])[1]
-        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-12)
+    def normalised(params: Any, x: Any) -> Any:
+        found = ops.matmul(x, params["w"])
+        return nn.batch_norm(found, params["norm"]["scale"], params["norm"]["shift"])
+
+    start = {"w": np.ones((3, 2)), "norm": {"scale": np.ones(2), "shift": np.zeros(2)}}
+    model = PairAdapter(normalised, metaframe.tree.map(backend.asarray, start), ("norm",))
+    tasks, maml = zoo.tasks(), MAML(model, 0.1, 2)
+    found = maml.meta_value_and_grad(nn.mse, tasks, statistics=True).aux["statistics"]
+    assert sorted(found) == ["norm/mean", "norm/var"]
+    for i, task in enumerate(tasks):
+        learner = maml.clone().adapt_on(nn.mse, task.support_x, task.support_y)
+        outputs = task.query_x @ backend.to_numpy(learner.params["w"])
+        for name, expected in (("mean", outputs.mean(0)), ("var", outputs.var(0))):
+            row = backend.to_numpy(found[f"norm/{name}"])[i]
+            np.testing.assert_allclose(row, expected, rtol=0, atol=1e-12)
 
 
 def torch_model() -> Any:
