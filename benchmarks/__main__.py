@@ -16,6 +16,7 @@ COMMANDS: tuple[tuple[str, bool], ...] = (
     ("compile_time", True),
     ("handwritten --workload W1 --steps 1 --order 2 --budget 10 --backend {backend}", True),
     ("scaling --quick --budget 10 --backend {backend}", True),
+    ("loop --budget 10", True),
     ("distributed", False),
     ("ivy_comparison", False),
     ("peers", False),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import metaframe
-from frameworks import require
+from frameworks import require, slow
 from metaframe import MAML, inner_loop, map_tasks, meta_value_and_grad
 from metaframe.tasks import Task
 
@@ -51,7 +51,9 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("first", ["maml_step", "ops", "compile", "meta_value_and_grad"])
+@pytest.mark.parametrize(
+    "first", ["ops", slow("maml_step"), slow("compile"), slow("meta_value_and_grad")]
+)
 def test_nothing_is_printed_about_our_source(first: str, tmp_path: Path) -> None:
     """Also by the first use of metaframe, before it has told TensorFlow anything."""
     require("tensorflow")

@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {f"metaframe_{n}": f"metaframe_{n}._private" for n in ("torch", "jax", "tensorflow")}
 
 
-SLOW = {"INDUCTOR_CONFIG", "SHAPES", "TRACING", "TRACING_CONTEXT", "FAKE_TENSORS"}
+SLOW = {
+    "DISPATCH_MODES",
+    "FUNCTION_MODES",
+    "INDUCTOR_CONFIG",
+    "SHAPES",
+    "TRACING",
+    "TRACING_CONTEXT",
+    "FAKE_TENSORS",
+}
 """Those that take torch's compiler seconds; INDUCTOR, of their kind, is not among them."""
 
 
@@ -48,7 +56,7 @@ def constants(module: str) -> list[str]:
         for node in body
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Call)
-        and ast.unparse(node.value.func) == "PrivateName"
+        and ast.unparse(node.value.func) in ("PrivateName", "OfModules")
     ]
 
 

@@ -341,7 +341,7 @@ def test_reptile_learns_to_adapt(
         result = read_result(out)
         assert result is not None
         losses.append(result["evaluation"]["transductive"]["mean"])
-    assert losses[0] < 0.7 * losses[1]
+    assert losses[0] < 0.8 * losses[1]
 
 
 def test_context_of_a_convolutional_model() -> None:
@@ -679,7 +679,7 @@ def test_presets_are_settings_that_exist(name: str) -> None:
     assert preset.source
     assert (preset.step or 0) <= config.eval_steps
     assert (preset.expected < 1) == (
-        not DATASETS[config.dataset].regression or name.endswith("maml")
+        not DATASETS[config.dataset].regression or name.startswith("sinusoid-maml")
     )
 
 

@@ -49,6 +49,7 @@ OF_FRAMEWORK: dict[str, dict[str, Callable[[Any], Any]]] = {
         "item": lambda x: x.item(),
         "data_ptr": lambda x: x.data_ptr(),
         "dlpack": np.from_dlpack,
+        "format": lambda x: f"{x:.2f}",
         "storage": lambda x: x.untyped_storage().tolist(),
         "pickle": lambda x: pickle.loads(pickle.dumps(x)),
         "deepcopy": copy.deepcopy,

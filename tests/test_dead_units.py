@@ -122,7 +122,7 @@ def gradients(rule: Any, lr: Any = None, **how: Any) -> Callable[[Any, Any], Any
         mode = how.get("mode", "reverse")
         return cost(task, inner_loop(cost, v, task, steps=2, lr=lr, update=rule, mode=mode))
 
-    step = meta_value_and_grad(task_cost, task_map=how.get("task_map", "vmap"))
+    step = meta_value_and_grad(task_cost, task_map=how.get("task_map", "loop"))
     return lambda batch, v: step(v, batch).grads
 
 

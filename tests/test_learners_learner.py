@@ -12,7 +12,7 @@ import pytest
 import policies
 import zoo
 from frameworks import require
-from metaframe import MAML, Learner, ProtoMAML, meta_value_and_grad, nn, ops, use_backend
+from metaframe import MAML, Learner, MetaSGD, ProtoMAML, meta_value_and_grad, nn, ops, use_backend
 from metaframe.errors import InputError
 from metaframe.testing.conformance.cases import slope
 from policies import WIDTH, Policy
@@ -325,6 +325,28 @@ def test_torch_names_that_look_like_a_learners_own() -> None:
     assert torch.equal(learner.half(), learner.params["weight"] / 2)
     assert learner.config is not None
     assert learner.config != "of the model"
+
+
+def test_settings_where_the_model_has_none_of_the_name(policy: Policy, maml: MAML) -> None:
+    learner = maml.clone()
+    assert learner.module is maml.module
+    for name in ("inner_steps", "first_order", "adapt_names", "allow_unused"):
+        assert getattr(learner, name) == getattr(maml, name)
+    assert learner.lr == maml.inner_lr
+
+
+def test_torch_settings_and_buffers() -> None:
+    import torch
+
+    class Net(torch.nn.BatchNorm1d):
+        lr = "of the model"
+
+    learner = MetaSGD(Net(3)).clone()
+    assert learner.lr == "of the model"
+    assert torch.equal(learner.buffers["running_var"], torch.ones(3))
+    assert [x.shape for x in learner.buffers()] == [(3,), (3,), ()]
+    maml = MetaSGD(torch.nn.Linear(3, 2))
+    assert maml.clone().lr["weight"] is maml.lrs["weight"]
 
 
 def test_torch_containers_by_index() -> None:

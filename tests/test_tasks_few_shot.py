@@ -15,7 +15,9 @@ from metaframe.tasks import (
     DIGITS_SPLIT,
     ClassSplit,
     FewShotSampler,
+    LazyImages,
     digits_sampler,
+    few_shot,
     load_digits,
     split_classes,
 )
@@ -310,3 +312,78 @@ def test_missing_scikit_learn_says_how_to_get_it(monkeypatch):
     with pytest.raises(MissingDependencyError, match="pip install scikit-learn") as caught:
         load_digits()
     assert isinstance(caught.value, ImportError)
+
+
+# -- many tasks ----------------------------------------------------------------------------
+
+DRAWS = 100_000
+
+
+def assert_even(counts) -> None:
+    """Pearson's chi-square of a table of counts that should be equal."""
+    expected = counts.sum() / counts.size
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = counts.size - 1
+    assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom) + 5
+
+
+def test_a_hundred_thousand_tasks_are_even(numbered):
+    """Classes among labels, labels among places, examples within classes, support with query."""
+    sampler, labels = sampler_of(numbered, ways=2, shots=1, queries=1), numbered[1]
+    tasks = sampler.tasks(range(DRAWS))
+    support, query = (x[:, :, 0].astype(int) for x in (tasks.support_x, tasks.query_x))
+    assert (support != query[:, :1]).all()
+    assert (support != query[:, 1:]).all()
+    classes = labels[support]
+    assert (classes[:, 0] != classes[:, 1]).all()
+    by_label = np.zeros((CLASSES, 2))
+    np.add.at(by_label, (classes[:, 0], tasks.support_y[:, 0]), 1)
+    assert_even(by_label)
+    places = np.bincount(tasks.support_y[:, 0] * 2 + tasks.query_y[:, 0], minlength=4)
+    assert_even(places)
+    assert_even(np.bincount(support[:, 0], minlength=CLASSES * EXAMPLES))
+    assert_even(np.bincount(query[:, 1], minlength=CLASSES * EXAMPLES))
+    pairs = np.zeros((CLASSES, CLASSES))
+    np.add.at(pairs, (classes[:, 0], classes[:, 1]), 1)
+    assert_even(pairs[~np.eye(CLASSES, dtype=bool)])
+
+
+def test_classes_of_different_sizes_are_used_whole(numbered):
+    """Small classes beside large ones, each example as often as the others of its class."""
+    sizes = (3, 5, 40)
+    labels = np.repeat(np.arange(3), sizes)
+    rows = np.arange(len(labels), dtype=np.float64)[:, None]
+    sampler = FewShotSampler(
+        rows, labels, ways=2, shots=1, queries=2, classes=ClassSplit(train=(0, 1, 2))
+    )
+    drawn = sampler.tasks(range(20_000)).support_x.astype(int)
+    counts = np.bincount(drawn.ravel(), minlength=len(rows))
+    for own in np.split(counts, np.cumsum(sizes)[:-1]):
+        assert_even(own)
+
+
+@pytest.mark.parametrize("limit", [0, 2**27])
+def test_images_are_turned_alike_in_advance_or_later(monkeypatch, limit):
+    images = np.random.default_rng(0).integers(0, 256, (60, 5, 5, 2), np.uint8)
+    settings = {"ways": 4, "shots": 1, "queries": 2, "rotations": True}
+    classes = ClassSplit(train=(0, 1, 2))
+    labels = np.repeat(np.arange(3), 20)
+    monkeypatch.setattr(few_shot, "_TURNED_BYTES", limit)
+    task = FewShotSampler(images, labels, classes=classes, **settings).task(5)
+    lazy = LazyImages(lambda row: images[row], images.shape)
+    other = FewShotSampler(lazy, labels, classes=classes, **settings).task(5)
+    for name in ("support_x", "support_y", "query_x", "query_y"):
+        np.testing.assert_array_equal(getattr(task, name), getattr(other, name))
+    turned = {np.rot90(image, k).tobytes() for image in images for k in range(4)}
+    for x in (*task.support_x, *task.query_x):
+        assert np.round(x * 255).astype(np.uint8).tobytes() in turned
+
+
+def test_a_sampler_that_reads_images_is_sampled_ahead() -> None:
+    images = np.zeros((40, 2, 2, 1), np.uint8)
+    lazy = LazyImages(lambda row: images[row], images.shape)
+    found = [
+        FewShotSampler(x, [0, 1] * 20, ways=2, classes=ClassSplit(train=(0, 1))).quick
+        for x in (images, lazy)
+    ]
+    assert found == [True, False]

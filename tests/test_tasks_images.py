@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -572,3 +574,68 @@ def test_neither_library_is_imported() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+# -- reading in parallel ---------------------------------------------------------------------
+
+
+def test_images_are_read_at_once_and_come_in_order() -> None:
+    """Four readers wait for each other, which one alone would do for ever."""
+    together = threading.Barrier(4, timeout=20)
+
+    def read(row: int) -> np.ndarray[Any, Any]:
+        together.wait()
+        return np.full((2, 2, 1), row, np.uint8)
+
+    images = LazyImages(read, (20, 2, 2, 1), workers=4)
+    assert images[np.array([9, 3, 9, 7, 1])][:, 0, 0, 0].tolist() == [9, 3, 9, 7, 1]
+    assert images[np.array([3, 9])][:, 0, 0, 0].tolist() == [3, 9], "what is kept is not read again"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_worker_reads_in_order_in_the_thread_that_asks(keep: bool) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def read(row: int) -> np.ndarray[Any, Any]:
+        seen.append((row, threading.get_ident()))
+        return np.full((1, 1, 1), row, np.uint8)
+
+    images = LazyImages(read, (9, 1, 1, 1), keep=keep, workers=1)
+    images[np.array([5, 2, 5])]
+    assert [row for row, _ in seen] == ([5, 2] if keep else [5, 2, 5])
+    assert {thread for _, thread in seen} == {threading.get_ident()}
+
+
+def test_a_broken_image_is_reported_from_a_worker() -> None:
+    def read(row: int) -> np.ndarray[Any, Any]:
+        if row == 7:
+            raise InputError("image 7 cannot be read")
+        return np.zeros((1, 1, 1), np.uint8)
+
+    images = LazyImages(read, (9, 1, 1, 1), workers=4)
+    with pytest.raises(InputError, match="image 7"):
+        images.verify()
+    with pytest.raises(InputError, match="image 7"):
+        images[np.array([1, 7])]
+
+
+def test_a_reader_may_read_from_other_images() -> None:
+    """With as many readers waiting as there are threads, nobody would read."""
+    inner = LazyImages(lambda row: np.full((1, 1, 1), row, np.uint8), (9, 1, 1, 1), workers=2)
+    outer = LazyImages(lambda row: inner[np.arange(9)][row], (9, 1, 1, 1), workers=2)
+    assert outer[:][:, 0, 0, 0].tolist() == list(range(9))
+
+
+def test_a_reader_sees_the_context_of_who_asks() -> None:
+    setting = contextvars.ContextVar("setting", default=0)
+    images = LazyImages(
+        lambda row: np.full((1, 1, 1), setting.get() + row, np.uint8), (5, 1, 1, 1), workers=3
+    )
+    setting.set(40)
+    assert images[:][:, 0, 0, 0].tolist() == [40, 41, 42, 43, 44]
+
+
+@pytest.mark.parametrize(("workers", "error"), [(0, InputError), (1.5, InputTypeError)])
+def test_bad_workers_are_named(workers: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="workers must be"):
+        LazyImages(lambda row: np.zeros((1, 1, 1)), (2, 1, 1, 1), workers=workers)

@@ -7,8 +7,10 @@ import importlib
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,20 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frameworks import hardly_depends_on_the_backend, require
-from metaframe import tree
+from metaframe import meta_value_and_grad, ops, tree
 from metaframe.backend import use_backend
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks import (
     IndexedSampler,
     SinusoidTaskSampler,
     Task,
+    TaskBatch,
     TaskSampler,
     digits_sampler,
     mean_and_ci95,
+    sampling,
     stack_tasks,
     task_rng,
 )
-from metaframe.tasks.sampling import SPLITS
+from metaframe.tasks.sampling import SPLITS, choices, permutations, task_numbers
 
 
 def digest(task: Task) -> str:
@@ -226,7 +230,7 @@ def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
     expected = make(seed=4, dtype="float64")
     expected = tree.map(
         lambda x: x.astype("float64") if x.dtype.kind == "f" else x,
-        expected.draw(task_rng(4, "train", 2)),
+        expected.draw(expected.rng(2)),
     )
     with use_backend(backend.name, dtype="float32"):
         found = make(seed=4, dtype="float64").task(2)
@@ -238,7 +242,7 @@ def test_a_dtype_wider_than_the_selected_one_keeps_every_digit(make, backend):
 def numpy_task(make) -> Task:
     """The task as drawn, before any backend sees it."""
     sampler = make(seed=4)
-    drawn = sampler.draw(task_rng(4, "train", 2))
+    drawn = sampler.draw(sampler.rng(2))
     return tree.map(lambda x: x.astype("float32") if x.dtype.kind == "f" else x, drawn)
 
 
@@ -451,3 +455,201 @@ def test_one_task_has_no_interval_and_none_no_mean():
     assert math.isnan(mean_and_ci95([3.0]).ci95)
     with pytest.raises(InputError, match="at least one value"):
         mean_and_ci95([])
+
+
+# -- batches -------------------------------------------------------------------------------
+
+FIELDS = ("support_x", "support_y", "query_x", "query_y")
+
+
+@pytest.mark.parametrize("first", [0, 7, 2**40, 2**64 - 5])
+def test_a_batch_is_its_tasks_one_by_one(make, first):
+    sampler = make(seed=3)
+    batch = sampler.tasks(range(first, first + 4))
+    assert [digest(t) for t in batch] == [digest(sampler.task(first + i)) for i in range(4)]
+    scattered = [first + 3, first, first + 1, first + 2, first + 3]
+    assert [digest(t) for t in sampler.tasks(scattered)] == [
+        digest(sampler.task(i)) for i in scattered
+    ]
+
+
+def test_the_size_of_a_batch_changes_no_bit(make):
+    sizes = {size: make(seed=5) for size in (1, 2, 3, 12)}
+    drawn = {
+        size: [digest(t) for _ in range(12 // size) for t in sampler.sample(size)]
+        for size, sampler in sizes.items()
+    }
+    assert len({tuple(tasks) for tasks in drawn.values()}) == 1
+    several = make(seed=5)
+    stacked = several.sample_batches(4, 3)
+    assert several.position == 12
+    rows = [tree.map(lambda x, i=i, j=j: x[i, j], stacked) for i in range(4) for j in range(3)]
+    assert [digest(t) for t in rows] == drawn[1]
+
+
+def test_a_share_of_a_batch_is_those_tasks_of_it(make):
+    whole, part = make(seed=5).sample_batch(6), make(seed=5)
+    share = part.sample_batch(6, [4, 5, 5])
+    assert part.position == 6
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(share, name), getattr(whole, name)[[4, 5, 5]])
+
+
+def test_numbers_are_one_stream_of_philox():
+    """Against NumPy's own generator, moved on by hand; these bits never change either."""
+    numbers = task_numbers(2024, "validation", range(3, 5), 6)
+    stream = np.random.Philox(
+        key=np.array([2024, 1], np.uint64), counter=np.array([0, 0, 0, 1], np.uint64)
+    ).advance(3 * 2)
+    raw = stream.random_raw(16).reshape(2, 8)[:, :6]
+    np.testing.assert_array_equal(numbers, (raw >> np.uint64(11)) * 2.0**-53)
+    pinned = ["0x1.5ca167f7f1939p-1", "0x1.c89ced873f1e2p-2", "0x1.9e0028dee47bbp-1"]
+    assert [float(x).hex() for x in numbers[0, :3]] == pinned
+
+
+def test_a_batch_is_a_sequence_of_views_and_a_stacked_task(make):
+    batch = make(seed=0).sample(4)
+    assert isinstance(batch, TaskBatch)
+    assert isinstance(batch, Task)
+    assert isinstance(batch, Sequence)
+    assert len(batch) == len(list(batch)) == 4
+    assert digest(batch[-1]) == digest(batch[3]) == digest(list(batch)[3])
+    assert all(np.shares_memory(getattr(batch[1], n), getattr(batch, n)) for n in FIELDS)
+    assert all(getattr(stack_tasks(batch), n) is getattr(batch, n) for n in FIELDS)
+    assert type(stack_tasks(batch)) is type(tree.map(lambda x: x, batch)) is Task
+    assert [digest(t) for t in batch[1:3]] == [digest(batch[1]), digest(batch[2])]
+    assert isinstance(batch[1:3], TaskBatch)
+    assert [type(t) for t in batch + batch[:1]] == [Task] * 5
+    assert [type(t) for t in list(batch[1:]) + batch[:1]] == [Task] * 4
+    with pytest.raises(IndexError, match="task 4 of a batch of 4"):
+        batch[4]
+    with pytest.raises(AttributeError):
+        batch.support_x = None
+    again = pickle.loads(pickle.dumps(batch))
+    assert [digest(t) for t in again] == [digest(t) for t in batch]
+
+
+@hardly_depends_on_the_backend
+def test_frameworks_take_a_batch_as_the_stacked_task_that_it_is(backend):
+    step = meta_value_and_grad(lambda v, task: ops.mean(v * task.query_y))
+    batch = SinusoidTaskSampler(seed=0).sample(3)
+    assert backend.owns(batch[2].query_y)
+    v = backend.asarray(np.float64(2.0))
+    whole, plain = step(v, batch), step(v, stack_tasks(batch))
+    assert float(whole.cost) == float(plain.cost) == float(step(v, stack_tasks([*batch])).cost)
+
+
+def test_no_tasks_and_no_batches_are_named(make):
+    with pytest.raises(InputError, match="at least one task, received none"):
+        make().tasks([])
+    with pytest.raises(InputError, match="index must be at least 0"):
+        make().task(-1)
+
+
+class OneByOne(IndexedSampler):
+    """As samplers were written before there were batches."""
+
+    def draw(self, rng):
+        slope, x = rng.random(), rng.random((6, 1))
+        return Task(x[:2], slope * x[:2], x[2:], slope * x[2:])
+
+
+def test_a_sampler_of_single_tasks_gives_batches_too():
+    sampler = OneByOne(seed=1)
+    batch = sampler.sample(3)
+    assert not sampler.quick
+    assert batch.query_x.shape == (3, 4, 1)
+    slope = task_rng(1, "train", 2).random()
+    np.testing.assert_allclose(batch[2].query_y, slope * batch[2].query_x, rtol=1e-6)
+    assert [digest(t) for t in batch] == [digest(sampler.task(i)) for i in range(3)]
+
+
+def test_single_tasks_of_different_sizes_come_in_a_list():
+    class Growing(IndexedSampler):
+        def draw(self, rng):
+            x = np.zeros((1 + int(3 * rng.random()), 1))
+            return Task(x, x, x, x)
+
+    sampler = Growing(seed=0)
+    tasks = sampler.sample(8)
+    assert isinstance(tasks, list)
+    assert sampler.position == 8
+    assert {len(t.support_x) for t in tasks} == {1, 2, 3}
+    with pytest.raises(InputError, match="different shapes cannot be stacked"):
+        Growing(seed=0).sample_batch(8)
+
+
+def test_a_subclass_may_change_single_tasks_or_whole_batches():
+    plain = SinusoidTaskSampler(seed=2).sample(3)
+
+    class Single(SinusoidTaskSampler):
+        def draw(self, rng):
+            return tree.map(lambda x: x + 1, super().draw(rng))
+
+    class Whole(SinusoidTaskSampler):
+        def draw_batch(self, numbers):
+            return tree.map(lambda x: x + 1, super().draw_batch(numbers))
+
+    assert (Single(seed=2).quick, Whole(seed=2).quick) == (False, True)
+    for kind in (Single, Whole):
+        for found, before in zip(kind(seed=2).sample(3), plain, strict=True):
+            np.testing.assert_allclose(found.query_y, before.query_y + 1, rtol=0, atol=1e-6)
+
+
+# -- uniformity ----------------------------------------------------------------------------
+
+DRAWS = 100_000
+
+
+def assert_uniform(values, cells):
+    """Pearson's chi-square of counts, beyond five standard deviations in one of a million."""
+    counts = np.bincount(np.asarray(values).ravel(), minlength=cells)
+    assert len(counts) == cells
+    expected = counts.sum() / cells
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = cells - 1
+    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom) + 5
+
+
+def test_numbers_are_uniform_within_and_between_tasks():
+    numbers = task_numbers(0, "train", range(DRAWS), 3)
+    cells = (numbers * 10).astype(int)
+    for column in cells.T:
+        assert_uniform(column, 10)
+    assert_uniform(cells[:, 0] * 10 + cells[:, 1], 100)
+    assert_uniform(cells[:-1, 2] * 10 + cells[1:, 0], 100)
+
+
+def test_every_order_is_as_likely():
+    orders = permutations(task_numbers(1, "train", range(DRAWS), 4))
+    kinds, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(kinds) == 24
+    assert_uniform(np.repeat(np.arange(24), counts), 24)
+
+
+@pytest.mark.parametrize("at_once", [sampling._AT_ONCE, 50])
+def test_every_choice_is_as_likely(monkeypatch, at_once):
+    """Of ordered pairs out of five; also in parts, as for classes of very many examples."""
+    monkeypatch.setattr(sampling, "_AT_ONCE", at_once)
+    chosen = choices(task_numbers(2, "train", range(DRAWS // 10), 2), 5)
+    kinds, counts = np.unique(chosen, axis=0, return_counts=True)
+    assert len(kinds) == 20
+    assert_uniform(np.repeat(np.arange(20), counts), 20)
+
+
+def test_choices_out_of_different_numbers_stay_within_them():
+    sizes = np.arange(3, 60)
+    chosen = choices(task_numbers(3, "train", range(len(sizes)), 3), sizes)
+    assert (chosen < sizes[:, None]).all()
+    assert all(len(set(row)) == 3 for row in chosen.tolist())
+    whole = choices(task_numbers(3, "train", range(50), 7), 7)
+    assert (np.sort(whole) == np.arange(7)).all()
+    edges = choices(np.full((58, 3), 1 - 2.0**-53), np.arange(3, 61))
+    assert (edges[:, 0] == np.arange(2, 60)).all(), "the largest number is the last one"
+
+
+def test_sinusoids_are_uniform_in_their_ranges():
+    tasks = SinusoidTaskSampler(seed=0, dtype="float64", k_support=1, k_query=1).tasks(range(DRAWS))
+    x = np.stack([tasks.support_x, tasks.query_x]).reshape(2, -1)
+    assert_uniform(((x + 5) / 10 * 20).astype(int), 20)
+    assert abs(np.corrcoef(x)[0, 1]) < 5 / math.sqrt(DRAWS)

@@ -422,7 +422,7 @@ def test_what_a_step_is_made_of_is_not_set_later(name: str) -> None:
 
 def test_a_score_is_recorded_where_an_evaluation_has_one() -> None:
     class Scored(MetaTrainer):
-        def _evaluate(self, tasks: Any) -> Evaluation:
+        def evaluated(self, tasks: Any) -> Evaluation:
             return Evaluation(np.array([[2.0]]), scores=np.array([[0.5]]))
 
     require("torch")
@@ -604,7 +604,7 @@ def test_early_stopping_waits_and_then_stops(backend: Backend) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
     class Scripted(MetaTrainer):
-        def _evaluate(self, tasks: Any) -> Evaluation:
+        def evaluated(self, tasks: Any) -> Evaluation:
             return Evaluation(np.array([[next(losses)]]))
 
     runner = Scripted(learner(backend), optim.sgd(0.1), nn.mse, zoo.Fixed())

@@ -683,7 +683,7 @@ trainer = MetaTrainer(MAML((model, params)), optim.adam(1e-2), nn.mse, SinusoidT
 trainer.fit(1, 2)
 save_checkpoint(sys.argv[1], trainer)
 load_checkpoint(sys.argv[1], trainer)
-arrays = jax.tree.leaves((trainer.maml.meta_parameters(), trainer._outer._state))
+arrays = jax.tree.leaves((trainer.maml.meta_parameters(), trainer.outer._state))
 print({device.id for x in arrays for device in x.devices()})
 """
 

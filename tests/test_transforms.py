@@ -24,6 +24,13 @@ from transform_tables import (
     rows,
 )
 
+pytestmark = [
+    # What torch says of transforms that a user chose.
+    pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*might cause the trace to be incorrect"),
+]
+
 
 def _cells() -> Iterator[Any]:
     for framework in BACKENDS:
@@ -33,7 +40,8 @@ def _cells() -> Iterator[Any]:
             continue
         for name, row in table.items():
             for function in FUNCTIONS:
-                make = pytest.param if function in BY_DEFAULT and not row.slow else slow
+                quick = function in BY_DEFAULT[framework] and not row.slow
+                make = pytest.param if quick else slow
                 yield make((framework, row, function), id=f"{framework}-{name}-{function}")
 
 

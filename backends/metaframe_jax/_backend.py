@@ -50,6 +50,7 @@ class JaxBackend(Backend):
     """The backend contract on JAX."""
 
     name = "jax"
+    loops_in_programs = True
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -64,6 +65,8 @@ class JaxBackend(Backend):
                 "JAX has 64-bit types switched off and would return float32. Before any other "
                 'use of JAX: jax.config.update("jax_enable_x64", True).'
             )
+        if isinstance(x, np.ndarray):  # converted here it need not be by an operation of JAX
+            x = x.astype(jax.dtypes.canonicalize_dtype(dtype or x.dtype), copy=False)
         array = jnp.asarray(x, dtype)
         return array if device is None else jax.device_put(array, self._device(device))
 
@@ -189,6 +192,35 @@ class JaxBackend(Backend):
             return super().scan(fn, carry, xs)
         final, ys = jax.lax.scan(fn, carry, xs)
         return final, ys
+
+    def scan_rows(
+        self,
+        fn: RowFn,
+        carry: Arrays,
+        xs: Arrays,
+        first: Array,
+        count: Array,
+    ) -> tuple[Arrays, Arrays]:
+        # A loop whose length is known would be another program for each length: XLA unrolls short
+        # ones, and fuses what is in them with what is around them.
+        rows = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+        _, shapes = jax.eval_shape(fn, carry, tuple(rows))
+        tables = tuple(jnp.zeros((xs[0].shape[0], *y.shape), y.dtype) for y in shapes)
+
+        def body(i: Array, state: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+            carry, tables = state
+            row = tuple(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in xs)
+            carry, ys = fn(*jax.lax.optimization_barrier((carry, row)))
+            written = (
+                jax.lax.dynamic_update_index_in_dim(table, y, i, 0)
+                for table, y in zip(tables, jax.lax.optimization_barrier(ys), strict=True)
+            )
+            return carry, tuple(written)
+
+        found: tuple[Arrays, Arrays] = jax.lax.fori_loop(
+            first, first + count, body, (carry, tables)
+        )
+        return found
 
     def repeat(
         self, fn: RowFn, carry: Arrays, times: int, *, rows: Arrays = (), rolled: bool = False

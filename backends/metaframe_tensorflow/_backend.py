@@ -56,6 +56,7 @@ class TensorFlowBackend(Backend):
     """The backend contract on TensorFlow."""
 
     name = "tensorflow"
+    loops_in_programs = True
     conformance_gaps: Mapping[str, str] = {
         "products/custom_vjp-of-vmap": "vectorized_map converts the operations inside a rule and "
         "loses the rule: take the gradient inside vmap, or write the rule as the true derivative"
@@ -270,6 +271,44 @@ class TensorFlowBackend(Backend):
 
     def unstack(self, x: Array) -> Sequence[Array]:
         return tf.unstack(x)  # type: ignore[no-any-return]
+
+    def scan_rows(
+        self,
+        fn: RowFn,
+        carry: Arrays,
+        xs: Arrays,
+        first: Array,
+        count: Array,
+    ) -> tuple[Arrays, Arrays]:
+        if tf.executing_eagerly():
+            return super().scan_rows(fn, carry, xs, first, count)
+        width = len(carry)
+
+        def of_row(arrays: Arrays) -> Arrays:
+            after, ys = fn(arrays[:width], arrays[width:])
+            return (*after, *ys)
+
+        from metaframe_tensorflow import _compile
+
+        # A function of its own, which XLA compiles where it would compile a step alone.
+        step = _compile.unit(of_row, (*carry, *(x[0] for x in xs)))
+        shapes = step.structured_outputs[width:]
+        stores = [
+            tf.TensorArray(y.dtype, size=xs[0].shape[0], element_shape=y.shape) for y in shapes
+        ]
+
+        def body(i: Array, carry: Arrays, stores: list[Any]) -> tuple[Array, Arrays, list[Any]]:
+            results = step(*carry, *(x[i] for x in xs))
+            written = [s.write(i, y) for s, y in zip(stores, results[width:], strict=True)]
+            return i + 1, tuple(results[:width]), written
+
+        _, carry, stores = tf.while_loop(
+            lambda i, *_: i < first + count,
+            body,
+            (first, tuple(carry), stores),
+            parallel_iterations=1,
+        )
+        return tuple(carry), tuple(store.stack() for store in stores)
 
     def needed_a_value(self, error: Exception) -> bool:
         if isinstance(error, tf.errors.OperatorNotAllowedInGraphError):

@@ -8,9 +8,11 @@ so is one whose assertions or random numbers XLA would change.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +24,8 @@ from metaframe_tensorflow import _private
 from metaframe_tensorflow._graph import RANDOM, operations
 
 logger = logging.getLogger("metaframe.compile")
+
+_units: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("units", default=None)
 
 _BETTER_WITHOUT_XLA = ("Conv", "DepthwiseConv", "While", "StatelessWhile")
 _IMPOSSIBLE_WITH_XLA = ("Collective", "Nccl")
@@ -45,12 +49,42 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
         with tf.variable_creator_scope(_created_outside):
             return list(fn(xs))
 
-    graph = tf.function(flat, autograph=False).get_concrete_function(*specs)
+    fused_units: list[Any] = []
+    with _fusing(fused_units):
+        graph = _traced(flat, specs)
     plain = _caller(graph)
+    if fused_units:
+        unfused = functools.cache(lambda: _caller(_traced(flat, specs)))
+        return _tried(plain, lambda xs: unfused()(xs))
     if not _suits_xla(operations(graph)):
         return plain
     fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
     return _tried(_caller(fused), plain)
+
+
+def unit(fn: ArraysFn, examples: Arrays) -> Any:
+    """`fn` as a function that a graph may call again and again, by XLA where that suits a step."""
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in examples]
+    graph = _traced(lambda *xs: list(fn(xs)), specs)
+    noted = _units.get()
+    if noted is None or not _suits_xla(operations(graph)):
+        return graph
+    noted.append(graph)
+    return tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
+
+
+def _traced(fn: Callable[..., Any], specs: list[Any]) -> Any:
+    return tf.function(fn, autograph=False).get_concrete_function(*specs)
+
+
+@contextlib.contextmanager
+def _fusing(units: list[Any]) -> Iterator[None]:
+    """Within, `unit` may use XLA, and notes where it does."""
+    token = _units.set(units)
+    try:
+        yield
+    finally:
+        _units.reset(token)
 
 
 def _created_outside(create: Callable[..., Any], **settings: Any) -> Any:

@@ -165,18 +165,24 @@ class TorchBackend(Backend):
         return call
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
-        pull_back: Any = torch.func.vjp(fn, xs)[1]
-        (result,) = pull_back(cotangents)
+        kept: list[int] = []
+
+        def differentiable(xs: Arrays) -> Arrays:
+            found = fn(xs)
+            kept[:] = (i for i, y in enumerate(found) if self.is_differentiable(y))
+            return tuple(found[i] for i in kept)
+
+        pull_back: Any = torch.func.vjp(differentiable, xs)[1]
+        (result,) = pull_back(tuple(cotangents[i] for i in kept))
         return tuple(result)
 
     def jvp(self, fn: ArraysFn, xs: Arrays, tangents: Arrays) -> Arrays:
         try:
-            if _private.tracing():
-                # While it is recorded, torch crashes where it would otherwise raise an error.
-                with _private.untraced():
-                    torch.func.jvp(fn, (xs,), (tangents,))
             return tuple(torch.func.jvp(fn, (xs,), (tangents,))[1])
         except RuntimeError as error:
+            if "ZeroTensors are immutable" in str(error):
+                with _private.zeros_with_memory():
+                    return self.jvp(fn, xs, tangents)
             if not any(words in str(error) for words in _NO_FORWARD_MODE):
                 raise
             raise BackendError(
@@ -348,7 +354,7 @@ _NO_VALUE = (
 )
 """torch's words where a value is asked for that is not known, as far as it has no class for it:
 those of vmap, of torch.func and of tensors without memory."""
-_NO_FORWARD_MODE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
+_NO_FORWARD_MODE = ("forward AD", "forward mode AD")
 """torch's words for it; there is no class of error."""
 
 

@@ -90,6 +90,8 @@ class ModelCalls(Exact):
         self._norm, self._repeated = forward.norm, forward.repeated
         self._recording = torch.is_grad_enabled()
         self._constants: dict[int, tuple[Any, Function, tuple[Any, ...]]] = {}
+        self._improved: set[int] = set()
+        """Identities of buffers that a power iteration wrote to."""
         self._aliases: list[Tensor] = []  # kept, since they are known by their identities
         self.recorded: dict[str, Tensor] = {}
         """Statistics of the examples, by the names of the buffers that they belong to."""
@@ -169,6 +171,11 @@ class ModelCalls(Exact):
         _, func, args = self._constants[id(x)]
         return func(*map(self._again, args))
 
+    def _clone(self, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A copy, that of an improved vector with its derivative."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() or id(x) in self._improved):
+            return func(x, *args, **kwargs)
+
     def _normalize(self, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`F.normalize`, by which spectral normalisation improves vectors among its buffers.
 
@@ -179,6 +186,8 @@ class ModelCalls(Exact):
         if id(out) not in self._buffers:
             return func(x, *args, out=out, **kwargs)
         taken_again = id(x) in self._constants
+        if self._recording:
+            self._improved.add(id(out))
         with torch.set_grad_enabled(self._recording if taken_again else torch.is_grad_enabled()):
             return self._write(out, torch.Tensor.copy_, out, func(self._again(x), *args, **kwargs))
 
@@ -256,6 +265,7 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
     torch.mv: ModelCalls._constant,
     torch.Tensor.t: ModelCalls._constant,
     torch.Tensor.H.__get__: ModelCalls._constant,  # type: ignore[attr-defined]
+    torch.Tensor.clone: ModelCalls._clone,
     torch.Tensor.detach: ModelCalls._alias,
     torch.detach: ModelCalls._alias,
     torch.Tensor.data.__get__: ModelCalls._alias,  # type: ignore[attr-defined]

@@ -98,13 +98,6 @@ SAVED_HOOKS = PrivateName(
     SEEN,
     "slower",
 )
-WITHOUT_PROXY_MODE = PrivateName(
-    "torch.fx.experimental.proxy_tensor:disable_proxy_modes_tracing",
-    "forward mode, or a message to other processes, while `metaframe.compile` traces",
-    SEEN,
-    "error",
-)
-
 FUNCTION_OF = PrivateName(
     "torch.autograd:Function._backward_cls._forward_cls",
     "a model with an autograd.Function, which may be marked with `once_differentiable`,",
@@ -344,11 +337,6 @@ def tracing() -> bool:
     return PROXY_MODE.found is not None and PROXY_MODE.found() is not None
 
 
-def untraced() -> AbstractContextManager[Any]:
-    """A block that make_fx does not record."""
-    return WITHOUT_PROXY_MODE.required() if tracing() else nullcontext()
-
-
 def modes_active() -> bool:
     """Does anything see every operation, default devices left out? True if it cannot be told."""
     if FUNCTION_MODES.found is None or DISPATCH_MODES.found is None:
@@ -503,6 +491,26 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
         return torch.linalg.vector_norm(v)  # type: ignore[no-any-return]
     over = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
     return torch.linalg.vector_norm(v, dim=over, keepdim=True) if over else v.abs()
+
+
+def with_memory(func: Any) -> Any:
+    """`func`, or `torch.zeros` for the operation whose zeros have no memory.
+
+    Forward mode gives them to what has no tangent. A compiled program would read their memory.
+    """
+    return torch.zeros if str(func) == "aten._efficientzerotensor.default" else func
+
+
+def zeros_with_memory() -> AbstractContextManager[Any]:
+    """A block in which forward mode makes zeros with memory, which an operation may write to."""
+
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return with_memory(func)(*args, **(kwargs or {}))
+
+    mode: AbstractContextManager[Any] = type(
+        "ZerosWithMemory", (DISPATCH_MODE.required,), {"__torch_dispatch__": dispatch}
+    )()
+    return mode
 
 
 def schema(func: Any) -> Any:

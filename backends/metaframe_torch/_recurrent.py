@@ -98,9 +98,19 @@ def of_a_layer(func: Function) -> Function:
         states = tuple(mapped_as(h, [x, *states, *weights]) for h in states)
         if sizes is not None:
             return _Packed(func, _values(sizes), *options).run(x, states, weights)
-        return func(x, states if len(states) > 1 else states[0], weights, *options)
+        return _in_parts(func, x, states, weights, *options)
 
     return run
+
+
+def _in_parts(
+    func: Function, x: Tensor, states: States, weights: list[Tensor], *options: Any
+) -> Any:
+    """`func`, which has no batching rule and consists of operations that have one."""
+    state = states if len(states) > 1 else states[0]
+    if _tape.inside_a_gradient():
+        return func(x, state, weights, *options)
+    return torch.func.vjp(lambda x: func(x, state, weights, *options), x)[0]
 
 
 @dataclass(frozen=True)
@@ -164,11 +174,9 @@ class _Packed:
         return [p.unflatten(0, (steps, size)) for p, (size, steps) in zip(parts, runs, strict=True)]
 
     def _steps(self, x: Tensor, states: States, weights: list[Tensor]) -> tuple[Tensor, States]:
-        state = states if len(states) > 1 else states[0]
         # One layer in one direction, without dropout, its batch second.
-        output, *after = self.func(
-            x, state, weights, self.biases, 1, 0.0, self.training, False, False
-        )
+        options = self.biases, 1, 0.0, self.training, False, False
+        output, *after = _in_parts(self.func, x, states, weights, *options)
         return output, tuple(after)
 
 

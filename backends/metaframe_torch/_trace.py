@@ -65,7 +65,7 @@ class _Knowing(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READING and not _private.is_fake(args[0]):
             return outside(func, *args)
-        if name in _OF_MEMORY:
+        if name in _OF_MEMORY or name == "__format__":
             # torch would say something else in each transform that may be active.
             raise RuntimeError(f"{name} {NO_VALUE}")
         return func(*args, **(kwargs or {}))
@@ -120,7 +120,7 @@ class _Pure(_Dispatch):  # type: ignore[misc]
                 raise CompileError(_GENERATOR)
             if _random_state() != self._random:
                 raise CompileError(_SEED)
-        return func(*args, **kwargs)
+        return _private.with_memory(func)(*args, **kwargs)
 
     def _check_changed(self, func: Any, x: object) -> None:
         if isinstance(x, torch.Tensor):

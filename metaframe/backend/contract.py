@@ -73,6 +73,8 @@ class Backend(Required):
     """What a wrapper around this framework's models has to derive from, if anything."""
     compiles_quickly: bool = True
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    loops_in_programs: bool = False
+    """True if a compiled program that loops over outer steps beats calling a program for each."""
     forward_needs_tangents: bool = False
     """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
@@ -297,6 +299,29 @@ class Backend(Required):
             carry, y = fn(carry, tuple(x[i] for x in xs))
             rows.append(y)
         return carry, tuple(self.ops.stack(column) for column in zip(*rows, strict=True))
+
+    def scan_rows(
+        self,
+        fn: RowFn,
+        carry: Arrays,
+        xs: Arrays,
+        first: Array,
+        count: Array,
+    ) -> tuple[Arrays, Arrays]:
+        """`scan` over `count` rows from row `first` alone, integer arrays; other ys are undefined.
+
+        With `loops_in_programs`, `fn` computes the same bits whatever `count` and the number of
+        rows are. The default implementation needs to know the values of `first` and `count`.
+        """
+        start, number = int(self.to_numpy(first)), int(self.to_numpy(count))
+        carry, ys = self.scan(fn, carry, tuple(x[start : start + number] for x in xs))
+        rest = xs[0].shape[0] - start - number
+
+        def framed(y: Array) -> Array:
+            blank = self.ops.zeros_like(y[:1])
+            return self.ops.concat([*[blank] * start, y, *[blank] * rest])
+
+        return carry, tuple(map(framed, ys))
 
     def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.

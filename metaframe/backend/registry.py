@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import sys
 import warnings
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def owner(x: object) -> Backend | None:
         return hit
     if type(x) in _NEVER_ARRAYS:
         return None
-    for backend in backends_in_use():
+    # Called from C: AutoGraph may be reading this, and would go on to what is imported and loaded.
+    for backend in operator.call(backends_in_use):
         # isinstance on the value: a JAX tracer's class is no subclass of jax.Array.
         if backend.owns(x):
             _by_type[type(x)] = backend

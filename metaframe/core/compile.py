@@ -123,6 +123,19 @@ class Compiled(Settled, Generic[P, R]):
             result = self._program(args, kwargs, leaves, spec, backend)(leaves)
         return result
 
+    def prepared(self, *args: P.args, **kwargs: P.kwargs) -> Callable[[Arrays], Arrays] | None:
+        """The program for arguments like these, from their arrays in order to those of the results.
+
+        For many calls with the same structure, whose arguments are then looked at once. All arrays
+        are the framework's own. None where there is no program because the function runs inline.
+        """
+        leaves, spec = tree.flatten((args, kwargs))
+        arrays = [x for x in leaves if is_array(x)]
+        backend = backend_of(*arrays)
+        if backend.runs_inline(arrays):
+            return None
+        return self._program(args, kwargs, leaves, spec, backend).flat
+
     def _program(
         self, args: Any, kwargs: Any, leaves: Arrays, spec: tree.TreeSpec, backend: Backend
     ) -> _Program:
@@ -190,6 +203,11 @@ class _Program:
             self._run = backend.compile(flat, convert_neutral(inputs.arrays, backend))
         pairs = zip(arguments.others, before, strict=True)
         self.changed = tuple(x for x, was in pairs if constant(x) != was)
+
+    @property
+    def flat(self) -> Callable[[Arrays], Arrays]:
+        """The program as a function of arrays alone."""
+        return self._run
 
     def __call__(self, leaves: Arrays) -> Any:
         all_arrays = len(self._places) == len(leaves)

@@ -235,11 +235,13 @@ class InnerLoop:
                 (first, given.state.arrays, now),
                 f"mode={settings.mode!r} runs an inner step again in the backward pass",
             )
-        over, seen = rows.arrays if rows else (), ()
-        if steps and observe is not None:
+        over: Arrays = rows.arrays if rows else ()
+        seen: Arrays = ()
+        if steps and (observe is not None or steps == 1):
             # The first step runs outside the loop, so that the totals start from values and not
             # from zeros of a guessed shape and dtype.
-            carry, _ = body(carry, context, tuple(x[0] for x in over))
+            carry, seen = body(carry, context, tuple(x[0] for x in over))
+            seen = tuple(backend.ops.expand_dims(x, 0) for x in seen)
             over, steps = tuple(x[1:] for x in over), steps - 1
         if steps:
             if settings.mode == "replay" and settings.recomputes:

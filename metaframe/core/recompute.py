@@ -89,8 +89,9 @@ def replayed(
     rest = steps - count * size
     if rest == 0:
         return carry, found
-    run = _segment_of(backend, body, rest, len(carry), len(context))
-    carry, last = run(carry, context, tuple(x[count * size :] for x in rows))
+    # Another name: the segments before are run again, by theirs, in the backward pass.
+    run_rest = _segment_of(backend, body, rest, len(carry), len(context))
+    carry, last = run_rest(carry, context, tuple(x[count * size :] for x in rows))
     return carry, tuple(map(backend.ops.concat, zip(found, last, strict=True)))
 
 

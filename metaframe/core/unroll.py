@@ -220,7 +220,7 @@ class Problem(NamedTuple):
         params, others = part.divide(leaves)
         rows, first = _rows(rate, data, params[0], backend)
         settings = InnerSettings(
-            first if rate.steps else lr,
+            lr if rate.steps is None else first,
             update,
             order,
             mode,

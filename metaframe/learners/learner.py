@@ -31,6 +31,14 @@ from metaframe.learners.task_loss import TaskLoss
 from metaframe.models.per_step import STEP, at_step
 
 
+class Buffers(dict[str, Array]):
+    """Arrays by name, which a call goes through."""
+
+    def __call__(self) -> Iterator[Array]:
+        """The arrays in order."""
+        return iter(self.values())
+
+
 class Learner:
     """A single adaptable copy of a model's parameters, made by `MAML.clone`.
 
@@ -43,6 +51,9 @@ class Learner:
     `named_parameters()` and `state_dict()`. Names that the learner has itself come first, and
     what would change the model is refused. A method or a layer that is taken from a learner stays
     the learner's: it computes with the parameters that the learner has when it is called.
+
+    Where the model has no attribute of the name, `learner.module` is the model, and `lr`,
+    `inner_steps`, `first_order`, `adapt_names` and `allow_unused` are the settings of `MAML`.
 
     >>> import torch
     >>> from metaframe.learners import MAML
@@ -98,7 +109,12 @@ class Learner:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in self.params:
             return self.params[name]
-        return attribute(_Model(self), lambda model: model, name, "")
+        try:
+            return attribute(_Model(self), lambda model: model, name, "")
+        except AttributeError as error:
+            if error.name != name or name not in _SETTINGS:
+                raise
+            return _SETTINGS[name](self)
 
     def __getitem__(self, key: Any) -> Any:
         """A part of a model that has parts by number or name, such as a `Sequential`."""
@@ -119,9 +135,10 @@ class Learner:
         """Names and arrays of what is no parameter, such as running statistics."""
         yield from ((name, x) for name, x in self._statistics.items() if name != STEP)
 
-    def buffers(self) -> Iterator[Array]:
-        """The arrays of `named_buffers`."""
-        yield from (x for _, x in self.named_buffers())
+    @property
+    def buffers(self) -> Buffers:
+        """The arrays of `named_buffers`: by name, and by a call in order, as those of a module."""
+        return Buffers(self.named_buffers())
 
     def state_dict(self) -> dict[str, Array]:
         """Current parameters and buffers by name, detached.
@@ -384,6 +401,17 @@ class Learner:
         sibling = self._sibling(self.params)
         support_loss(sibling)
         self._statistics, self._has_support = sibling._statistics, True
+
+
+_SETTINGS: dict[str, Callable[[Learner], Any]] = {
+    "module": lambda learner: learner._adapter.model,
+    "lr": lambda learner: learner.config.rate(learner._learned),
+    "inner_steps": lambda learner: learner.config.inner_steps,
+    "first_order": lambda learner: learner.config.first_order,
+    "adapt_names": lambda learner: learner.config.names,
+    "allow_unused": lambda learner: learner.config.allow_unused,
+}
+"""Attributes of a learner whose names its model may have."""
 
 
 class _Model:

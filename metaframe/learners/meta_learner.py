@@ -363,9 +363,9 @@ class MetaLearner(Wrapper):
         return Adaptation(self._setting(loss_fn), self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:
-        """The values of `meta_parameters`, as constants of no record of operations."""
-        stop = self.backend.stop_gradient
-        return {name: stop(x) for name, x in self.meta_parameters().items()}
+        """Detached values of `meta_parameters`, as arrays: a model of JAX may hold NumPy arrays."""
+        asarray, stop = self.backend.asarray, self.backend.stop_gradient
+        return {name: stop(asarray(x)) for name, x in self.meta_parameters().items()}
 
     def variables(self) -> dict[str, Any]:
         """The meta-parameters as the objects that the framework's own optimizers update."""

@@ -19,9 +19,13 @@ from metaframe.tasks.omniglot import Omniglot as Omniglot
 from metaframe.tasks.omniglot import OneShotRun as OneShotRun
 from metaframe.tasks.omniglot import load_omniglot as load_omniglot
 from metaframe.tasks.omniglot import one_shot_runs as one_shot_runs
+from metaframe.tasks.sampling import BatchedSampler as BatchedSampler
 from metaframe.tasks.sampling import IndexedSampler as IndexedSampler
+from metaframe.tasks.sampling import choices as choices
+from metaframe.tasks.sampling import permutations as permutations
 from metaframe.tasks.sampling import task_rng as task_rng
 from metaframe.tasks.sinusoid import SinusoidTaskSampler as SinusoidTaskSampler
 from metaframe.tasks.task import Task as Task
+from metaframe.tasks.task import TaskBatch as TaskBatch
 from metaframe.tasks.task import TaskSampler as TaskSampler
 from metaframe.tasks.task import stack_tasks as stack_tasks

@@ -7,7 +7,7 @@ and so is the order of the examples, so neither says anything before adaptation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,22 @@ import numpy as np
 from metaframe import arguments
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks.lazy import LazyImages
-from metaframe.tasks.sampling import SPLITS, IndexedSampler, Split, division_rng, permutation
+from metaframe.tasks.sampling import (
+    SPLITS,
+    BatchedSampler,
+    Numbers,
+    Split,
+    choices,
+    division_rng,
+    permutations,
+)
 from metaframe.tasks.task import Task
 
 ROTATIONS = 4
 """Quarter turns, each a class of its own."""
+
+_TURNED_BYTES = 2**27
+"""Images are turned in advance if they take no more than this, four times as many."""
 
 Label = Any
 Rows = np.ndarray[Any, np.dtype[np.intp]]
@@ -88,7 +99,7 @@ def split_classes(
     """
     classes = np.unique(_as_labels(labels))
     counts = _split_counts(sizes, len(classes))
-    order = permutation(division_rng(seed), len(classes))
+    order = permutations(division_rng(seed).random(len(classes)))
     ends = np.cumsum(counts)
     parts = np.split(order[: ends[-1]], ends[:-1])
     return ClassSplit(*(tuple(classes[np.sort(part)].tolist()) for part in parts))
@@ -119,7 +130,7 @@ def _split_counts(sizes: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-class FewShotSampler(IndexedSampler):
+class FewShotSampler(BatchedSampler):
     """Sample `ways`-way `shots`-shot classification tasks.
 
     A task takes `ways` classes in random order, which get the labels 0 to ways-1, and from each
@@ -177,8 +188,9 @@ class FewShotSampler(IndexedSampler):
         self.queries = arguments.integer(queries, "queries", at_least=1)
         self.rotations = bool(rotations)
         self._images, own_labels = _check_examples(images, labels, self.rotations)
+        self._turned = _all_turns(self._images) if self.rotations else None
         chosen = split_classes(own_labels) if classes is None else classes
-        self._members = _members(own_labels, chosen[self.split], self.split)
+        self._members = _Members(_members(own_labels, chosen[self.split], self.split))
         self._check_enough()
 
     @property
@@ -194,40 +206,78 @@ class FewShotSampler(IndexedSampler):
                 f"{self.num_classes}{turned}. Lower ways, or give the split more classes."
             )
         needed = self.shots + self.queries
-        for label, rows in self._members.items():
-            if len(rows) < needed:
+        for label, size in zip(self._members.labels, self._members.sizes, strict=True):
+            if size < needed:
                 raise InputError(
-                    f"class {label!r} has {len(rows)} examples, a task needs {needed} "
+                    f"class {label!r} has {size} examples, a task needs {needed} "
                     f"(shots={self.shots} + queries={self.queries}). Lower them, or leave the "
                     "class out of the split."
                 )
 
-    def draw(self, rng: np.random.Generator) -> Task:
-        """One task; see the class for how it is made up."""
-        groups = list(self._members.values())
-        turns = ROTATIONS if self.rotations else 1
-        chosen = permutation(rng, self.num_classes)[: self.ways]
-        support, query = [], []
-        for group in (groups[c // turns] for c in chosen):
-            rows = group[permutation(rng, len(group))]
-            support.append(rows[: self.shots])
-            query.append(rows[self.shots : self.shots + self.queries])
+    @property
+    def quick(self) -> bool:
+        """False for images that have to be read."""
+        return super().quick and not isinstance(self._images, LazyImages)
+
+    @property
+    def numbers(self) -> int:
+        """One for every class that is chosen, and two for every example."""
+        return self.ways * (1 + 2 * (self.shots + self.queries))
+
+    def draw_batch(self, numbers: Numbers) -> Task:
+        """Tasks; see the class for how they are made up."""
+        tasks, ways, per_class = len(numbers), self.ways, self.shots + self.queries
+        ends = np.cumsum([ways, ways * per_class, ways * self.shots])
+        of_classes, of_rows, *of_orders = np.split(numbers, ends, axis=1)
+        chosen = choices(of_classes, self.num_classes)
+        group, turn = np.divmod(chosen, ROTATIONS if self.rotations else 1)
+        sizes = self._members.sizes[group].reshape(-1)
+        picks = choices(of_rows.reshape(tasks * ways, per_class), sizes)
+        rows = self._members.rows_of(group, picks.reshape(tasks, ways, per_class))
         return Task(
-            *self._examples(rng, support, chosen % turns),
-            *self._examples(rng, query, chosen % turns),
+            *self._examples(rows[:, :, : self.shots], turn, permutations(of_orders[0])),
+            *self._examples(rows[:, :, self.shots :], turn, permutations(of_orders[1])),
         )
 
     def _examples(
-        self, rng: np.random.Generator, rows: list[Rows], quarter_turns: Rows
+        self, rows: Rows, turn: Rows, order: Rows
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Shuffled inputs and labels; `rows` and `quarter_turns` have one entry a way."""
-        pictures = [
-            np.rot90(self._images[r], turn, axes=(1, 2)) if turn else self._images[r]
-            for r, turn in zip(rows, quarter_turns, strict=True)
-        ]
-        labels = np.repeat(np.arange(self.ways, dtype=np.int64), len(rows[0]))
-        order = permutation(rng, len(labels))
-        return _to_float(np.concatenate(pictures)[order]), labels[order]
+        """Shuffled inputs and labels, from rows `(tasks, ways, examples)` of the images."""
+        labels = order // rows.shape[2]
+        rows = np.take_along_axis(rows.reshape(order.shape), order, axis=1)
+        turns = np.take_along_axis(turn, labels, axis=1).reshape(-1) if self.rotations else None
+        pictures = _to_float(self._pictures(rows.reshape(-1), turns))
+        return pictures.reshape(*order.shape, *pictures.shape[1:]), labels.astype(np.int64)
+
+    def _pictures(self, rows: Rows, turns: Rows | None) -> np.ndarray[Any, Any]:
+        """These images, each after so many quarter turns."""
+        if turns is None:
+            return self._images[rows]
+        if self._turned is not None:
+            return np.take(self._turned, turns * len(self._images) + rows, axis=0)
+        found = np.empty((len(rows), *self._images.shape[1:]), self._images.dtype)
+        for turn in range(ROTATIONS):
+            places = np.flatnonzero(turns == turn)
+            found[places] = np.rot90(self._images[rows[places]], turn, axes=(1, 2))
+        return found
+
+
+class _Members:
+    """The rows of the images of each class of a split."""
+
+    def __init__(self, rows: Mapping[Label, Rows]) -> None:
+        self.labels = tuple(rows)
+        self.sizes = np.array([len(own) for own in rows.values()], np.intp)
+        self._rows = np.concatenate(list(rows.values())) if rows else np.empty(0, np.intp)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows_of(self, group: Rows, numbers: Rows) -> Rows:
+        """The rows of members number `numbers`, `(..., n)`, of the classes `group`, `(...)`."""
+        found: Rows = self._rows[self._starts[group][..., None] + numbers]
+        return found
 
 
 def _check_examples(
@@ -251,6 +301,13 @@ def _check_examples(
             f"{pictures.shape}."
         )
     return pictures, names
+
+
+def _all_turns(images: np.ndarray[Any, Any] | LazyImages) -> np.ndarray[Any, Any] | None:
+    """The images after 0, 1, 2 and 3 quarter turns; None if that takes too much memory."""
+    if isinstance(images, LazyImages) or images.nbytes * ROTATIONS > _TURNED_BYTES:
+        return None
+    return np.concatenate([np.rot90(images, turn, axes=(1, 2)) for turn in range(ROTATIONS)])
 
 
 def _as_labels(labels: Iterable[Label]) -> np.ndarray[Any, Any]:

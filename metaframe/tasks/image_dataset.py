@@ -33,6 +33,7 @@ def load_image_dataset(
     mode: Mode | None = None,
     channels: Channels = "last",
     keep: bool = True,
+    workers: int | None = None,
 ) -> LabelledImages:
     """Take the images and classes of a map-style data set, such as torch's or Hugging Face's.
 
@@ -55,6 +56,8 @@ def load_image_dataset(
         channels: where arrays have their channels. "first" is what torchvision's `ToTensor` makes.
         keep: hold on to images that were read. With random transforms, False; tasks are then no
             longer fixed by their seed.
+        workers: how many examples are read at once, in threads; default: one for each core, at
+            most 8. 1 for a data set that only one thread may read at a time.
 
     Returns:
         images `(N, height, width, channels)`, uint8 or floating, and their classes. Integers are
@@ -107,7 +110,7 @@ def load_image_dataset(
             )
         return pixels
 
-    images = LazyImages(read, (len(source), *first.shape), first.dtype, keep=keep)
+    images = LazyImages(read, (len(source), *first.shape), first.dtype, keep=keep, workers=workers)
     return labelled(images, names)
 
 

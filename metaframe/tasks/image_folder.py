@@ -32,7 +32,12 @@ _ANY = Source(
 
 
 def load_image_folder(
-    path: str | Path, *, size: int = 84, mode: Mode = "RGB", keep: bool = True
+    path: str | Path,
+    *,
+    size: int = 84,
+    mode: Mode = "RGB",
+    keep: bool = True,
+    workers: int | None = None,
 ) -> LabelledImages:
     """Find the images in a folder, whose subfolders are classes: `path`/cat/1.jpg and so on.
 
@@ -46,6 +51,8 @@ def load_image_folder(
         size: side of the images in pixels, at most 512. They are scaled to squares, not cut.
         mode: "RGB", or "L" for grey.
         keep: hold on to images that were read, `size * size * channels` bytes each.
+        workers: how many images are read at once, in threads; default: one for each core, at most
+            8.
 
     Returns:
         images `(N, size, size, 3)`, with mode "L" `(N, size, size, 1)`, uint8, which
@@ -93,7 +100,7 @@ def load_image_folder(
             return decode(data)
 
     shape = (len(files), size, size, CHANNELS[mode])
-    return labelled(LazyImages(read, shape, keep=keep), classes)
+    return labelled(LazyImages(read, shape, keep=keep, workers=workers), classes)
 
 
 def _images(root: Path) -> Iterator[Path]:

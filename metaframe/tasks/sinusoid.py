@@ -14,11 +14,11 @@ import numpy as np
 from metaframe import arguments
 from metaframe.backend.registry import backends_in_use
 from metaframe.errors import InputError, InputTypeError
-from metaframe.tasks.sampling import IndexedSampler, Split, uniform
+from metaframe.tasks.sampling import BatchedSampler, Numbers, Split, scaled
 from metaframe.tasks.task import Task
 
 
-class SinusoidTaskSampler(IndexedSampler):
+class SinusoidTaskSampler(BatchedSampler):
     """Sample tasks y = amplitude * sin(frequency * x + phase).
 
     Amplitude, phase, frequency and then x are drawn uniformly, support before query. All
@@ -75,19 +75,21 @@ class SinusoidTaskSampler(IndexedSampler):
         self.k_support = arguments.integer(k_support, "k_support", at_least=1)
         self.k_query = arguments.integer(k_query, "k_query", at_least=1)
 
-    def draw(self, rng: np.random.Generator) -> Task:
-        """One task; see the class for the order of the draws."""
-        amplitude = uniform(rng, self.amp_range)
-        phase = uniform(rng, self.phase_range)
-        frequency = uniform(rng, self.freq_range)
-        support_x = uniform(rng, self.x_range, (self.k_support, 1))
-        query_x = uniform(rng, self.x_range, (self.k_query, 1))
+    @property
+    def numbers(self) -> int:
+        """The curve's three, and one for every point."""
+        return 3 + self.k_support + self.k_query
 
-        def curve(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            y: np.ndarray[Any, Any] = amplitude * np.sin(frequency * x + phase)
-            return y
-
-        return Task(support_x, curve(support_x), query_x, curve(query_x))
+    def draw_batch(self, numbers: Numbers) -> Task:
+        """Tasks; see the class for the order of the numbers."""
+        curves = numbers[:, :3, None, None]
+        amplitude = scaled(curves[:, 0], self.amp_range)
+        phase = scaled(curves[:, 1], self.phase_range)
+        frequency = scaled(curves[:, 2], self.freq_range)
+        x = scaled(numbers[:, 3:, None], self.x_range)
+        y = amplitude * np.sin(frequency * x + phase)
+        k = self.k_support
+        return Task(x[:, :k], y[:, :k], x[:, k:], y[:, k:])
 
 
 def _seed_from(generator: Any, seed: int | None) -> int:

@@ -8,8 +8,9 @@ steps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
 import numpy as np
 
@@ -140,6 +141,90 @@ def _unflatten(_: tuple[str, ...], children: Iterable[Array]) -> Task:
 tree.register(Task, _flatten, _unflatten)
 
 
+class TaskBatch(Task, Sequence[Task]):
+    """Several tasks: a sequence of them, and one stacked Task of the same arrays.
+
+    `batch[3]` and iteration give tasks, as views of the stacked arrays where the framework has
+    views; `batch[:3]` is a batch. Whatever takes a stacked Task takes a batch. In structures and
+    transforms it is a plain stacked Task.
+
+    Args:
+        support_x, support_y, query_x, query_y: as for `Task`, with a leading task axis.
+
+    >>> import numpy as np
+    >>> x, y = np.zeros((25, 10, 1)), np.ones((25, 10, 1))
+    >>> batch = TaskBatch(x, y, x, y)
+    >>> len(batch), batch[24], batch.support_x.shape
+    (25, Task(support_x=(10, 1), support_y=(10, 1), query_x=(10, 1), query_y=(10, 1)), (25, 10, 1))
+    >>> batch[:2]
+    TaskBatch of 2: Task(support_x=(10, 1), support_y=(10, 1), query_x=(10, 1), query_y=(10, 1))
+    """
+
+    @classmethod
+    def of(cls, stacked: Task) -> TaskBatch:
+        """The tasks of a stacked Task, which has been checked."""
+        register_with_frameworks(TaskBatch, _flatten, _unflatten)
+        register_with_frameworks(Task, _flatten, _unflatten)
+        batch = object.__new__(cls)
+        batch.__dict__.update(stacked.__dict__)
+        return batch
+
+    def __post_init__(self) -> None:
+        register_with_frameworks(TaskBatch, _flatten, _unflatten)
+        super().__post_init__()
+
+    def __len__(self) -> int:
+        return int(tree.leaves(self.support_x)[0].shape[0])
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TaskBatch: ...
+
+    def __getitem__(self, index: int | slice) -> Task:
+        if isinstance(index, slice):
+            return TaskBatch.of(tree.map(lambda x: x[index], self))
+        at, count = operator.index(index), len(self)
+        if not -count <= at < count:  # JAX would take the last one
+            raise IndexError(f"task {at} of a batch of {count}")
+        task: Task = tree.map(lambda x: x[at], self)
+        return task
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[i] for i in range(len(self)))
+
+    def __add__(self, other: Iterable[Task]) -> list[Task]:
+        """The tasks of both, as adding lists of tasks gives them."""
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[Task]) -> list[Task]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return f"TaskBatch of {len(self)}: {self[0]!r}" if len(self) else "TaskBatch of 0"
+
+
+tree.register(cast(type[Task], TaskBatch), _flatten, _unflatten)
+
+
+def plain(batch: Task) -> Task:
+    """A batch as a Task and nothing else, of the same arrays."""
+    return batch if type(batch) is Task else _unflatten((), (getattr(batch, n) for n in _FIELDS))
+
+
+def alike(tasks: Sequence[Task]) -> bool:
+    """True if tasks of plain arrays have the same structure and shapes, so that they stack."""
+    forms = [(tree.structure(t), [np.shape(x) for x in tree.leaves(t)]) for t in tasks]
+    return all(form == forms[0] for form in forms)
+
+
+def first_of(stacked: Task) -> Task:
+    """The first task of a stacked Task."""
+    task: Task = tree.map(lambda x: x[0], stacked)
+    return task
+
+
 @runtime_checkable
 class TaskSampler(Protocol):
     """Anything that samples tasks: what training and evaluation ask for.
@@ -163,7 +248,7 @@ class TaskSampler(Protocol):
     True
     """
 
-    def sample(self, meta_batch_size: int) -> list[Task]:
+    def sample(self, meta_batch_size: int) -> Sequence[Task]:
         """The next `meta_batch_size` tasks."""
         ...
 
@@ -176,7 +261,7 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
             framework (NumPy arrays stay NumPy arrays).
 
     Returns:
-        a Task with fields `(len(tasks), k, ...)`.
+        a Task with fields `(len(tasks), k, ...)`; of a `TaskBatch` its own arrays, not copied.
 
     Raises:
         InputError: no tasks, or tasks of different structure or shape, naming the field.
@@ -187,6 +272,8 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     >>> stack_tasks([Task(x, x, x, x)] * 25)
     Task(support_x=(25, 10, 1), support_y=(25, 10, 1), query_x=(25, 10, 1), query_y=(25, 10, 1))
     """
+    if isinstance(tasks, TaskBatch) and len(tasks):
+        return plain(tasks)
     tasks = list(tasks)
     if not tasks:
         raise InputError("stack_tasks needs at least one task, received none.")

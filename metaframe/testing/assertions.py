@@ -246,7 +246,7 @@ def assert_no_leak(
         seen.append(examples)
 
 
-def _drawn(sampler: TaskSampler, count: int) -> list[Task]:
+def _drawn(sampler: TaskSampler, count: int) -> Sequence[Task]:
     """The next tasks, the sampler put back to where it was if it can be."""
     state = sampler.state() if hasattr(sampler, "state") else None
     drawn = sampler.sample(count)

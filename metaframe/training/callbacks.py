@@ -69,6 +69,7 @@ class Run:
         history: what was recorded so far.
         iteration: the current iteration of this call, from 0.
         report: what the last outer step found.
+        in_block: True if further steps were taken together with that one, whose reports come next.
         evaluation: what the last evaluation found.
         merits: the metric, or without one minus the loss, of every evaluation within `fit` since
             the trainer was made; those before this call too, and before a checkpoint that it was
@@ -86,6 +87,7 @@ class Run:
     history: History = field(default_factory=History)
     iteration: int = -1
     report: StepReport | None = None
+    in_block: bool = False
     evaluation: Evaluation | None = None
     merits: list[float] = field(default_factory=list)
 
@@ -117,6 +119,18 @@ class Callback:
     """
 
     everywhere: bool = True
+
+    def is_due(self, step: int) -> bool:
+        """True if the callback may look at the learner after outer step number `step`.
+
+        Between two such steps `fit` takes several without waiting for their losses, and then calls
+        `on_step` and `on_iteration` for each of them with its report and `trainer.step`, but with
+        the learner as it was before all of them. Default: after every step, for a callback with
+        one of these two methods.
+        """
+        del step
+        mine = type(self)
+        return (mine.on_step, mine.on_iteration) != (Callback.on_step, Callback.on_iteration)
 
     def on_start(self, run: Run) -> None:
         """Before the first iteration."""

@@ -341,6 +341,10 @@ class Checkpoints(Callback):
         self._own: set[Path] = set()
         self._trainer: Trainer | None = None
 
+    def is_due(self, step: int) -> bool:
+        """True after every so many steps."""
+        return step % self._every == 0
+
     def on_start(self, run: Run) -> None:
         """Look at what there is: does this run go on from it, and how good is the best one?"""
         check_plain(self._config, run.trainer.state()[1])

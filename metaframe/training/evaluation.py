@@ -30,7 +30,7 @@ from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.programs import Adaptation, Adapted
-from metaframe.tasks import Estimate, Task, mean_and_ci95, stack_tasks
+from metaframe.tasks import Estimate, IndexedSampler, Task, mean_and_ci95, stack_tasks
 from metaframe.training import checks
 from metaframe.training.step import StepSettings
 
@@ -322,6 +322,8 @@ def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task
         return lambda rows: tree.map(lambda x: rows_of(x, rows), tasks), total
     if hasattr(tasks, "task"):
         arguments.integer(num_tasks, "num_tasks", at_least=1)
+        if isinstance(tasks, IndexedSampler):
+            return lambda rows: stack_tasks(tasks.tasks(rows)), num_tasks
         return lambda rows: stack_tasks([tasks.task(i) for i in rows]), num_tasks
     if not isinstance(tasks, Sequence):
         raise InputTypeError(

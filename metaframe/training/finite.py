@@ -18,6 +18,11 @@ from metaframe.training.step import StepReport
 _REMEDIES = "Lower the inner or outer learning rate, clip gradients, or look at that task's data."
 
 
+def is_finite(report: StepReport) -> bool:
+    """True if every loss and the gradient are finite."""
+    return bool(np.isfinite(report.task_losses).all()) and math.isfinite(report.grad_norm)
+
+
 def check_finite(report: StepReport, step: int, blame: Callable[[], str]) -> None:
     """What the step after `step` others found is finite.
 

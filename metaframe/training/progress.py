@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from metaframe.training.callbacks import Callback, Run
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.95
 """Of the shown loss and metric: how much of the old value stays after a step."""
+DRAW_S = 0.1
+"""Seconds from one look of the bar to the next."""
 LINES = 20
 """How many lines a whole run prints where there is no terminal."""
 
@@ -29,11 +32,17 @@ class ProgressBar(Callback):
 
         self._console = console or Console(stderr=True)
 
+    def is_due(self, step: int) -> bool:
+        """Never: it looks at reports alone."""
+        del step
+        return False
+
     def on_start(self, run: Run) -> None:
         """Show the bar."""
         from rich import progress
 
         self._loss: float | None = None
+        self._drawn = 0.0
         self._score: float | None = None
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -56,10 +65,14 @@ class ProgressBar(Callback):
         self._loss = _smooth(self._loss, report.loss)
         if report.task_scores is not None:
             self._score = _smooth(self._score, float(report.task_scores.mean()))
+        done = run.iteration + 1
+        line = not self._console.is_terminal and done % max(1, run.num_iterations // LINES) == 0
+        if not (line or done == run.num_iterations or time.perf_counter() - self._drawn > DRAW_S):
+            return
         shown = self._shown(run)
-        self._bar.update(self._task, advance=1, shown=shown)
-        every = max(1, run.num_iterations // LINES)
-        if not self._console.is_terminal and (run.iteration + 1) % every == 0:
+        self._bar.update(self._task, completed=done, shown=shown)
+        self._drawn = time.perf_counter()
+        if line:
             self._console.print(f"step {run.trainer.step}: {shown}", highlight=False)
 
     def on_evaluation(self, run: Run) -> None:

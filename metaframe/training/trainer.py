@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,26 +19,21 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.task_loss import TaskLoss
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training import checks
-from metaframe.training.batches import Batch, batches, is_restorable, warn_of_position
-from metaframe.training.callbacks import Callback, History, Run, merit, watched, watchers_of
+from metaframe.training.batches import is_restorable, warn_of_position
+from metaframe.training.blocks import Validation
+from metaframe.training.callbacks import Callback, History, Run, watched, watchers_of
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
 from metaframe.training.finite import check_finite, task_to_blame
+from metaframe.training.fitting import Fitting
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.parameters import Arrays, checked_parameters, group
-from metaframe.training.step import Schedule, StepReport, StepSettings, on_host, outer_step
+from metaframe.training.report import StepReport, on_host
+from metaframe.training.step import OuterStep, Schedule, StepSettings, outer_step
 
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
-
-
-class _Validation(NamedTuple):
-    tasks: Any
-    every: int | None
-
-    def is_due(self, step: int) -> bool:
-        return self.every is not None and step % self.every == 0
 
 
 class MetaTrainer:
@@ -116,7 +111,7 @@ class MetaTrainer:
         self.task_sampler = task_sampler
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
-        self._settings = settings = settings or StepSettings()
+        self.settings = settings = settings or StepSettings()
         self._distributed = settings.distributed
         if settings.distributed and maml.statistics:
             raise InputError(
@@ -124,14 +119,14 @@ class MetaTrainer:
                 "would drift apart: train without distributed=True, or with another norm."
             )
         scheduled = schedule is not None
-        self._outer = outer_step(
+        self.outer: OuterStep = outer_step(
             maml, meta_optimizer, loss_fn, metric, settings, scheduled=scheduled
         )
         self._evaluator = Evaluator(maml, loss_fn, metric=metric, settings=settings)
-        self._ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
-        self._position: Mapping[str, Any] | None = None
-        self._owes_validation = False  # one that came due after this step and is not done
-        self._merits: list[float] = []
+        self.ending: Callable[..., bool] = Ending(maml) if settings.distributed else ends_alone
+        self.position: Mapping[str, Any] | None = None
+        self.owes_validation = False  # one that came due after this step and is not done
+        self.merits: list[float] = []
 
     @property
     def maml(self) -> MetaLearner:
@@ -153,6 +148,10 @@ class MetaTrainer:
         """The metric, if there is one."""
         return self._metric
 
+    def rate(self, step: int) -> float | None:
+        """The outer learning rate after `step` steps; None without a schedule."""
+        return None if self.schedule is None else float(self.schedule(step))
+
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
 
@@ -162,10 +161,10 @@ class MetaTrainer:
         """
         batch = tasks if isinstance(tasks, Task) else stack_tasks(tasks)
         if not self._distributed:
-            return self._advance(batch).loss
+            return self.advance(batch).loss
         count = core_checks.tasks(tree.Flat.of(batch), None)
         share = self._workers().share(count)
-        return self._advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
+        return self.advance(tree.map(lambda x: rows_of(x, share), batch), count).loss
 
     def fit(
         self,
@@ -189,9 +188,10 @@ class MetaTrainer:
             eval_tasks: held-out tasks for that, see `metaframe.training.evaluate`.
             callback: called with `(iteration, meta_loss)` after each step.
             callbacks: what else watches the run.
-            prefetch: sample batches ahead in a background thread. It changes no result, as long as
-                nothing else draws from the training sampler: with a callback that does, turn it
-                off, or give the callback a sampler of its own.
+            prefetch: sample batches ahead in a background thread, from a sampler that can be put
+                back and is not `quick`. It changes no result, as long as nothing else draws from
+                the training sampler: with a callback that does, turn it off, or give the callback
+                a sampler of its own.
 
         Returns:
             The loss of every iteration and of every evaluation.
@@ -220,26 +220,15 @@ class MetaTrainer:
             self._agree(num_iterations, meta_batch_size, eval_every)
             share, num_tasks = self._workers().share(meta_batch_size), meta_batch_size
             watchers = [w for w in watchers if w.everywhere or self._workers().is_first]
-        run = Run(self, num_iterations, meta_batch_size, merits=self._merits)
-        validation = _Validation(eval_tasks, eval_every)
+        run = Run(self, num_iterations, meta_batch_size, merits=self.merits)
+        validation = Validation(eval_tasks, eval_every)
         # Several processes leave SIGTERM as it is: JAX listens to it too.
         alone = not self._distributed or self._workers().processes == 1
         held = held_interrupt(run.stop, terminate=alone)
-        with watched(run, watchers), held as interrupt:
-            source = batches(
-                self.task_sampler, meta_batch_size, num_iterations, prefetch=prefetch, share=share
-            )
-            with self._standing(), source as ahead:
-                owed = self._owes_validation and validation.is_due(self.step)
-                if owed:
-                    self._end_iteration(run, validation, watchers)
-                # A callback may have found that the run was over before this call.
-                over = self._ending(run, interrupt, evaluated=owed)
-                for batch in () if over else ahead:
-                    self._step_within(run, batch, validation, watchers, num_tasks)
-                    due = self._end_iteration(run, validation, watchers)
-                    if self._ending(run, interrupt, evaluated=due):
-                        break
+        with watched(run, watchers), held as interrupt, self._standing():
+            fitting = Fitting(self, run, validation, watchers, interrupt)
+            if not fitting.is_over_before():
+                fitting.go(prefetch=prefetch, share=share, num_tasks=num_tasks)
         interrupt.raise_if_held()
         return run.history
 
@@ -251,18 +240,18 @@ class MetaTrainer:
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
         """
-        return self._evaluate(tasks).loss.mean
+        return self.evaluated(tasks).loss.mean
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
         backend, meta = self.maml.backend, self.maml.meta_parameters()
-        optimizer, plain = self._outer.state()
+        optimizer, plain = self.outer.state()
         arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}
         arrays |= {f"statistics/{n}": on_host(x, backend) for n, x in self.maml.statistics.items()}
         arrays |= {f"optimizer/{name}": x for name, x in optimizer.items()}
         random = backend.random_state().items()
         arrays |= {f"rng.{backend.name}/{name}": x for name, x in random}
-        position = self._position
+        position = self.position
         if position is None and is_restorable(self.task_sampler):
             position = self.task_sampler.state()  # type: ignore[attr-defined]
         return arrays, {
@@ -270,8 +259,8 @@ class MetaTrainer:
             "dtypes": {name: backend.dtype_name(x) for name, x in meta.items()},
             "optimizer": plain,
             "sampler": None if position is None else dict(position),
-            "owes_validation": self._owes_validation,
-            "merits": list(self._merits),
+            "owes_validation": self.owes_validation,
+            "merits": list(self.merits),
         }
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
@@ -295,15 +284,15 @@ class MetaTrainer:
             if random := group(arrays, f"rng.{backend.name}/"):
                 undo.callback(backend.restore_random_state, backend.random_state())
                 backend.restore_random_state(random)
-            self._outer.restore(group(arrays, "optimizer/"), plain["optimizer"])
+            self.outer.restore(group(arrays, "optimizer/"), plain["optimizer"])
             undo.pop_all()  # nothing can be refused any more
         assign()
         self.step = step
         if step and (plain["sampler"] is None or not is_restorable(sampler)):
             warn_of_position(step, sampler)
         # Checkpoints from before there were these have neither.
-        self._owes_validation = bool(plain.get("owes_validation", False))
-        self._merits = list(plain.get("merits", []))
+        self.owes_validation = bool(plain.get("owes_validation", False))
+        self.merits = list(plain.get("merits", []))
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
@@ -324,36 +313,36 @@ class MetaTrainer:
         That is after the last step that was taken: the batch of one that failed comes again.
         """
         sampler: Any = self.task_sampler
-        self._position = dict(sampler.state()) if is_restorable(sampler) else None
+        self.position = dict(sampler.state()) if is_restorable(sampler) else None
         try:
             yield
         finally:
-            if self._position is not None:
-                sampler.restore(self._position)
-            self._position = None
+            if self.position is not None:
+                sampler.restore(self.position)
+            self.position = None
 
     def _workers(self) -> Workers:
         return self.maml.backend.workers()
 
-    def _advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
+    def advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
+        """Take one step on a stacked batch; `num_tasks` if that is a share of as many tasks."""
         self.maml.epoch = self.step // self.steps_per_epoch
-        rate = None if self.schedule is None else float(self.schedule(self.step))
         statistics = self.maml.statistics
         try:
             if statistics:
                 self._collect(batch)
-            outcome = self._outer(batch, rate, num_tasks)
-            check_finite(outcome.report, self.step, lambda: self._blame(batch))
+            outcome = self.outer(batch, self.rate(self.step), num_tasks)
+            check_finite(outcome.report, self.step, lambda: self.blame(batch))
             outcome.apply()
         except BaseException:
             self.maml.assign_statistics(statistics)
             raise
         self.step += 1
-        self._owes_validation = False
+        self.owes_validation = False
         return outcome.report
 
     def _collect(self, batch: Task) -> None:
-        settings = self._settings
+        settings = self.settings
         self.maml.collect_statistics(
             self.loss_fn,
             batch,
@@ -363,47 +352,12 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def _blame(self, batch: Task) -> str:
+    def blame(self, batch: Task) -> str:
+        """Which task of the batch it is whose gradient is not finite."""
         if self._distributed and self._workers().processes > 1:
             return "the batch as a whole"  # a process that does not have the task could not tell
         return task_to_blame(self.maml, self.loss_fn, batch)
 
-    def _step_within(
-        self,
-        run: Run,
-        batch: Batch,
-        validation: _Validation,
-        watchers: Sequence[Callback],
-        num_tasks: int | None,
-    ) -> None:
-        run.iteration += 1
-        run.report = self._advance(batch.tasks, num_tasks)
-        self._owes_validation = validation.is_due(self.step)
-        self._position = batch.position
-        run.history.meta_loss.append(run.report.loss)
-        for watcher in watchers:
-            watcher.on_step(run)
-
-    def _end_iteration(
-        self, run: Run, validation: _Validation, watchers: Sequence[Callback]
-    ) -> bool:
-        """Validate if that is due; was it?"""
-        due = self._owes_validation
-        if due:
-            self._evaluate_within(run, validation.tasks, watchers)
-        for watcher in watchers:
-            watcher.on_iteration(run)
-        return due
-
-    def _evaluate_within(self, run: Run, tasks: Any, watchers: Sequence[Callback]) -> None:
-        run.evaluation = self._evaluate(tasks)
-        self._owes_validation = False
-        self._merits.append(merit(run.evaluation))
-        run.history.eval_loss.append((run.iteration, run.evaluation.loss.mean))
-        if run.evaluation.scores is not None:
-            run.history.eval_score.append((run.iteration, run.evaluation.transductive.mean))
-        for watcher in watchers:
-            watcher.on_evaluation(run)
-
-    def _evaluate(self, tasks: Any) -> Evaluation:
+    def evaluated(self, tasks: Any) -> Evaluation:
+        """What the learner reaches on these tasks."""
         return self._evaluator(tasks, inductive=False, whole_curve=False)

@@ -130,10 +130,6 @@ def compiled_torch() -> Any:
     return load_backend("torch").compile(lambda xs: (xs[0].sum() * xs[0],), (x,))((x,))
 
 
-def compiled_forward_mode() -> Any:
-    return meta_step("torch", compiled=True, mode="mixed")
-
-
 def torch_model(*layers: str) -> Any:
     import torch
 
@@ -148,6 +144,44 @@ def with_weight_norm() -> Any:
 
 def with_batch_norm() -> Any:
     return adapted(torch_model("nn.BatchNorm1d(3)"), "torch")
+
+
+def recomputed_in_torch() -> Any:
+    return meta_step("torch", mode="remat")
+
+
+def plain_model() -> Any:
+    return adapted(torch_model(), "torch")
+
+
+def within_cached_parametrizations() -> Any:
+    import torch
+
+    model = torch_model("nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))")
+    with torch.nn.utils.parametrize.cached():
+        return adapted(model, "torch")
+
+
+def with_a_function_of_autograd() -> Any:
+    import torch
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+    class Cubic(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return Cube.apply(x)
+
+    learner = MAML(torch_model().append(Cubic())).clone()
+    x, y = torch.tensor(X), torch.tensor(Y)
+    return [p.detach() for p in learner.adapt_on(nn.mse, x, y).parameters()]
 
 
 def container_in_torch() -> Any:
@@ -197,6 +231,10 @@ def summed_in_a_graph() -> Any:
 
 def plain_jax() -> Any:
     return meta_step("jax")
+
+
+def compiled_jax() -> Any:
+    return meta_step("jax", compiled=True)
 
 
 def tracers() -> list[bool]:
@@ -299,7 +337,6 @@ USES: dict[str, dict[str, Use]] = {
         "IS_WRAPPED": told_apart,
         "UNWRAPPED": under_transforms,
         "PROXY_MODE": compiled_torch,
-        "WITHOUT_PROXY_MODE": compiled_forward_mode,
         "MAKE_FX": compiled_torch,
         "INDUCTOR": compiled_torch,
         "INDUCTOR_CONFIG": compiled_torch,
@@ -314,6 +351,22 @@ USES: dict[str, dict[str, Use]] = {
         "REGISTER_NODE": container_in_torch,
         "DEFAULT_STORE": last_words,
         "COLLECTIVES": summed_in_a_graph,
+        "NORM_EXCEPT_DIM": with_weight_norm,
+        "IS_BATCHED": recomputed_in_torch,
+        "BATCH_AXIS": recomputed_in_torch,
+        "DISPATCH_MODE": recomputed_in_torch,
+        "SAVED_HOOKS": plain_torch,
+        "FUNCTORCH_CONFIG": compiled_torch,
+        "STORAGE": compiled_torch,
+        "FUNCTION_OF": with_a_function_of_autograd,
+        "PARAMETERS": plain_model,
+        "BUFFERS": plain_model,
+        "MODULES": plain_model,
+        "BACKWARD_HOOKS": plain_model,
+        "BACKWARD_PRE_HOOKS": plain_model,
+        "CACHED_PARAMETRIZATIONS": within_cached_parametrizations,
+        "DISPATCH_MODES": compiled_torch,
+        "FUNCTION_MODES": compiled_torch,
     },
     "metaframe_jax": {
         "TRACER": tracers,
@@ -321,10 +374,14 @@ USES: dict[str, dict[str, Use]] = {
         "CURRENT_TRACE": on_a_mesh,
         "JIT_TRACE": on_a_mesh,
         "PROCESSES": said_by_jax,
+        "SETTINGS": compiled_jax,
     },
     "metaframe_tensorflow": {
         "MAY_RECORD": compiled_tensorflow,
         "INFERENCE": compiled_tensorflow,
         "CONTEXT": last_words_of_tensorflow,
+        "EAGER": plain_tensorflow,
+        "FORWARD": plain_tensorflow,
+        "DEVICE_SCOPE": compiled_tensorflow,
     },
 }

@@ -157,6 +157,45 @@ def _compiled_scan(b: Bench) -> None:
         close(found, expected, b.exact)
 
 
+def _some_rows(compiled: bool, b: Bench) -> None:
+    def body(carry: Any, xs: Any) -> Any:
+        value = carry[0] * xs[0] + xs[0]
+        return (value,), (value * 2,)
+
+    def fn(xs: Any) -> Any:
+        start, rows, first, count = xs
+        (end,), (values,) = b.backend.scan_rows(body, (start,), (rows,), first, count)
+        return end, values
+
+    start = np.array([0.5, -1.0, 2.0])
+    run: Callable[[Any], Any] = fn
+    for first, count in ((0, len(ROWS)), (1, 2), (2, 1)):
+        numbers = tuple(b.backend.asarray(np.asarray(n, np.int32)) for n in (first, count))
+        xs = (b.arr(start), b.arr(ROWS), *numbers)
+        if compiled and run is fn:
+            run = b.backend.compile(fn, xs)
+        end, values = b.to_np(tuple(run(xs)))
+        expected = start
+        for i in range(first, first + count):
+            expected = expected * ROWS[i] + ROWS[i]
+            close(values[i], 2 * expected, b.exact)
+        close(end, expected, b.exact)
+
+
+LOOPS.add(
+    "scan-rows",
+    "A scan of some rows is a scan of these alone.",
+    functools.partial(_some_rows, False),
+)
+
+
+@LOOPS.clause("scan-rows-compiled", compiles=True)
+def _compiled_some_rows(b: Bench) -> None:
+    """With `loops_in_programs`, one program scans whichever rows it is told to."""
+    if b.backend.loops_in_programs:
+        _some_rows(True, b)
+
+
 def _repeat(rolled: bool, compiled: bool, b: Bench) -> None:
     def times(count: int) -> Callable[[Any], Any]:
         def body(carry: Any, row: Any) -> Any:
