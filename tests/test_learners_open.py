@@ -318,6 +318,47 @@ def test_statistics_of_the_query_set(backend: Backend) -> None:
             np.testing.assert_allclose(row, expected, rtol=0, atol=1e-12)
 
 
+def test_a_loss_network_of_torch() -> None:
+    """`backward()` through a learner reaches the wrapper's copy of the network, and no other."""
+    import torch
+
+    torch.manual_seed(0)
+    judge, model = torch.nn.Linear(4, 1).double(), torch_model()
+    learned = {"rate": 0.1, "judge": metaframe.named_params(judge)}
+    maml = MAML(model, rate, 2, learned=learned)
+
+    def support_loss(prediction: Any, target: Any, learned: Any) -> Any:
+        pair = torch.cat([prediction, target], dim=1)
+        return metaframe.functional_forward(judge, learned["judge"], pair).square().mean()
+
+    task = metaframe.tree.map(torch.from_numpy, zoo.tasks(1)[0])
+    learner = maml.clone().adapt_on(support_loss, task.support_x, task.support_y)
+    nn.mse(learner(task.query_x), task.query_y).backward()
+    expected = maml.meta_value_and_grad(nn.mse, [task], support_loss=support_loss).grads
+    assert {name for name, _ in maml.named_parameters()} >= {"learned.rate", "learned.judge/bias"}
+    for name, parameter in maml.meta_parameters().items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-13)
+    before = judge.weight.clone()
+    torch.optim.SGD(maml.parameters(), lr=1.0).step()
+    assert torch.equal(judge.weight, before)
+    assert judge.weight.grad is None
+    assert not torch.equal(maml.learned["judge/weight"], before)
+
+
+def test_statistics_of_minibatches_are_of_the_whole_support_set() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
+    maml = MAML(model, 0.1, 2, norm="support", inner_batches=ROWS)
+    task = metaframe.tree.map(torch.from_numpy, zoo.tasks(1)[0])
+    learner = maml.clone().adapt_on(nn.mse, task.support_x, task.support_y)
+    by_hand = nn.mse(learner(task.query_x), task.query_y)
+    result = maml.meta_value_and_grad(nn.mse, [task])
+    torch.testing.assert_close(by_hand.detach(), result.cost, rtol=0, atol=1e-14)
+
+
 def torch_model() -> Any:
     import torch
 

@@ -24,7 +24,7 @@ from metaframe.learners.functions import (
 )
 from metaframe.learners.method import Method, Support
 from metaframe.learners.minibatches import chosen, count
-from metaframe.learners.parts import Find, Part, attribute
+from metaframe.learners.parts import ModelOfLearner, Part, attribute
 from metaframe.learners.settings import AdaptConfig
 from metaframe.learners.task_loss import LossFn as LossFn
 from metaframe.learners.task_loss import TaskLoss
@@ -110,7 +110,7 @@ class Learner:
         if name in self.params:
             return self.params[name]
         try:
-            return attribute(_Model(self), lambda model: model, name, "")
+            return attribute(ModelOfLearner(self), lambda model: model, name, "")
         except AttributeError as error:
             if error.name != name or name not in _SETTINGS:
                 raise
@@ -118,10 +118,10 @@ class Learner:
 
     def __getitem__(self, key: Any) -> Any:
         """A part of a model that has parts by number or name, such as a `Sequential`."""
-        return Part(_Model(self), lambda model: model, "the model")[key]
+        return Part(ModelOfLearner(self), lambda model: model, "the model")[key]
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_Model(self).look(dir)})
+        return sorted({*super().__dir__(), *ModelOfLearner(self).look(dir)})
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
         """Names and current parameters, in the model's order."""
@@ -147,7 +147,7 @@ class Learner:
         takes.
         """
         if hasattr(self._adapter.model, "state_dict"):
-            own: dict[str, Array] = _Model(self).look(lambda model: model.state_dict())
+            own: dict[str, Array] = ModelOfLearner(self).look(lambda model: model.state_dict())
             return own
         stop = self._adapter.backend.stop_gradient
         named = (*self.named_parameters(), *self.named_buffers())
@@ -196,13 +196,12 @@ class Learner:
     def training(self) -> bool:
         """Whether the model is called in training mode."""
         if self._training is None:
-            own: bool = attribute(_Model(self), lambda model: model, "training", "")
+            own: bool = attribute(ModelOfLearner(self), lambda model: model, "training", "")
             return own
         return self._training
 
     @property
-    def learned(self) -> Any:
-        """The outer variables of `MAML(learned=...)`, in their structure; None without any."""
+    def _outer(self) -> Any:
         return self.config.learned(self._learned)
 
     def _run(
@@ -315,16 +314,17 @@ class Learner:
             self._step(lambda learner, batch=batch: learner._loss(losses, *batch), lr)
         if self._method.finish is not None and self._start is not None:
             self.params = self._method.finish(support, self._start, self.params)
-        if self.config.norm == "support" and (steps == 0 or self._method.finish is not None):
+        whole = steps == 0 or rows is not None or self._method.finish is not None
+        if self.config.norm == "support" and whole:
             # At the parameters there are now.
             self._see_support(lambda learner: learner._predict(losses, x))
         return self
 
     def _predict(self, losses: TaskLoss, x: Any, learned: Any = None) -> Any:
-        return self._run(losses.calling(self.learned if learned is None else learned), (x,), {})
+        return self._run(losses.calling(self._outer if learned is None else learned), (x,), {})
 
     def _loss(self, losses: TaskLoss, x: Any, y: Any, learned: Any = None) -> Array:
-        learned = self.learned if learned is None else learned
+        learned = self._outer if learned is None else learned
         prediction = self._predict(losses, x, learned)
         return losses.support(self._adapter.backend, prediction, y, learned)
 
@@ -386,7 +386,7 @@ class Learner:
             lambda batch, params: self._sibling(params)._loss(losses, *batch),
             self.config.names,
             self._adapter.backend,
-            self.learned,
+            self._outer,
         )
 
     def _sibling(self, params: Params) -> Learner:
@@ -406,41 +406,13 @@ class Learner:
 _SETTINGS: dict[str, Callable[[Learner], Any]] = {
     "module": lambda learner: learner._adapter.model,
     "lr": lambda learner: learner.config.rate(learner._learned),
+    "learned": lambda learner: learner._outer,
     "inner_steps": lambda learner: learner.config.inner_steps,
     "first_order": lambda learner: learner.config.first_order,
     "adapt_names": lambda learner: learner.config.names,
     "allow_unused": lambda learner: learner.config.allow_unused,
 }
 """Attributes of a learner whose names its model may have."""
-
-
-class _Model:
-    """The model of a learner, for its parts."""
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._adapter = learner._adapter
-        self.names = list(learner.params)
-        self.withholds = self._adapter.withholds
-
-    def look(self, find: Find) -> Any:
-        """`find(model)`, a value as the user has it outside of the call."""
-        return self._learner._evaluate(lambda model: self._read(find(model)), (), {}, part=True)[0]
-
-    def call(self, find: Find, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`find(model)(*args, **kwargs)`, as a call of the learner."""
-
-        def called(model: Any, *xs: Any, **named: Any) -> Any:
-            return self._read(find(model)(*xs, **named))
-
-        return self._learner._run(called, args, kwargs, part=True)
-
-    def _read(self, value: Any) -> Any:
-        if type(value) in (list, tuple):
-            return type(value)(map(self._read, value))
-        if type(value) is dict:
-            return {key: self._read(item) for key, item in value.items()}
-        return self._adapter.read(value)
 
 
 def _of_support(loss_fn: Any) -> TaskLoss:

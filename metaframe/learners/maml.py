@@ -50,7 +50,8 @@ class MAML(MetaLearner):
         method: where an algorithm of your own departs from MAML, see `metaframe.learners.Method`.
         learned: outer variables beyond the model's, such as the parameters of a loss network or
             one learned rate: a mapping from names to floating arrays, numbers or structures of
-            them. They are meta-parameters, under "learned/", and are read by `inner_lr` as a
+            them, of which the wrapper takes copies. They are meta-parameters, under "learned/", and
+            in the attribute `learned` by name, and are read by `inner_lr` as a
             function and by what has an argument `learned`, see `meta_value_and_grad`. With
             `first_order` what acts through an inner gradient gets none.
         inner_batches: minibatches of the support set: how many examples an inner step sees, or

@@ -46,7 +46,7 @@ class OuterVariables(NamedTuple):
         return OuterVariables(names, tree.structure(learned))
 
     def values(self, learned: Any, like: Params, backend: Backend) -> Params:
-        """The arrays by name, of the backend and on the device of the parameters.
+        """Copies of the arrays by name, of the backend and on the device of the parameters.
 
         Raises:
             InputTypeError: one is of another framework, or not of floating numbers.
@@ -59,7 +59,7 @@ class OuterVariables(NamedTuple):
                     f"learned[{name!r}] must be a floating array of {backend.name!r} or NumPy, "
                     f"received {type(x).__qualname__}."
                 )
-            found[name] = backend.stop_gradient(backend.asarray(array))
+            found[name] = backend.stop_gradient(backend.asarray(array)) * 1
         return found
 
     def build(self, values: Mapping[str, Array]) -> Any:

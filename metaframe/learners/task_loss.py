@@ -74,7 +74,9 @@ class TaskLoss:
     def of(cls, loss_fn: Any, **given: Any) -> Self:
         """`loss_fn` as one, with what was given besides in the place of its own."""
         known = loss_fn if isinstance(loss_fn, cls) else cls(loss_fn)
-        return replace(known, **{n: x for n, x in given.items() if x not in (None, False)})
+        return replace(
+            known, **{n: x for n, x in given.items() if x is not None and x is not False}
+        )
 
     def __call__(self, prediction: Any, target: Any) -> Any:
         """The loss of the query set, without its aux."""
