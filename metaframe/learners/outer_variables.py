@@ -16,7 +16,7 @@ from metaframe.learners.functions import Params, array_like
 class OuterVariables(NamedTuple):
     """The structure of what `MAML(learned=...)` was given; its arrays live among the learned.
 
-    >>> outer = OuterVariables.of({"loss": {"w": 1.0, "b": 0.0}})
+    >>> outer = OuterVariables.of({"loss": {"b": 0.0, "w": 1.0}})
     >>> outer.names, outer.build({"loss/b": 3.0, "loss/w": 4.0})
     (('loss/b', 'loss/w'), {'loss': {'b': 3.0, 'w': 4.0}})
     """
