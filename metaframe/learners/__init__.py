@@ -18,12 +18,14 @@ from metaframe.learners.meta_curvature import MetaCurvature as MetaCurvature
 from metaframe.learners.meta_sgd import MetaSGD as MetaSGD
 from metaframe.learners.method import Method as Method
 from metaframe.learners.method import Support as Support
+from metaframe.learners.minibatches import Minibatches as Minibatches
 from metaframe.learners.proto import ProtoMAML as ProtoMAML
 from metaframe.learners.proto import ProtoNet as ProtoNet
 from metaframe.learners.registry import Algorithm as Algorithm
 from metaframe.learners.registry import algorithms as algorithms
 from metaframe.learners.registry import register_algorithm as register_algorithm
 from metaframe.learners.reptile import Reptile as Reptile
+from metaframe.learners.task_loss import TaskLoss as TaskLoss
 
 __all__ = [
     "ANIL",
@@ -36,11 +38,13 @@ __all__ = [
     "MetaCurvature",
     "MetaSGD",
     "Method",
+    "Minibatches",
     "Outcome",
     "ProtoMAML",
     "ProtoNet",
     "Reptile",
     "Support",
+    "TaskLoss",
     "TaskRun",
     "adapt",
     "algorithms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe import arguments, ops, optim, tree
@@ -45,6 +45,9 @@ class ImplicitMAML(MAML):
         allow_unused: see `MAML`.
         norm: see `MAML`.
         update: the inner solver's update rule, see `MAML`.
+        learned: outer variables beyond the model's, see `MAML`. Those that the support loss depends
+            on get their part of the implicit gradient; the path to the solution, and so a rate,
+            has none.
 
     >>> import torch
     >>> from metaframe.tasks import Task
@@ -68,6 +71,7 @@ class ImplicitMAML(MAML):
         *,
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
+        learned: Mapping[str, Any] | None = None,
     ) -> None:
         arguments.integer(cg_steps, "cg_steps", at_least=1)
         if not (isinstance(proximal, (int, float)) and 0 < proximal < float("inf")):
@@ -86,6 +90,7 @@ class ImplicitMAML(MAML):
             norm=norm,
             update=update,
             method=method,
+            learned=learned,
         )
         # The gradient is differentiated again, in the products with H.
         self.config = dataclasses.replace(self.config, twice=True)
@@ -102,7 +107,7 @@ def implicit(
 ) -> Params:
     """`params` with the derivatives of the solution of the proximal problem."""
     backend, names = support.backend, sorted(support.names)
-    packed = tree.Packed((start, (support.x, support.y)), backend.owns)
+    packed = tree.Packed((start, (support.x, support.y, support.learned)), backend.owns)
 
     def cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         begun, batch = packed.unpack(context)

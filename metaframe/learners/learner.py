@@ -12,17 +12,23 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.model import Inputs, ModelAdapter
 from metaframe.backend.types import Array
-from metaframe.core import checks
 from metaframe.core.entrance import entrance
 from metaframe.errors import InputError
-from metaframe.learners.functions import Params, array_like, descend, gradients
+from metaframe.learners.functions import (
+    LearningRate,
+    Params,
+    array_like,
+    descend,
+    gradients,
+    rate_for,
+)
 from metaframe.learners.method import Method, Support
-from metaframe.learners.parts import Find, Part, attribute
+from metaframe.learners.minibatches import chosen, count
+from metaframe.learners.parts import ModelOfLearner, Part, attribute
 from metaframe.learners.settings import AdaptConfig
+from metaframe.learners.task_loss import LossFn as LossFn
+from metaframe.learners.task_loss import TaskLoss
 from metaframe.models.per_step import STEP, at_step
-
-LossFn = Callable[[Any, Any], Array]
-"""`loss_fn(prediction, target) -> scalar`."""
 
 
 class Buffers(dict[str, Array]):
@@ -104,7 +110,7 @@ class Learner:
         if name in self.params:
             return self.params[name]
         try:
-            return attribute(_Model(self), lambda model: model, name, "")
+            return attribute(ModelOfLearner(self), lambda model: model, name, "")
         except AttributeError as error:
             if error.name != name or name not in _SETTINGS:
                 raise
@@ -112,10 +118,10 @@ class Learner:
 
     def __getitem__(self, key: Any) -> Any:
         """A part of a model that has parts by number or name, such as a `Sequential`."""
-        return Part(_Model(self), lambda model: model, "the model")[key]
+        return Part(ModelOfLearner(self), lambda model: model, "the model")[key]
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_Model(self).look(dir)})
+        return sorted({*super().__dir__(), *ModelOfLearner(self).look(dir)})
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
         """Names and current parameters, in the model's order."""
@@ -141,7 +147,7 @@ class Learner:
         takes.
         """
         if hasattr(self._adapter.model, "state_dict"):
-            own: dict[str, Array] = _Model(self).look(lambda model: model.state_dict())
+            own: dict[str, Array] = ModelOfLearner(self).look(lambda model: model.state_dict())
             return own
         stop = self._adapter.backend.stop_gradient
         named = (*self.named_parameters(), *self.named_buffers())
@@ -190,12 +196,18 @@ class Learner:
     def training(self) -> bool:
         """Whether the model is called in training mode."""
         if self._training is None:
-            own: bool = attribute(_Model(self), lambda model: model, "training", "")
+            own: bool = attribute(ModelOfLearner(self), lambda model: model, "training", "")
             return own
         return self._training
 
-    def _run(self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A call of the model, or of something of it, on the examples in hand."""
+    @property
+    def _outer(self) -> Any:
+        return self.config.learned(self._learned)
+
+    def _run(
+        self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: bool = False
+    ) -> Any:
+        """A call of the model, or of a part of it, on the examples in hand."""
         if self._start is None and not self._supporting:
             raise InputError("this learner has seen no support set yet. Call adapt_on first.")
         if not (self._supporting or self._has_support):
@@ -203,18 +215,20 @@ class Learner:
                 "norm='support' normalises by the support set, which this learner has not seen. "
                 "Adapt first, with adapt_on or with a function passed to adapt."
             )
-        output, state = self._evaluate(call, args, kwargs)
+        output, state = self._evaluate(call, args, kwargs, part=part)
         if self._supporting:
             self._statistics = state
         return output
 
-    def _evaluate(self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _evaluate(
+        self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: bool
+    ) -> Any:
         phase: Literal["support", "query"] = "support" if self._supporting else "query"
         forward = self.config.forward(phase)
         if self._training is not None:
             forward = replace(forward, training=self._training)
         params = self.params
-        if call is not None:  # without what the algorithm adds to the model
+        if part:  # without what the algorithm adds to the model
             params = {name: params[name] for name in self._adapter.params()}
         state = at_step(self._statistics, self._taken)
         return self._adapter.call(params, state, Inputs(args, kwargs, forward, call))
@@ -228,12 +242,18 @@ class Learner:
         return tree.map(convert, inputs) if any(map(_is_numpy, tree.leaves(inputs))) else inputs
 
     @entrance
-    def adapt(self, support_loss: Array | Callable[[Learner], Array]) -> Self:
+    def adapt(
+        self,
+        support_loss: Array | Callable[[Learner], Array],
+        *,
+        lr: LearningRate | None = None,
+    ) -> Self:
         """Take one differentiable inner step.
 
         Args:
             support_loss: a function from a learner to the support loss. On torch also a loss
                 computed with this learner.
+            lr: the learning rate of this step, as `inner_lr` of `MAML`; default: that.
 
         Returns:
             The learner itself, moved.
@@ -253,41 +273,75 @@ class Learner:
             raise InputError("norm='support' needs adapt_on, or a function passed to adapt.")
         if callable(support_loss):
             support_loss = self._adapter.backend.differentiable(support_loss)
-        return self._step(support_loss)
+        return self._step(support_loss, lr)
 
     @entrance
-    def adapt_on(self, loss_fn: LossFn, x: Any, y: Any, *, steps: int | None = None) -> Self:
+    def adapt_on(
+        self,
+        loss_fn: LossFn,
+        x: Any,
+        y: Any,
+        *,
+        steps: int | None = None,
+        lr: LearningRate | None = None,
+        call: Callable[..., Any] | None = None,
+    ) -> Self:
         """Take `steps` inner steps on one support set, the loss computed anew at each.
 
         Args:
-            loss_fn: `loss_fn(prediction, target) -> scalar`.
+            loss_fn: `loss_fn(prediction, target) -> scalar`, which the steps minimise; or a
+                `TaskLoss`, of which they minimise the support loss.
             x: inputs; NumPy arrays are converted.
             y: targets, alike.
             steps: how many, at least 1; default: the configured `inner_steps`.
+            lr: the learning rate of these steps, as `inner_lr` of `MAML`; default: that.
+            call: `call(model, x) -> prediction`; default: `model(x)`.
 
         Raises:
             InputError: fewer steps than one; otherwise as `adapt`.
         """
-        arguments.function(loss_fn, "loss_fn")
-        loss_fn = self._adapter.backend.differentiable(loss_fn)
+        losses = loss_fn if isinstance(loss_fn, TaskLoss) else _of_support(loss_fn)
+        losses = TaskLoss.of(losses, call=call)
+        losses.check_learned(self.config.outer is not None)
         steps = self.config.steps(steps, at_least=1)
         x, y = self._converted((x, y))
-        support = self._support(loss_fn, x, y)
+        support = self._support(losses, x, y)
         if self._method.begin is not None and (self._start is None or steps == 0):
             self._begin(self._method.begin(support, self._given))
-        for _ in range(steps):
-            self._step(lambda learner: loss_fn(learner(x), y))
+        rows = self._rows(steps, x)
+        for k in range(steps):
+            batch = (x, y) if rows is None else chosen((x, y), rows[k])
+            self._step(lambda learner, batch=batch: learner._loss(losses, *batch), lr)
         if self._method.finish is not None and self._start is not None:
             self.params = self._method.finish(support, self._start, self.params)
-        if self.config.norm == "support" and (steps == 0 or self._method.finish is not None):
-            self._see_support(lambda learner: learner(x))  # at the parameters there are now
+        whole = steps == 0 or rows is not None or self._method.finish is not None
+        if self.config.norm == "support" and whole:
+            # At the parameters there are now.
+            self._see_support(lambda learner: learner._predict(losses, x))
         return self
+
+    def _predict(self, losses: TaskLoss, x: Any, learned: Any = None) -> Any:
+        return self._run(losses.calling(self._outer if learned is None else learned), (x,), {})
+
+    def _loss(self, losses: TaskLoss, x: Any, y: Any, learned: Any = None) -> Array:
+        learned = self._outer if learned is None else learned
+        prediction = self._predict(losses, x, learned)
+        return losses.support(self._adapter.backend, prediction, y, learned)
+
+    def _rows(self, steps: int, x: Any) -> list[Array] | None:
+        """The examples that each of the next steps sees; None where they see all of them."""
+        batches, done = self.config.batches, self._taken
+        if batches is None:
+            return None
+        known = max(done + steps, 1)
+        table = batches(known, count(x))[done:].astype("int32")
+        return [array_like(row, self.params, self._adapter.backend) for row in table]
 
     def _begin(self, params: Params) -> None:
         self.params = self._start = params
         self._rule_state = self.config.rule.init({name: params[name] for name in self.config.names})
 
-    def _step(self, support_loss: Any) -> Self:
+    def _step(self, support_loss: Any, lr: LearningRate | None = None) -> Self:
         config, penalised = self.config, self._method.penalty is not None
 
         def at(params: Params) -> Any:
@@ -308,7 +362,10 @@ class Learner:
         )
         adapted = {name: self.params[name] for name in config.names}
         rule = config.rule
-        rate = rule.rate(config.rate(self._learned), adapted, name="inner_lr")
+        if lr is None:
+            rate = rule.rate(config.rate(self._learned), adapted, name="inner_lr")
+        else:
+            rate = rule.rate(rate_for(lr, config.names, self.params), adapted)
         self.params, self._rule_state = descend(self.params, grads, rule, self._rule_state, rate)
         self._taken += 1
         if config.norm == "support":
@@ -321,16 +378,15 @@ class Learner:
         names = self.config.names
         return self._method.penalty(*({n: p[n] for n in names} for p in (params, self._start)))
 
-    def _support(self, loss_fn: LossFn, x: Any, y: Any) -> Support:
+    def _support(self, losses: TaskLoss, x: Any, y: Any) -> Support:
         return Support(
             x,
             y,
-            lambda params, x: self._sibling(params)(x),
-            lambda batch, params: checks.scalar(
-                loss_fn(self._sibling(params)(batch[0]), batch[1]), "loss_fn", self._adapter.backend
-            ),
+            lambda params, x: self._sibling(params)._predict(losses, x),
+            lambda batch, params: self._sibling(params)._loss(losses, *batch),
             self.config.names,
             self._adapter.backend,
+            self._outer,
         )
 
     def _sibling(self, params: Params) -> Learner:
@@ -350,6 +406,7 @@ class Learner:
 _SETTINGS: dict[str, Callable[[Learner], Any]] = {
     "module": lambda learner: learner._adapter.model,
     "lr": lambda learner: learner.config.rate(learner._learned),
+    "learned": lambda learner: learner._outer,
     "inner_steps": lambda learner: learner.config.inner_steps,
     "first_order": lambda learner: learner.config.first_order,
     "adapt_names": lambda learner: learner.config.names,
@@ -358,33 +415,10 @@ _SETTINGS: dict[str, Callable[[Learner], Any]] = {
 """Attributes of a learner whose names its model may have."""
 
 
-class _Model:
-    """The model of a learner, for its parts."""
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._adapter = learner._adapter
-        self.names = list(learner.params)
-        self.withholds = self._adapter.withholds
-
-    def look(self, find: Find) -> Any:
-        """`find(model)`, a value as the user has it outside of the call."""
-        return self._learner._evaluate(lambda model: self._read(find(model)), (), {})[0]
-
-    def call(self, find: Find, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """`find(model)(*args, **kwargs)`, as a call of the learner."""
-
-        def called(model: Any, *xs: Any, **named: Any) -> Any:
-            return self._read(find(model)(*xs, **named))
-
-        return self._learner._run(called, args, kwargs)
-
-    def _read(self, value: Any) -> Any:
-        if type(value) in (list, tuple):
-            return type(value)(map(self._read, value))
-        if type(value) is dict:
-            return {key: self._read(item) for key, item in value.items()}
-        return self._adapter.read(value)
+def _of_support(loss_fn: Any) -> TaskLoss:
+    """A loss of the support set alone, which may ask for the outer variables."""
+    arguments.function(loss_fn, "loss_fn")
+    return TaskLoss(loss_fn, support_loss=loss_fn)
 
 
 def _is_numpy(x: object) -> bool:

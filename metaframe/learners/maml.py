@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from metaframe import arguments, optim
-from metaframe.learners.functions import LearningRate, adapted_names, rate_for
+from metaframe.learners.functions import adapted_names, rate_for
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.method import PLAIN, Method
+from metaframe.learners.minibatches import minibatches
 from metaframe.learners.norms import Norm
+from metaframe.learners.outer_variables import OuterVariables
 from metaframe.learners.registry import Algorithm, register_algorithm
-from metaframe.learners.settings import AdaptConfig
+from metaframe.learners.settings import AdaptConfig, InnerRate
 from metaframe.models.lookup import adapter_of
 
 
@@ -28,7 +30,9 @@ class MAML(MetaLearner):
         module: the model, see `metaframe.models`; its parameters are the meta-parameters.
         inner_lr: inner step size, or one for each adapted parameter, by its name or that of a part
             of the model, such as a layer; a rate may be an array that broadcasts to the shape of
-            its parameter. `None` if `update` brings its own.
+            its parameter. `None` if `update` brings its own. A function
+            `inner_lr(learned) -> rate` makes it of outer variables; to an `optim.Optimizer` of
+            your own goes whatever it returns.
         inner_steps: default number of inner steps, at least 1.
         first_order: take the inner gradients for constants (FOMAML).
         adapt_names: names of the parameters to adapt; default: all trainable ones, at the time of
@@ -44,6 +48,15 @@ class MAML(MetaLearner):
             and an Equinox module without its state decide for themselves.
         update: the inner update rule, as for `metaframe.inner_loop`.
         method: where an algorithm of your own departs from MAML, see `metaframe.learners.Method`.
+        learned: outer variables beyond the model's, such as the parameters of a loss network or
+            one learned rate: a mapping from names to floating arrays, numbers or structures of
+            them, of which the wrapper takes copies. They are meta-parameters, under "learned/", and
+            in the attribute `learned` by name, and are read by `inner_lr` as a
+            function and by what has an argument `learned`, see `meta_value_and_grad`. With
+            `first_order` what acts through an inner gradient gets none.
+        inner_batches: minibatches of the support set: how many examples an inner step sees, or
+            `Minibatches(size, seed=...)`, or rows of your own, integers (steps, batch size).
+            Default: every step sees all of it.
 
     Raises:
         InputError: fewer steps than one, no parameters to adapt, an unknown name.
@@ -71,7 +84,7 @@ class MAML(MetaLearner):
     def __init__(
         self,
         module: Any,
-        inner_lr: LearningRate | None = 0.01,
+        inner_lr: InnerRate | None = 0.01,
         inner_steps: int = 1,
         first_order: bool = False,
         adapt_names: Iterable[str] | None = None,
@@ -80,11 +93,13 @@ class MAML(MetaLearner):
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
         method: Method = PLAIN,
+        learned: Mapping[str, Any] | None = None,
+        inner_batches: Any = None,
     ) -> None:
         arguments.integer(inner_steps, "inner_steps", at_least=1)
         adapter = adapter_of(module)
         names = adapted_names(adapter.adaptable(), adapt_names)
-        if inner_lr is not None:
+        if inner_lr is not None and not callable(inner_lr):
             known = {*adapter.params(), *adapter.adaptable()}
             rate_for(inner_lr, names, known, name="inner_lr")
         config = AdaptConfig(
@@ -96,13 +111,20 @@ class MAML(MetaLearner):
             norm,
             update,
             every=adapt_names is None,
+            outer=None if learned is None else OuterVariables.of(learned),
+            batches=minibatches(inner_batches),
         )
-        config.check_rate(adapter.params())
+        params, values = adapter.params(), None
+        if config.outer is not None:
+            values = config.outer.values(learned, params, adapter.backend)
+        config.check_rate(params, values)
         super().__init__(adapter, config, method)
+        if values is not None:
+            self.learned = self._learn(values)
 
     @property
-    def inner_lr(self) -> LearningRate | None:
-        """The inner step size, or those by name."""
+    def inner_lr(self) -> InnerRate | None:
+        """The inner step size, or those by name, or the function that makes them."""
         return self.config.inner_lr
 
     @property

@@ -22,23 +22,24 @@ from metaframe.core.task_map import Execution, TaskMap, strategy
 from metaframe.errors import InputError, nearest
 from metaframe.learners import parameters
 from metaframe.learners.functions import Params, array_like
-from metaframe.learners.learner import Learner, LossFn
+from metaframe.learners.learner import Learner
 from metaframe.learners.method import Method
 from metaframe.learners.names import named, renamed
 from metaframe.learners.native_class import Wrapper
 from metaframe.learners.norms import Norm
-from metaframe.learners.objective import Meta, Setting, as_batch
+from metaframe.learners.objective import Meta, Setting, as_batch, task_weights
 from metaframe.learners.programs import Adaptation, MetaGradient, divided
 from metaframe.learners.settings import AdaptConfig
 from metaframe.learners.statistics import StatisticsOfTasks
+from metaframe.learners.task_loss import LossFn, TaskLoss
 from metaframe.models.learned_values import live
 from metaframe.models.per_step import StepStatistics
 
 if TYPE_CHECKING:
     from metaframe.tasks import Task
 
-Program = Callable[[Params, Meta, Any], Any]
-"""A pure function of meta-parameters, constants and a stacked task."""
+Program = Callable[..., Any]
+"""A pure function of meta-parameters, constants and a stacked task, and weights of tasks."""
 PROGRAMS_KEPT = 16
 """Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
 
@@ -194,6 +195,12 @@ class MetaLearner(Wrapper):
         mode: Mode = "reverse",
         compiled: bool | None = None,
         distributed: bool = False,
+        support_loss: LossFn | None = None,
+        call: Callable[..., Any] | None = None,
+        metric: LossFn | None = None,
+        weights: Any = None,
+        has_aux: bool = False,
+        statistics: bool = False,
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
@@ -208,24 +215,49 @@ class MetaLearner(Wrapper):
             mode: how the inner loop is differentiated, see `metaframe.inner_loop`.
             compiled: compile the whole; default: where the backend compiles quickly.
             distributed: divide the tasks among the active workers, see `metaframe.distributed`.
+            support_loss: `support_loss(prediction, target) -> scalar`, what the inner loop
+                minimises; default: `loss_fn`.
+            call: `call(model, x) -> prediction`, such as `lambda model, x: model(**x)`; default:
+                `model(x)`.
+            metric: a second function of prediction and target, not differentiated.
+            weights: a number for each task, shape (tasks,), by which its loss is multiplied in the
+                mean; or `weights(task) -> scalar`. Weights with a mean of 1 keep the scale.
+            has_aux: `loss_fn` returns `(scalar, aux)`, the aux any structure of arrays.
+            statistics: report the mean and the variance that each batch normalisation takes of the
+                query set, under the adapted parameters, for running averages of your own.
+
+            `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
+            receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
-            `meta_parameters`; and `aux["costs"]`, the loss of each task. On torch `grads` has
-            them by the names of `named_parameters()` too: "module.weight" is "weight".
+            `meta_parameters`; and in `aux`, with a leading task axis, "costs", the loss of each
+            task without its weight, "scores", the metric, "aux", that of the loss, and
+            "statistics", by the names in the model's state. On torch `grads` has them by the names
+            of `named_parameters()` too: "module.weight" is "weight".
 
         Raises:
             InputError, InputTypeError: bad arguments, before any work.
         """
+        by_task = weights if callable(weights) else None
         gradient = self.meta_gradient(
-            loss_fn,
+            TaskLoss.of(
+                loss_fn,
+                support_loss=support_loss,
+                call=call,
+                weights=by_task,
+                has_aux=has_aux,
+                statistics=statistics,
+            ),
             steps=steps,
             task_map=task_map,
             chunk_size=chunk_size,
             mode=mode,
+            metric=metric,
             distributed=distributed,
         )
-        result: MetaResult = self._run(gradient, tasks, compiled)
+        given = None if by_task is not None else weights
+        result: MetaResult = self._run(gradient, tasks, compiled, given)
         return result._replace(grads=named(result.grads, self, self.meta_parameters()))
 
     def meta_gradient(
@@ -393,18 +425,35 @@ class MetaLearner(Wrapper):
         mode: Mode = "reverse",
         metric: LossFn | None = None,
     ) -> Setting:
-        arguments.function(loss_fn, "loss_fn")
-        config = self._adapting
+        losses, config = TaskLoss.of(loss_fn), self._adapting
+        losses.check_learned(config.outer is not None)
+        if losses.statistics and (config.norm == "per-step" or not self._adapter.recordable()):
+            raise InputError(
+                "statistics=True reports those of batch normalisation, and this model has none "
+                "that metaframe knows of; with norm='per-step', collect_statistics keeps them."
+            )
+        if metric is not None:
+            arguments.function(metric, "metric")
         steps = config.steps(steps, at_least=0)
-        loss_fn = self.backend.differentiable(loss_fn)
-        return Setting(self._adapter, config, self._method, loss_fn, steps, mode, metric)
+        return Setting(self._adapter, config, self._method, losses, steps, mode, metric)
 
-    def _run(self, fn: Program, tasks: Task | Sequence[Task], compiled: bool | None) -> Any:
-        """`fn(meta-parameters, constants, batch)`, compiled where that is the default or asked."""
-        batch = as_batch(tasks, self.meta_parameters(), self.backend)
+    def _run(
+        self,
+        fn: Program,
+        tasks: Task | Sequence[Task],
+        compiled: bool | None,
+        weights: Any = None,
+    ) -> Any:
+        """`fn(meta-parameters, constants, batch)`, compiled where that is the default or asked.
+
+        With weights of the tasks, these come last.
+        """
+        like = self.meta_parameters()
+        batch, backend = as_batch(tasks, like, self.backend), self.backend
+        more = () if weights is None else (task_weights(weights, batch, like, backend),)
         if self.backend.compiles_quickly if compiled is None else compiled:
             fn = self._compiled(fn)
-        return fn(self.meta_arrays(), self.constants(), batch)
+        return fn(self.meta_arrays(), self.constants(), batch, *more)
 
     def _compiled(self, fn: Program) -> Program:
         if fn not in self._programs and len(self._programs) == PROGRAMS_KEPT:

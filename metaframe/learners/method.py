@@ -31,10 +31,12 @@ class Support(NamedTuple):
     predict: Callable[[Params, Any], Any]
     """`(parameters, x) -> prediction`."""
     loss: Callable[[Any, Params], Array]
-    """`((x, y), parameters) -> support loss`."""
+    """`((x, y), parameters) -> support loss`; `(x, y, learned)` for other outer variables."""
     names: tuple[str, ...]
     """The parameters that adapt."""
     backend: Backend
+    learned: Any = None
+    """The outer variables beyond the model's, where a learner has such."""
 
 
 @dataclass(frozen=True)

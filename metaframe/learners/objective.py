@@ -7,19 +7,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metaframe import tree
+import numpy as np
+
+from metaframe import ops, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.model import Forward, Inputs, ModelAdapter
 from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks
-from metaframe.core.inner_loop import InnerLoop, InnerResult, InnerSettings, Mode, Observer
+from metaframe.core.inner_loop import (
+    InnerLoop,
+    InnerResult,
+    InnerSettings,
+    Mode,
+    Observer,
+    Rows,
+)
 from metaframe.core.task_program import TaskRun, adapted_cost
-from metaframe.errors import InputTypeError
+from metaframe.errors import InputError, InputTypeError
 from metaframe.learners.functions import Params, array_like, gradients
-from metaframe.learners.learner import LossFn
 from metaframe.learners.method import Method, Support
+from metaframe.learners.minibatches import chosen, count
 from metaframe.learners.settings import AdaptConfig
+from metaframe.learners.task_loss import LossFn, TaskLoss, run_user
 from metaframe.models.per_step import STEP, at_step
 
 if TYPE_CHECKING:
@@ -36,23 +46,30 @@ class Setting:
     adapter: ModelAdapter
     config: AdaptConfig
     method: Method
-    loss_fn: LossFn
+    losses: TaskLoss
     steps: int
     mode: Mode
     metric: LossFn | None = None
 
-    def loss(self, prediction: Any, target: Any) -> Array:
-        """What `loss_fn` returns."""
-        return self.adapter.backend.user_function(self.loss_fn)(prediction, target)
+    def task_cost(
+        self, meta: Meta, constants: Meta, task: Task, weight: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """The task's contribution to the meta-objective, and what to report of it.
 
-    def task_cost(self, meta: Meta, constants: Meta, task: Task) -> tuple[Array, dict[str, Array]]:
-        """The task's contribution to the meta-objective, and what to report of it."""
-        run = ModelOnTask(self, meta, constants, task).run()
-        found = (self.method.objective or adapted_cost)(run)
-        report = {"costs": found.cost}
+        The contribution is multiplied by the task's weight; the report has the cost itself.
+        """
+        model = ModelOnTask(self, meta, constants, task)
+        found = (self.method.objective or adapted_cost)(model.run())
+        seen = list(found.report)
+        report: dict[str, Any] = {"costs": found.cost}
         if self.metric is not None:
-            (report["scores"],) = found.report
-        return found.cost, report
+            report["scores"] = seen.pop(0)
+        report |= model.aux.build(seen)
+        own = self.losses.weight(self.adapter.backend, task, model.learned)
+        cost = found.cost
+        for factor in (weight, own):
+            cost = cost if factor is None else cost * factor
+        return cost, report
 
 
 class ModelOnTask:
@@ -74,19 +91,26 @@ class ModelOnTask:
         self._schedule = constants["schedule"]
         self._state = constants["state"]
         self._learned = {**constants["learned"], **meta["learned"]}
+        self.learned = setting.config.learned(self._learned)
+        """The outer variables beyond the model's, as they were given; None without any."""
+        self.aux = tree.Returned()
+        """The structure of what else is reported of the query set, once that has run."""
         self.support = Support(
             task.support_x,
             task.support_y,
             lambda params, x: self._call(params, self._state, self._support_forward(), x)[0],
-            lambda batch, params: self._support_loss((*batch, setting.steps), params),
+            self._loss_of,
             setting.config.names,
             setting.adapter.backend,
+            self.learned,
         )
         self.start = self._begun({**constants["params"], **meta["params"]}, start)
         """All parameters before the first step."""
         self._adapting = tuple(sorted(setting.config.names))
         self._held = tuple(name for name in self.start if name not in setting.config.names)
-        self._batch = tree.Packed((self.support.x, self.support.y), setting.adapter.backend.owns)
+        self._batch = tree.Packed(
+            (self.support.x, self.support.y, self.learned), setting.adapter.backend.owns
+        )
 
     def _begun(self, params: Params, start: Params | None) -> Params:
         if start is not None:
@@ -100,12 +124,13 @@ class ModelOnTask:
         if self.setting.steps and not self.setting.config.allow_unused:
             self._check_all_used()
         loop, start, context = self.loop(), self.params, self.context
+        rows = self.rows(self.setting.steps)
         finish = self.setting.method.finish
 
         def adapted(observe: Observer | None = None) -> InnerResult:
             if self.setting.steps == 0:
                 return InnerResult(start, tree.Flat.of(()), ())
-            found = loop.run(start, context, self.setting.steps, observe)
+            found = loop.run(start, context, self.setting.steps, observe, rows=rows)
             if finish is None:
                 return found
             after = finish(self.support, self.start, self.named(found.params))
@@ -130,6 +155,21 @@ class ModelOnTask:
         """What else the inner cost depends on: other parameters, support set, the step."""
         step = (self._state[STEP],) if STEP in self._state else ()
         return (*(self.start[name] for name in self._held), *self._batch.arrays, *step)
+
+    def rows(self, steps: int, taken: Array | None = None) -> Rows | None:
+        """The examples that each step sees; None where they see all of them.
+
+        Those of the first `steps` steps, or of the one after the `taken` that were taken.
+        """
+        batches, backend = self.setting.config.batches, self.setting.adapter.backend
+        if batches is None:
+            return None
+        known = max(steps, 1) if taken is None else max(self.setting.steps, 1)
+        table = batches(known, count(self.task.support_x)).astype("int32")
+        array = array_like(table, self.start, backend)
+        if taken is not None:
+            array = ops.take(array, ops.reshape(taken % known, (1,)))
+        return Rows((array,))
 
     def loop(self) -> InnerLoop:
         """The inner loop."""
@@ -166,51 +206,67 @@ class ModelOnTask:
 
     def _query(self, params: Arrays, step: Array | None) -> tuple[Array, Arrays]:
         """The query loss after this many steps, by default after all, and then the score too."""
-        setting, target = self.setting, self.task.query_y
+        setting, target, backend = self.setting, self.task.query_y, self.setting.adapter.backend
         prediction = self.predict(self.named(params), self.task.query_x, step)
-        loss = self._loss(prediction, target)
-        if setting.metric is None or step is not None:
+        loss, aux = setting.losses.query(backend, prediction, target)
+        if step is not None:
             return loss, ()
-        score = setting.adapter.backend.user_function(setting.metric)(prediction, target)
-        return loss, (checks.scalar(score, "metric", setting.adapter.backend),)
+        more = {"aux": aux} if setting.losses.has_aux else {}
+        if setting.losses.statistics:
+            state = self.recorded(self.named(params), self.task.query_x, setting.steps)
+            more["statistics"] = {name: state[name] for name in setting.adapter.recordable()}
+        report = self.aux.flatten(more)
+        if setting.metric is None:
+            return loss, report
+        score = run_user(backend, setting.metric, prediction, target)
+        return loss, (checks.scalar(score, "metric", backend), *report)
 
     def _inner_cost(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
-        """What the inner loop minimises: the support loss, and the algorithm's penalty."""
-        held = len(self._held)
+        """What the inner loop minimises: the support loss, and the algorithm's penalty.
+
+        Last in the context come the step and the rows of its minibatch, where there are such.
+        """
+        held, end = len(self._held), len(self._held) + len(self._batch.arrays)
         named = self.named(params, context[:held])
-        count = len(self._batch.arrays)
-        batch = self._batch.unpack(context[held : held + count])
-        cost = self._support_loss((*batch, *context[held + count :]), named)
+        x, y, learned = self._batch.unpack(context[held:end])
+        step = context[end] if STEP in self._state else None
+        if self.setting.config.batches is not None and len(context) > end + (step is not None):
+            x, y = chosen((x, y), context[-1])
+        cost = self._support_loss(named, x, y, learned, step)
         penalty = self.setting.method.penalty
         if penalty is not None:
             names = self.setting.config.names
             cost = cost + penalty(*({n: p[n] for n in names} for p in (named, self.start)))
         return cost, (cost,)
 
-    def _support_loss(self, batch: Any, params: Params) -> Array:
-        x, y, *step = batch
-        state = at_step(self._state, *step) if step else self._state
-        output, _ = self._call(params, state, self._support_forward(), x)
-        return self._loss(output, y)
+    def _loss_of(self, batch: Any, params: Params) -> Array:
+        """The loss of `Support`, at the last step."""
+        x, y, *learned = batch
+        given = learned[0] if learned else self.learned
+        return self._support_loss(params, x, y, given, self.setting.steps)
 
-    def _loss(self, prediction: Any, target: Any) -> Array:
-        loss = self.setting.loss(prediction, target)
-        return checks.scalar(loss, "loss_fn", self.setting.adapter.backend)
+    def _support_loss(self, params: Params, x: Any, y: Any, learned: Any, step: Any) -> Array:
+        state = self._state if step is None else at_step(self._state, step)
+        output, _ = self._call(params, state, self._support_forward(), x, learned)
+        return self.setting.losses.support(self.setting.adapter.backend, output, y, learned)
 
     def _support_forward(self) -> Forward:
         forward = self.setting.config.forward("support")
         return replace(forward, repeated=self.setting.mode != "reverse")
 
-    def _call(self, params: Params, state: Params, forward: Forward, x: Any) -> tuple[Any, Params]:
-        return self.setting.adapter.call(params, state, Inputs((x,), forward=forward))
+    def _call(
+        self, params: Params, state: Params, forward: Forward, x: Any, learned: Any = None
+    ) -> tuple[Any, Params]:
+        call = self.setting.losses.calling(self.learned if learned is None else learned)
+        return self.setting.adapter.call(params, state, Inputs((x,), forward=forward, call=call))
 
     def _check_all_used(self) -> None:
-        batch, names = (self.support.x, self.support.y), self.setting.config.names
+        support, names = self.support, self.setting.config.names
         gradients(
             self.setting.adapter.backend,
             self.start,
             names,
-            lambda params: self._support_loss(batch, params),
+            lambda params: support.loss((support.x, support.y), params),
             True,
             allow_unused=False,
         )
@@ -246,3 +302,21 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
 
     batch: Task = tree.map(convert, stacked)
     return batch
+
+
+def task_weights(weights: Any, batch: Task, like: Params, backend: Backend) -> Array:
+    """One weight for each task of a batch, as an array of the backend.
+
+    Raises:
+        InputError: not one number for each.
+    """
+    given = weights
+    if not backend.owns(weights):
+        given = array_like(np.asarray(weights, dtype=float), like, backend)
+    tasks = tree.leaves(batch)[0].shape[0]
+    if tuple(given.shape) != (tasks,):
+        raise InputError(
+            f"weights has shape {tuple(given.shape)}, and there are {tasks} tasks: give one number "
+            f"for each, shape ({tasks},), or a function of a task."
+        )
+    return given

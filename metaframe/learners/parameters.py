@@ -71,7 +71,7 @@ def adapting(config: AdaptConfig, adapter: ModelAdapter, learned: Learned) -> tu
     known = frozenset(adaptable)
     names = tuple(name for name in config.names if name in known)
     if config.every and len(names) < len(adaptable):
-        if learned is not None:
+        if learned is not None and config.outer is None:
             raise InputError(
                 f"{sorted(known.difference(names))} were frozen when the model was wrapped, so "
                 "nothing is learned about how to adapt them. Wrap it again, or freeze them."

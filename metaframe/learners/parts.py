@@ -155,3 +155,32 @@ def _resumed(host: Host, iterator: Any, find: Find, label: str) -> Iterator[Any]
 
 def _nth(find: Find, i: int) -> Find:
     return lambda model: next(itertools.islice(find(model), i, None))
+
+
+class ModelOfLearner:
+    """The model of a learner, for its parts."""
+
+    def __init__(self, learner: Any) -> None:
+        self._learner = learner
+        self._adapter = learner._adapter
+        self.names = list(learner.params)
+        self.withholds = self._adapter.withholds
+
+    def look(self, find: Find) -> Any:
+        """`find(model)`, a value as the user has it outside of the call."""
+        return self._learner._evaluate(lambda model: self._read(find(model)), (), {}, part=True)[0]
+
+    def call(self, find: Find, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`find(model)(*args, **kwargs)`, as a call of the learner."""
+
+        def called(model: Any, *xs: Any, **named: Any) -> Any:
+            return self._read(find(model)(*xs, **named))
+
+        return self._learner._run(called, args, kwargs, part=True)
+
+    def _read(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._read, value))
+        if type(value) is dict:
+            return {key: self._read(item) for key, item in value.items()}
+        return self._adapter.read(value)

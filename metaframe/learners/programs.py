@@ -52,11 +52,17 @@ class MetaGradient(Settled):
     stay as it is.
     """
 
-    def __call__(self, meta: Params, constants: Meta, batch: Task) -> MetaResult:
-        """Mean query loss of the batch after adaptation, and its gradient."""
+    def __call__(
+        self, meta: Params, constants: Meta, batch: Task, weights: Array | None = None
+    ) -> MetaResult:
+        """Mean query loss of the batch after adaptation, and its gradient.
 
-        def task_cost(meta: Params, task: Task) -> tuple[Array, dict[str, Array]]:
-            return self.setting.task_cost(divided(meta, self.learned), constants, task)
+        With `weights`, one for each task, the loss of each is multiplied by its own.
+        """
+
+        def task_cost(meta: Params, of_task: Any) -> tuple[Array, dict[str, Any]]:
+            task, weight = (of_task, None) if weights is None else of_task
+            return self.setting.task_cost(divided(meta, self.learned), constants, task, weight)
 
         transformed = meta_value_and_grad(
             task_cost,
@@ -66,7 +72,7 @@ class MetaGradient(Settled):
             distributed=self.how.distributed,
         )
         try:
-            return transformed(meta, batch)
+            return transformed(meta, batch if weights is None else (batch, weights))
         except Exception as error:
             ours = isinstance(error, MetaframeError) and not isinstance(error, BackendError)
             if self.how.task_map in ("auto", "vmap") and not ours:
@@ -115,6 +121,7 @@ class Adaptation(Settled):
             1,
             state=at.rule_state,
             index=at.taken,
+            rows=model.rows(1, at.taken),
         )
         after = model.named(found.params)
         return Adapted(

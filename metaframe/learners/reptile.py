@@ -31,17 +31,26 @@ class Reptile(MAML):
     epsilon * alpha is the paper's `theta + epsilon * mean_i (theta_K,i - theta)`. It depends on
     the support set alone; the query set gives the cost that is returned.
 
+    With `inner_lr=None` alpha is 1: the update rule brings its own rate, and gradient descent with
+    rate epsilon is the paper's outer step. The paper trains so, with minibatches of a larger
+    support set, and an epsilon that falls from 1 to 0:
+
+        maml = Reptile(model, None, 8, update=optim.adam(1e-3, b1=0.0), inner_batches=10)
+        MetaTrainer(maml, optim.sgd(), ..., schedule=lambda step: 1 - step / total)
+
     The direction is no derivative of a loss, so `backward()` cannot give it: a learner's adapted
     parameters are constants.
 
     Args:
         module: see `MAML`.
-        inner_lr: alpha, positive; see `MAML`.
+        inner_lr: alpha, positive; see `MAML`. `None` if `update` brings its own.
         inner_steps: K. With one step the direction is a plain gradient of the mean support loss.
         adapt_names: see `MAML`; the direction is zero for the others.
         allow_unused: see `MAML`.
         norm: see `MAML`.
-        update: the inner update rule, see `MAML`; the paper takes `optim.adam(b1=0.0)`.
+        update: the inner update rule, see `MAML`; the paper takes `optim.adam(b1=0.0)`. Its state
+            starts anew for every task.
+        inner_batches: see `MAML`.
 
     >>> import torch
     >>> from metaframe.tasks import Task
@@ -56,21 +65,27 @@ class Reptile(MAML):
     def __init__(
         self,
         module: Any,
-        inner_lr: LearningRate = 0.01,
+        inner_lr: LearningRate | None = 0.01,
         inner_steps: int = 5,
         adapt_names: Iterable[str] | None = None,
         allow_unused: bool = True,
         *,
         norm: Norm = "batch",
         update: Any = optim.gradient_descent_update,
+        inner_batches: Any = None,
     ) -> None:
-        if inner_lr is None:
-            raise InputError(
-                "Reptile divides by inner_lr, which has to be positive; received None."
-            )
-        rates.refuse_zero(checks.learning_rate(inner_lr, "inner_lr"), "inner_lr", "Reptile")
+        if inner_lr is not None:
+            rates.refuse_zero(checks.learning_rate(inner_lr, "inner_lr"), "inner_lr", "Reptile")
         super().__init__(
-            module, inner_lr, inner_steps, True, adapt_names, allow_unused, norm=norm, update=update
+            module,
+            inner_lr,
+            inner_steps,
+            True,
+            adapt_names,
+            allow_unused,
+            norm=norm,
+            update=update,
+            inner_batches=inner_batches,
         )
         self._method = Method(partial(displacement, config=self.config), finish=_constants)
 
@@ -83,9 +98,10 @@ def displacement(run: TaskRun, *, config: AdaptConfig) -> Outcome:
         )
     found, names = run.adapted(_updates), sorted(config.names)
     loss, report = run.outer(found.params, None)
-    start = dict(zip(names, run.start, strict=True))
-    rate = rates.spread(config.rate({}), start, name="inner_lr")
-    moved = rates.divided(dict(zip(names, found.total, strict=True)), rate)
+    moved = dict(zip(names, found.total, strict=True))
+    if config.inner_lr is not None:
+        start = dict(zip(names, run.start, strict=True))
+        moved = rates.divided(moved, rates.spread(config.rate({}), start, name="inner_lr"))
     direction = [-moved[name] for name in names]
     return Outcome(with_gradient(loss, run.start, direction), found.params, report)
 

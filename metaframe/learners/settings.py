@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,16 @@ from metaframe import arguments, ops, optim
 from metaframe.backend.model import Forward
 from metaframe.backend.types import Array
 from metaframe.core import rates
+from metaframe.core.optim import rule as own_rule
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
 from metaframe.learners.functions import LearningRate, Params, rate_for
+from metaframe.learners.minibatches import Table
 from metaframe.learners.norms import NORMS, Norm, Phase, forward_under
+from metaframe.learners.outer_variables import OuterVariables
+
+InnerRate = LearningRate | Callable[[Any], LearningRate]
+"""A learning rate, or a function from outer variables to one."""
 
 
 # By identity, because a learning rate may be an array or a mapping, which have no hash.
@@ -33,10 +40,12 @@ class AdaptConfig:
         update: the update rule; what it learns, by name, comes as its learning rate.
         twice: will a support loss be differentiated twice? Default: not with `first_order`.
         every: adapt parameters too that are trained by now and were frozen when this was made.
+        outer: outer variables beyond the model's, which losses and rates are functions of.
+        batches: which examples of the support set each step sees; default: all.
     """
 
     names: tuple[str, ...]
-    inner_lr: LearningRate | None
+    inner_lr: InnerRate | None
     inner_steps: int
     first_order: bool
     allow_unused: bool
@@ -44,12 +53,21 @@ class AdaptConfig:
     update: Any
     twice: bool | None = None
     every: bool = False
+    outer: OuterVariables | None = None
+    batches: Table | None = None
 
     def __post_init__(self) -> None:
         arguments.integer(self.inner_steps, "inner_steps", at_least=0)
         arguments.choice(self.norm, "norm", NORMS)
-        if self.inner_lr is not None:
+        if callable(self.inner_lr):
+            self._check_learned_rate()
+        elif self.inner_lr is not None:
             rate_for(self.inner_lr, self.names, name="inner_lr")
+        if self.batches is not None and self.norm == "per-step":
+            raise InputError(
+                "norm='per-step' keeps the statistics of whole support sets, and with "
+                "inner_batches a step sees a part of one. Use another norm."
+            )
         update_rule(self.update, stop_gradients=False)
 
     @property
@@ -66,15 +84,26 @@ class AdaptConfig:
             raise InputError(f"this algorithm takes no inner steps, received steps={given}.")
         return given
 
-    def check_rate(self, params: Params) -> None:
+    def _check_learned_rate(self) -> None:
+        if self.outer is None:
+            raise InputError(
+                "inner_lr is a function of outer variables, and there are none. Give some: "
+                "learned={'rate': 0.1}, inner_lr=lambda learned: learned['rate']."
+            )
+
+    def learned(self, values: Params) -> Any:
+        """The outer variables as they were given, of learned values by name; None without any."""
+        return None if self.outer is None else self.outer.build(values)
+
+    def check_rate(self, params: Params, learned: Params | None = None) -> None:
         """The rates fit `params`, as far as these are known.
 
         Raises:
             InputError, InputTypeError: naming `inner_lr`.
         """
         known = {name: params[name] for name in self.names if name in params}
-        rate = self.rate({})
-        if known:
+        rate = self.rate(learned or {})
+        if known and not self._own_rule:
             part = {name: rate[name] for name in known} if isinstance(rate, dict) else rate
             self.rule.rate(part, known, name="inner_lr")
 
@@ -84,19 +113,31 @@ class AdaptConfig:
         Raises:
             InputError: no learning rate to start from, or one of another shape.
         """
-        if self.inner_lr is None:
-            raise InputError("learned rates start from inner_lr, received None.")
+        if self.inner_lr is None or callable(self.inner_lr):
+            raise InputError(
+                f"learned rates start from the numbers in inner_lr, received {self.inner_lr!r}."
+            )
         given = rates.spread(self.rate({}), like, name="inner_lr")
         by_name = given if isinstance(given, dict) else dict.fromkeys(like, given)
         return {name: by_name[name] * ops.ones_like(x) for name, x in like.items()}
 
     def rate(self, learned: dict[str, Array]) -> optim.Rate:
         """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
+        if callable(self.inner_lr):
+            found = self.inner_lr(self.learned(learned))
+            return found if self._own_rule else rate_for(found, self.names, name="inner_lr")
+        if self.outer is not None:
+            learned = {}
         if learned and all(name in learned for name in self.names):
             return {name: learned[name] for name in self.names}
         if learned or self.inner_lr is None:
             return learned or None
         return rate_for(self.inner_lr, self.names, name="inner_lr")
+
+    @property
+    def _own_rule(self) -> bool:
+        """Is the update rule one of the user's, which may take anything for its rate?"""
+        return isinstance(self.update, optim.Optimizer) and own_rule(self.update) is None
 
     def forward(self, phase: Phase) -> Forward:
         """How the model is called on the examples of this phase."""

@@ -16,6 +16,7 @@ from metaframe.distributed.agreement import agree
 from metaframe.errors import InputError
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
+from metaframe.learners.task_loss import TaskLoss
 from metaframe.tasks import Task, TaskSampler, stack_tasks
 from metaframe.training import checks
 from metaframe.training.batches import is_restorable, warn_of_position
@@ -54,6 +55,8 @@ class MetaTrainer:
         steps_per_epoch: outer steps in an epoch, by which `maml.epoch` is set before each step;
             only algorithms with a schedule of their own, such as `MAMLPlusPlus`, look at it. The
             authors of that take 500.
+        support_loss, call: as for `MAML.meta_value_and_grad`; evaluations take them too.
+        weights: `weights(task) -> scalar`, by which a task's loss is multiplied in the outer steps.
 
     Attributes:
         step: how many outer steps were taken.
@@ -89,8 +92,13 @@ class MetaTrainer:
         schedule: Schedule | None = None,
         settings: StepSettings | None = None,
         steps_per_epoch: int = 500,
+        support_loss: LossFn | None = None,
+        call: Callable[..., Any] | None = None,
+        weights: Callable[..., Any] | None = None,
     ) -> None:
         checks.learner(maml, loss_fn, metric)
+        if (support_loss, call, weights) != (None, None, None):
+            loss_fn = TaskLoss.of(loss_fn, support_loss=support_loss, call=call, weights=weights)
         checks.sampler(task_sampler)
         arguments.integer(steps_per_epoch, "steps_per_epoch", at_least=1)
         if schedule is not None:
