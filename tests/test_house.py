@@ -90,6 +90,7 @@ def test_what_to_open_is_there() -> None:
 
 ELSEWHERE = {
     "entrance": "test_autograph.py",
+    "moments": "test_optim.py",
     "keras_settings": "test_compile_state.py",
     "task_program": "test_learners_registry.py and test_steps_crossed.py",
 }

@@ -18,9 +18,9 @@ from metaframe.backend.contract import Backend, NativeOptimizer
 from metaframe.backend.model import Params
 from metaframe.backend.types import Array
 from metaframe.backend.workers import Share
+from metaframe.core.chain import rule
 from metaframe.core.compile import compile
 from metaframe.core.inner_loop import MODES, Mode
-from metaframe.core.optim import rule
 from metaframe.core.task_map import Execution, TaskMap
 from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.learners.learner import LossFn
