@@ -228,9 +228,7 @@ def test_chains_are_pickled(arr: Call, to_np: Call) -> None:
 
 
 def test_bad_chains() -> None:
-    with pytest.raises(
-        InputError, match=r"exactly one update rule .* received 0"
-    ):
+    with pytest.raises(InputError, match=r"exactly one update rule .* received 0"):
         optim.chain(optim.clip(norm=1.0))
     with pytest.raises(InputError, match="received 2 in 2 parts"):
         optim.chain(optim.sgd(0.1), optim.adam(0.1))
