@@ -42,8 +42,8 @@ def encoded(arrays: Mapping[str, np.ndarray[Any, Any]], content: Any) -> bytes:
     except (SafetensorError, KeyError) as error:  # which of them depends on the version
         dtypes = sorted({x.dtype.name for x in in_order.values()})
         raise InputTypeError(
-            f"arrays of dtypes {dtypes} cannot be written to a file: {error}. Convert them, complex "
-            "numbers to their real and imaginary parts."
+            f"arrays of dtypes {dtypes} cannot be written to a file: {error}. Convert them, "
+            "complex numbers to their real and imaginary parts."
         ) from error
     at = _digest_at(data)
     assert at is not None, "the header has the place of the digest"
