@@ -149,7 +149,8 @@ def _by_blocks(
             allowed = _queries_last(backend, some[1])
         places = some[-1] if causal else None
         query = _queries_last(backend, some[0])
-        return _queries_first(backend, _attend(backend, query, *all_[:2], allowed, places))
+        key, value = all_[0], all_[1]
+        return _queries_first(backend, _attend(backend, query, key, value, allowed, places))
 
     return _queries_last(backend, by_blocks(backend, block, tuple(rows), tuple(held), size))
 

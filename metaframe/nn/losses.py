@@ -81,7 +81,7 @@ def linear_cross_entropy(
     w = native(x, w)[1][1]
     rows = math.prod(x.shape[:-1]) if None not in tuple(x.shape) else None
     size = block_length(block_size, rows, w.shape[-1], BLOCK)
-    if not size:
+    if not size or rows is None:
         return cross_entropy(dense(x, w, b), labels)
     held = (w,) if b is None else (w, native(w, b)[1][1])
 
