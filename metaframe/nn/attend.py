@@ -22,7 +22,14 @@ BLOCK = 128
 
 
 class AttentionKernel(Protocol):
-    """Another implementation of `attention`, of arrays of one framework."""
+    """Another implementation of `attention`, of arrays of one framework.
+
+    >>> def first_value(query, key, value, *, mask, causal):
+    ...     return value[..., :1, :]
+    >>> x = ops.asarray([[3.0]])
+    >>> ops.to_numpy(nn.attention(x, x, x, kernel=first_value)).tolist()
+    [[3.0]]
+    """
 
     def __call__(
         self, query: Array, key: Array, value: Array, *, mask: Array | None, causal: bool

@@ -8,3 +8,5 @@ from __future__ import annotations
 from metaframe.core.schedules import constant as constant
 from metaframe.core.schedules import cosine as cosine
 from metaframe.core.schedules import warmup as warmup
+
+__all__ = ["constant", "cosine", "warmup"]
