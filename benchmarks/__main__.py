@@ -24,6 +24,7 @@ COMMANDS: tuple[tuple[str, bool], ...] = (
     ("handwritten --workload W2 --backend {backend}", False),
     ("scaling --backend {backend}", False),
     ("memory --backend {backend}", False),
+    ("attention --backend {backend}", False),
 )
 
 

@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from metaframe.training import History as History
     from metaframe.training import MetaTrainer as MetaTrainer
     from metaframe.training import evaluate as evaluate
+    from metaframe.training import load_arrays as load_arrays
+    from metaframe.training import save_arrays as save_arrays
 
 __version__ = "0.1.0"
 

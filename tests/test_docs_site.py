@@ -23,7 +23,7 @@ PUBLIC = (
     "metaframe",
     *(f"metaframe.{name}" for name in ("distributed", "errors", "interop", "learners", "models")),
     *(f"metaframe.{name}" for name in ("nn", "ops", "optim", "tasks", "testing", "training")),
-    *(f"metaframe.{name}" for name in ("testing.conformance", "training.schedules", "tree")),
+    *(f"metaframe.{name}" for name in ("testing.conformance", "tree")),
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)

@@ -91,6 +91,7 @@ def test_what_to_open_is_there() -> None:
 ELSEWHERE = {
     "entrance": "test_autograph.py",
     "per_step": "test_unroll.py",
+    "moments": "test_optim.py",
     "keras_settings": "test_compile_state.py",
     "task_program": "test_learners_registry.py and test_steps_crossed.py",
 }

@@ -494,7 +494,7 @@ def test_another_format_is_refused() -> None:
     data = encode(SMALL)
     other = data.replace(b'\\"format\\": 1', b'\\"format\\": 9')
     assert other != data
-    from metaframe.training.checkpoint import _digest, _digest_at
+    from metaframe.training.array_file import _digest, _digest_at
 
     at = _digest_at(other)
     assert at is not None

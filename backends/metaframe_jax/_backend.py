@@ -154,6 +154,9 @@ class JaxBackend(Backend):
         # Lifts what `fn` closes over, and has a forward mode.
         return jax.checkpoint(fn)
 
+    def recompute(self, fn: ArraysFn) -> ArraysFn:
+        return jax.checkpoint(fn)  # whose transpose is one too
+
     def lift(self, fn: ArraysFn, xs: Arrays) -> tuple[ArraysFn, Arrays]:
         # Not jax.closure_convert: it leaves integers where they are, and `scan` fails at those.
         jaxpr = jax.make_jaxpr(lambda *xs: fn(xs))(*xs)

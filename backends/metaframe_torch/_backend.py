@@ -376,7 +376,8 @@ class _Rule(torch.autograd.Function):
     def forward(
         forward: ArraysFn, backward: Callable[[Arrays, Arrays], Arrays], *xs: Array
     ) -> Arrays:
-        return forward(xs)
+        # An input that is returned as it is cannot be kept for the backward pass; a view can.
+        return tuple(y.view_as(y) if any(y is x for x in xs) else y for y in forward(xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Arrays) -> None:

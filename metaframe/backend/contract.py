@@ -197,6 +197,24 @@ class Backend(Required):
         """`fn`, which stores only its inputs and runs again in the backward pass."""
         return self.custom_vjp(fn, lambda xs, cotangents: self.transpose(fn, xs, cotangents))
 
+    def recompute(self, fn: ArraysFn) -> ArraysFn:
+        """`checkpoint` at every order: its backward pass stores only its inputs too, and so on.
+
+        `fn` closes over nothing that is differentiated.
+        """
+
+        def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
+            places = [i for i, x in enumerate(xs) if self.is_differentiable(x)]
+
+            def transposed(arrays: Arrays) -> Arrays:
+                found = self.transpose(fn, arrays[: len(xs)], arrays[len(xs) :])
+                return tuple(found[i] for i in places)
+
+            found = dict(zip(places, self.recompute(transposed)((*xs, *cotangents)), strict=True))
+            return tuple(found.get(i) for i in range(len(xs)))
+
+        return self.custom_vjp(fn, backward)
+
     def transpose(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
         """`vjp`, with None for every input that is not differentiable."""
         places = tuple(i for i, x in enumerate(xs) if self.is_differentiable(x))

@@ -15,7 +15,7 @@ from metaframe.cli.errors import UsageError
 from metaframe.cli.run_config import RunConfig
 from metaframe.errors import InputError
 from metaframe.tasks.sampling import Split
-from metaframe.training.checkpoint import write_atomically
+from metaframe.training.array_file import write_atomically
 
 CLASSES = "classes.json"
 

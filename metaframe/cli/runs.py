@@ -30,6 +30,7 @@ from metaframe.distributed import Workers
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.session import is_restarted
 from metaframe.errors import CheckpointError, MissingDependencyError, nearest
+from metaframe.training.array_file import write_atomically
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,
@@ -39,7 +40,6 @@ from metaframe.training.checkpoint import (
     latest_checkpoint,
     load_parameters,
     read_checkpoint,
-    write_atomically,
 )
 from metaframe.training.metrics import MetricsLog
 from metaframe.training.progress import ProgressBar

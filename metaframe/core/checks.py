@@ -35,6 +35,11 @@ def learning_rate(lr: Any, name: str = "lr") -> Any:
     """
     if lr is None or (type(lr) is float and 0 <= lr < math.inf):
         return lr  # the common cases, which eager steps ask for every time
+    if callable(lr):
+        raise InputTypeError(
+            f"{name} must be a number or an array of numbers, received a function. Give a schedule "
+            f"to the update rule, as in optim.sgd(schedule), and None for {name}."
+        )
     if isinstance(lr, Mapping) and tree.is_leaf(lr):
         lr = dict(lr)
     for i, rate in enumerate(tree.leaves(lr)):

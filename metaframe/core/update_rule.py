@@ -19,6 +19,7 @@ from metaframe.backend.registry import owner
 from metaframe.backend.selection import backend_of
 from metaframe.backend.types import Arrays
 from metaframe.core import optim, rates
+from metaframe.core.chain import rule
 from metaframe.core.optim import Optimizer, Params, Rate, State
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tree import Flat, Leaves
@@ -58,7 +59,7 @@ def update_rule(update: Any, *, stop_gradients: bool) -> UpdateRule:
         # As a pair it also says what it added, without the rounding of a difference.
         return GRADIENT_DESCENT
     if isinstance(update, Optimizer):
-        if optim.rule(update) is None:
+        if rule(update) is None:
             _check_signature(update.init, "init(v)", None)
             _check_signature(update.update, "update(grads, state, v, lr)", None, None, None, None)
         return _pair(update.init, update.update, _rate_of(update))
@@ -94,14 +95,15 @@ def _pair(init: Any, update: Any, rate: Callable[..., Rate], *, cast: bool = Fal
 
 def _rate_of(optimizer: Optimizer) -> Callable[..., Rate]:
     """For a rule of ours a rate for every variable; another one has its own idea of a rate."""
-    if optim.rule(optimizer) is None:
+    if rule(optimizer) is None:
         return lambda lr, v, *, name="lr", known=(): rates.arrays(lr, v)
 
     def rate(lr: Rate, v: Params, *, name: str = "lr", known: Sequence[str] = ()) -> Rate:
         own = rates.only(optimizer.learning_rate, lr)
         if lr is not None:
             return rates.spread(lr, v, name=name, known=known)
-        rates.spread(own, v, name="the optimizer's learning_rate", known=known)
+        if not callable(own):  # a schedule, whose rates are not known yet
+            rates.spread(own, v, name="the optimizer's learning_rate", known=known)
         return None
 
     return rate

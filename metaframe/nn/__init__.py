@@ -9,6 +9,8 @@ from metaframe.nn.activations import gelu as gelu
 from metaframe.nn.activations import log_softmax as log_softmax
 from metaframe.nn.activations import relu as relu
 from metaframe.nn.activations import softmax as softmax
+from metaframe.nn.attend import AttentionKernel as AttentionKernel
+from metaframe.nn.attend import attention as attention
 from metaframe.nn.init import Initializer as Initializer
 from metaframe.nn.init import dropout_mask as dropout_mask
 from metaframe.nn.init import glorot_uniform as glorot_uniform
@@ -16,7 +18,6 @@ from metaframe.nn.init import he_normal as he_normal
 from metaframe.nn.init import ones as ones
 from metaframe.nn.init import truncated_normal as truncated_normal
 from metaframe.nn.init import zeros as zeros
-from metaframe.nn.layers import attention as attention
 from metaframe.nn.layers import batch_norm as batch_norm
 from metaframe.nn.layers import conv2d as conv2d
 from metaframe.nn.layers import dense as dense
@@ -28,6 +29,7 @@ from metaframe.nn.layers import mean_pool as mean_pool
 from metaframe.nn.losses import accuracy as accuracy
 from metaframe.nn.losses import binary_cross_entropy as binary_cross_entropy
 from metaframe.nn.losses import cross_entropy as cross_entropy
+from metaframe.nn.losses import linear_cross_entropy as linear_cross_entropy
 from metaframe.nn.losses import mse as mse
 from metaframe.nn.models import Model as Model
 from metaframe.nn.models import conv4 as conv4
@@ -35,6 +37,7 @@ from metaframe.nn.models import mlp as mlp
 from metaframe.ops import softplus as softplus
 
 __all__ = [
+    "AttentionKernel",
     "Initializer",
     "Model",
     "accuracy",
@@ -52,6 +55,7 @@ __all__ = [
     "glorot_uniform",
     "he_normal",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "max_pool2d",
     "mean_pool",

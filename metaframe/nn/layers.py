@@ -240,30 +240,6 @@ def embedding(table: Array, ids: Array) -> Array:
     return backend.ops.take(table, ids, 0)
 
 
-def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Scaled dot-product attention, `softmax(query @ key.T / sqrt(width)) @ value`.
-
-    Args:
-        query: (..., queries, width).
-        key: (..., keys, width).
-        value: (..., keys, width out).
-        mask: booleans that broadcast to (..., queries, keys): may this query see that key? At
-            least one key each.
-
-    >>> q, k = ops.asarray([[0.0]]), ops.asarray([[1.0], [2.0]])
-    >>> ops.to_numpy(nn.attention(q, k, ops.asarray([[4.0], [8.0]]))).tolist()
-    [[6.0]]
-    """
-    backend, (query, key, value) = native(query, key, value)
-    table = backend.ops
-    axes = list(range(len(key.shape)))
-    transposed = table.transpose(key, [*axes[:-2], axes[-1], axes[-2]])
-    scores = table.matmul(query / math.sqrt(query.shape[-1]), transposed)
-    if mask is not None:
-        scores = table.where(native(scores, mask)[1][1], scores, -math.inf)
-    return table.matmul(backend.nn.softmax(scores, -1), value)
-
-
 def dropout(x: Array, keep: Array, rate: float) -> Array:
     """`x / (1 - rate)` where `keep` is true and zero elsewhere.
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError
+from metaframe.nn.blocks import block_length, by_blocks
+from metaframe.nn.layers import dense
 from metaframe.ops._dispatch import native, need_floating
 from metaframe.ops._elementwise import log1p_exp_of_minus_abs
+
+BLOCK = 256
 
 
 def mse(prediction: Array, target: Array) -> Array:
@@ -32,13 +38,59 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     0.3466
     """
     backend, (logits, labels) = _classification("cross_entropy", logits, labels)
+    return backend.ops.mean(_costs(backend, logits, labels))
+
+
+def _costs(backend: Backend, logits: Array, labels: Array) -> Array:
+    """`-log softmax(logits)[label]`, one for each label."""
     table = backend.ops
     # Selecting with `where` and not by a product keeps a logit of -inf from making NaN.
     hit = table.one_hot(labels, logits.shape[-1], "bool")
     chosen = table.where(hit, backend.nn.log_softmax(logits, -1), 0.0)
     # The count is 1, or 0 for a label out of range.
     count = table.sum(table.astype(hit, backend.dtype_name(logits)), -1)
-    return -table.mean(table.sum(chosen, -1) / count)
+    return -(table.sum(chosen, -1) / count)
+
+
+def linear_cross_entropy(
+    x: Array, w: Array, labels: Array, b: Array | None = None, *, block_size: int | None = None
+) -> Array:
+    """`cross_entropy(dense(x, w, b), labels)`, without holding all logits at once.
+
+    By blocks of rows its memory is linear in their number, without the classes as a factor, and so
+    is that of its gradients of every order.
+
+    Args:
+        x: (..., inputs), such as the last hidden states of a language model.
+        w: (inputs, classes).
+        labels: (...) integers in `[0, classes)`. Any other makes the cost NaN.
+        b: (classes,).
+        block_size: how many rows of `x` to take at a time; as many as there are, or more, for the
+            plain form. Default: 256 where rows times classes are at least 2**22, and the plain
+            form otherwise. Blocks have no forward mode on torch and TensorFlow.
+
+    Raises:
+        InputError: arrays whose shapes do not fit, or a `block_size` below 1.
+        InputTypeError: labels that are no integers.
+
+    >>> x, w = ops.asarray([[1.0, 0.0], [0.0, 1.0]]), ops.asarray([[1.0, 0.0], [0.0, 1.0]])
+    >>> round(float(nn.linear_cross_entropy(x, w, ops.asarray([0, 1]), block_size=1)), 4)
+    0.3133
+    """
+    backend, (x, labels) = _classification("linear_cross_entropy", x, labels, "x")
+    w = native(x, w)[1][1]
+    rows = math.prod(x.shape[:-1]) if None not in tuple(x.shape) else None
+    size = block_length(block_size, rows, w.shape[-1], BLOCK)
+    if not size or rows is None:
+        return cross_entropy(dense(x, w, b), labels)
+    held = (w,) if b is None else (w, native(w, b)[1][1])
+
+    def block(some: Arrays, all_: Arrays) -> Array:
+        return _costs(backend, dense(some[0], *all_), some[1])
+
+    reshape = backend.ops.reshape
+    flat = (reshape(x, (rows, x.shape[-1])), reshape(labels, (rows,)))
+    return backend.ops.mean(by_blocks(backend, block, flat, held, size))
 
 
 def binary_cross_entropy(logits: Array, targets: Array) -> Array:
@@ -93,7 +145,9 @@ def _check_same_shape(name: str, **arrays: Array) -> None:
         )
 
 
-def _classification(name: str, logits: Array, labels: Array) -> tuple[Backend, Arrays]:
+def _classification(
+    name: str, logits: Array, labels: Array, what: str = "logits"
+) -> tuple[Backend, Arrays]:
     backend, arrays = native(logits, labels)
     logits, labels = arrays
     if backend.is_floating(labels):
@@ -103,7 +157,7 @@ def _classification(name: str, logits: Array, labels: Array) -> tuple[Backend, A
         )
     if tuple(labels.shape) != tuple(logits.shape[:-1]):
         raise InputError(
-            f"{name} needs labels of shape {tuple(logits.shape[:-1])} for logits of shape "
+            f"{name} needs labels of shape {tuple(logits.shape[:-1])} for {what} of shape "
             f"{tuple(logits.shape)}, received {tuple(labels.shape)}."
         )
     return backend, arrays

@@ -1,17 +1,29 @@
-"""Update rules for the inner and the outer loop, and clipping; `metaframe.core.optim` has them."""
+"""Update rules for the inner and the outer loop: rules, links of chains, schedules."""
 
-from metaframe.core.optim import AdamState as AdamState
+from metaframe.core.chain import Link as Link
+from metaframe.core.chain import add_decayed_weights as add_decayed_weights
+from metaframe.core.chain import chain as chain
+from metaframe.core.chain import clip as clip
+from metaframe.core.chain import clip_by_global_norm as clip_by_global_norm
+from metaframe.core.chain import clip_by_value as clip_by_value
+from metaframe.core.chain import clipped as clipped
+from metaframe.core.chain import global_norm as global_norm
+from metaframe.core.moments import AdamState as AdamState
+from metaframe.core.moments import adagrad as adagrad
+from metaframe.core.moments import adam as adam
+from metaframe.core.moments import adamw as adamw
+from metaframe.core.moments import momentum as momentum
+from metaframe.core.moments import rmsprop as rmsprop
 from metaframe.core.optim import Optimizer as Optimizer
 from metaframe.core.optim import Rate as Rate
-from metaframe.core.optim import adagrad as adagrad
-from metaframe.core.optim import adam as adam
-from metaframe.core.optim import adamw as adamw
+from metaframe.core.optim import ScheduledState as ScheduledState
 from metaframe.core.optim import apply_updates as apply_updates
-from metaframe.core.optim import clip_by_global_norm as clip_by_global_norm
-from metaframe.core.optim import clip_by_value as clip_by_value
-from metaframe.core.optim import clipped as clipped
-from metaframe.core.optim import global_norm as global_norm
 from metaframe.core.optim import gradient_descent_update as gradient_descent_update
-from metaframe.core.optim import momentum as momentum
-from metaframe.core.optim import rmsprop as rmsprop
 from metaframe.core.optim import sgd as sgd
+from metaframe.core.schedules import Schedule as Schedule
+from metaframe.core.schedules import constant as constant
+from metaframe.core.schedules import cosine as cosine
+from metaframe.core.schedules import exponential as exponential
+from metaframe.core.schedules import linear as linear
+from metaframe.core.schedules import table as table
+from metaframe.core.schedules import warmup as warmup

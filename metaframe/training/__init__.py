@@ -1,5 +1,7 @@
 """Meta-training, evaluation and checkpoints, over any learner and on any backend."""
 
+from metaframe.training.arrays import load_arrays as load_arrays
+from metaframe.training.arrays import save_arrays as save_arrays
 from metaframe.training.callbacks import Callback as Callback
 from metaframe.training.callbacks import EarlyStopping as EarlyStopping
 from metaframe.training.callbacks import History as History
@@ -34,8 +36,10 @@ __all__ = [
     "StepSettings",
     "evaluate",
     "latest_checkpoint",
+    "load_arrays",
     "load_checkpoint",
     "load_parameters",
     "read_checkpoint",
+    "save_arrays",
     "save_checkpoint",
 ]

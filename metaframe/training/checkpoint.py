@@ -1,19 +1,12 @@
-"""Checkpoints: one file, whole or refused, the same on every backend.
+"""Checkpoints of a trainer: one file, whole or refused, the same on every backend.
 
-A checkpoint is a safetensors file: arrays by name in C order, and a JSON text with everything that
-is no array. Nothing in it is code, and nothing is unpickled. The SHA-256 of the whole file, with
-zeros in the place of the digest, stands in its header, so that a file that lost or changed a single
-bit anywhere is refused before it is parsed; safetensors alone would load many such files as other
-numbers. A file is written under another name, flushed to the disk and then renamed, so that a
-process that dies in the middle leaves the previous checkpoint as it was.
+`metaframe.training.array_file` is the form of the file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +16,7 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
+from metaframe.training.array_file import decoded, encoded, read_file, write_atomically
 from metaframe.training.callbacks import Callback, Run, Trainer, merit
 from metaframe.training.parameters import checked_parameters
 
@@ -32,10 +26,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUFFIX = ".safetensors"
 BEST = f"best{SUFFIX}"
-
-_MARK = b'"sha256":"'
-_DIGEST = 64
-_AGAIN = "Use an earlier checkpoint, or a copy of this one from before it was damaged."
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +157,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Traceback (most recent call last):
     metaframe.errors.CheckpointError: cannot read checkpoint nowhere: No such file or directory.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}.") from error
-    return decode(data, str(path))
+    return decode(read_file(path), str(path))
 
 
 def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
@@ -196,8 +182,6 @@ def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
 
 def encode(checkpoint: Checkpoint) -> bytes:
     """The bytes of a checkpoint file."""
-    from safetensors.numpy import save
-
     check_plain(checkpoint.config, checkpoint.plain)
     content = {
         "format": FORMAT,
@@ -206,83 +190,22 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "config": checkpoint.config,
         "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
     }
-    text = json.dumps(content, sort_keys=True)
-    arrays = {name: _in_c_order(x) for name, x in checkpoint.arrays.items()}
-    data = save(arrays, {"metaframe": text, "sha256": "0" * _DIGEST})
-    at = _digest_at(data)
-    assert at is not None, "the header has the place of the digest"
-    return data[:at] + _digest(data, at) + data[at + _DIGEST :]
+    return encoded(checkpoint.arrays, content)
 
 
 def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:
     """The checkpoint in `data`; `name` is what errors call it."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    at = _digest_at(data)
-    if at is None:
-        raise CheckpointError(f"{name} is no checkpoint of metaframe, or was cut off. {_AGAIN}")
-    if _digest(data, at) != data[at : at + _DIGEST]:
-        raise CheckpointError(f"{name} is damaged: its checksum does not match. {_AGAIN}")
-    try:
-        content = json.loads(_header(data)["__metadata__"]["metaframe"])
-        arrays = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{name} cannot be read: {error}. {_AGAIN}") from error
+    content, arrays = decoded(data, name)
+    if "kind" in content:
+        raise CheckpointError(
+            f"{name} is no checkpoint of a trainer. Read it by metaframe.load_arrays."
+        )
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} has format {content.get('format')!r}, this version of metaframe reads "
             f"{FORMAT}."
         )
     return Checkpoint(arrays, content["plain"], content["config"], content["backend"])
-
-
-def _header(data: bytes) -> Any:
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-
-
-def _digest_at(data: bytes) -> int | None:
-    """Where the digest is. Inside a JSON string a quote is escaped, so the mark is unique."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    at = data.find(_MARK, 8, end)
-    return None if at < 0 or at + len(_MARK) + _DIGEST > len(data) else at + len(_MARK)
-
-
-def _digest(data: bytes, at: int) -> bytes:
-    whole = hashlib.sha256(data[:at])
-    whole.update(b"0" * _DIGEST)
-    whole.update(memoryview(data)[at + _DIGEST :])
-    return whole.hexdigest().encode()
-
-
-def _in_c_order(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    # safetensors writes the memory of any other layout as it lies; ascontiguousarray would make
-    # a 0-d array 1-d.
-    return np.array(x, dtype=x.dtype.newbyteorder("="), order="C", copy=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that at every moment it has its old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    if os.name != "posix":  # directories cannot be opened elsewhere
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoints(Callback):

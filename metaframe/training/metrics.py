@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from metaframe.errors import InputError, MissingDependencyError
+from metaframe.training.array_file import write_atomically
 from metaframe.training.callbacks import Callback, Run
-from metaframe.training.checkpoint import write_atomically
 
 COLUMNS = ("step", "loss", "score", "grad_norm", "seconds", "eval_loss", "eval_score")
 
