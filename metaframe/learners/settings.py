@@ -10,7 +10,7 @@ from metaframe import arguments, ops, optim
 from metaframe.backend.model import Forward
 from metaframe.backend.types import Array
 from metaframe.core import rates
-from metaframe.core.optim import rule as own_rule
+from metaframe.core.chain import rule as own_rule
 from metaframe.core.update_rule import UpdateRule, update_rule
 from metaframe.errors import InputError
 from metaframe.learners.functions import LearningRate, Params, rate_for

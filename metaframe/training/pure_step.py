@@ -17,8 +17,8 @@ from metaframe import optim, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.model import Params
 from metaframe.backend.types import Array, Arrays
+from metaframe.core.chain import rule
 from metaframe.core.compile import compile
-from metaframe.core.optim import rule
 from metaframe.errors import CheckpointError
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
