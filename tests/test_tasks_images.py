@@ -128,6 +128,19 @@ def test_nothing_is_decoded_before_it_is_asked_for(
     assert len(opened) == 6
 
 
+def test_pictures_stand_upright(tmp_path: Path) -> None:
+    """As a camera that was held sideways says in EXIF."""
+    pixels = picture(0)
+    for i in range(2):
+        image = Image.fromarray(np.rot90(pixels).copy())
+        exif = image.getexif()
+        exif[0x0112] = 6  # turn it clockwise to see it
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        image.save(tmp_path / f"cat/{i}.png", exif=exif)
+    data = load_image_folder(tmp_path, size=12)
+    np.testing.assert_array_equal(data.images[0], pixels)
+
+
 def test_alphabets_and_their_characters(alphabets: Path) -> None:
     data = load_image_folder(alphabets, size=12)
     assert data.classes == ("Greek/a", "Greek/b", "Latin/a", "Latin/b")

@@ -313,17 +313,34 @@ def huge_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
+def two_headers(first: int, second: int) -> bytes:
+    """A picture of which the second header counts."""
+    headers = (struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0) for side in (first, second))
+    rows = zlib.compress(b"\0" * ((second + 7) // 8 + 1) * second, 9)
+    body = chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(b"IHDR", x) for x in headers) + body
+
+
+def deep_png() -> bytes:
+    """A drawing of 16 bits a pixel."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((105, 105), 40_000, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        (two_headers(105, 4000), "4000x4000 pixels, expected 105x105"),
+        (deep_png(), "more than 8 bits a pixel"),
         (b"", "not a PNG image"),
         (b"GIF89a" + b"\0" * 100, "not a PNG image"),
         (png(drawing(1, 1))[:60], r"0001_01\.png cannot be read"),
-        (huge_png(), "60000x60000 pixels, expected 105x105"),
+        (huge_png(), "3600000000 pixels"),
         (png(np.zeros((28, 28), bool)), "28x28 pixels, expected 105x105"),
         (b"\0" * 1_000_000, "1000000 bytes, expected at most 65536"),
     ],
-    ids=["empty", "gif", "truncated", "huge", "small", "long"],
+    ids=["two headers", "16 bits", "empty", "gif", "truncated", "huge", "small", "long"],
 )
 @pytest.mark.parametrize("form", ["zip", "folder"])
 def test_a_file_that_is_no_drawing_is_named(tmp_path, small1, data, words, form):
@@ -332,6 +349,15 @@ def test_a_file_that_is_no_drawing_is_named(tmp_path, small1, data, words, form)
         load_omniglot(tmp_path)
     assert "0001_01.png" in str(caught.value)
     assert "download it again" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_comes_twice_is_refused(tmp_path, small1):
+    write(tmp_path, SMALL1, small1)
+    with zipfile.ZipFile(tmp_path / f"{SMALL1}.zip", "a") as archive:
+        archive.writestr(FIRST, b"another")
+    with pytest.raises(InputError, match=r"two members called .*0001_01\.png"):
+        load_omniglot(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "a\\evil"])

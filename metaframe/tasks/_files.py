@@ -8,6 +8,7 @@ nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
 import zipfile
@@ -94,6 +95,9 @@ def open_files(location: Path, source: Source) -> Iterator[Files]:
         names = tuple(sorted(archive.namelist()))
         for name in names:
             _check_name(location, name, source)
+        if len(set(names)) < len(names):
+            twice = next(a for a, b in itertools.pairwise(names) if a == b)
+            raise InputError(f"{location} has two members called {twice!r}. {source.again}")
         yield Files(
             str(location), names, lambda name: _read_member(archive, location, name, source)
         )

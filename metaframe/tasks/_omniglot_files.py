@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 
-from metaframe.errors import InputError, MissingDependencyError
+from metaframe.errors import InputError
 from metaframe.tasks._files import Files, Source, reporting
+from metaframe.tasks._pictures import opened, pillow
 
 SIDE = 105
 """Pixels along a side of a drawing."""
@@ -25,8 +24,6 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 # The largest official file has 1 KiB.
 SOURCE = Source("https://github.com/brendenlake/omniglot/tree/master/python", 64 * 1024)
-_PNG_HEADER = struct.Struct(">8s8xII")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _DRAWING = re.compile(r"(?:^|/)([^/.][^/]*/character\d+)/\d+_(\d\d)\.png$")
 _RUN_FILE = re.compile(
@@ -150,18 +147,10 @@ def _load(files: Files, names: Iterable[str], size: int, decode: Decode) -> Pixe
 
 def _decoder() -> Decode:
     """PNG bytes to `(105, 105)` booleans, True where there is ink."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingDependencyError("omniglot", "Pillow", "pip install pillow") from None
+    pillow("omniglot")  # is it there?
 
     def decode(data: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        if len(data) < _PNG_HEADER.size or not data.startswith(_PNG_SIGNATURE):
-            raise ValueError("not a PNG image")
-        _, width, height = _PNG_HEADER.unpack_from(data)
-        if (width, height) != (SIDE, SIDE):
-            raise ValueError(f"{width}x{height} pixels, expected {SIDE}x{SIDE}")
-        with Image.open(BytesIO(data), formats=("PNG",)) as picture:
+        with opened(data, "omniglot", ("PNG",), SIDE) as picture:
             ink: np.ndarray[Any, np.dtype[np.bool_]] = np.asarray(picture.convert("L")) < 128
         return ink
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -48,14 +49,69 @@ def pillow(what: str) -> Any:
     return Image
 
 
-def fitted(picture: Any, size: int | None, mode: str | None) -> Pixels:
-    """A Pillow image as `(height, width, channels)`, by Lanczos' filter as MAML's authors do.
+@contextmanager
+def opened(
+    data: bytes, what: str, formats: Sequence[str], side: int | None = None
+) -> Iterator[Any]:
+    """A Pillow image of the bytes of a file, upright, whose pixels may be read.
+
+    Its size is checked before any pixel is decoded. That is the size which Pillow will decode, and
+    not the one that the first header announces: a file may have several.
+
+    Args:
+        data: the file.
+        what: what needs Pillow, for errors.
+        formats: Pillow's names of the formats that the file may have.
+        side: the width and the height that it has to have; otherwise they are bounded.
+
+    Raises:
+        ValueError: another size, or more than 8 bits a pixel.
+    """
+    image = pillow(what)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", image.DecompressionBombWarning)
+        try:
+            picture = image.open(io.BytesIO(data), formats=formats)
+        except image.UnidentifiedImageError as error:
+            raise ValueError(f"not a {' or '.join(formats)} image") from error
+        except image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+        with picture:
+            width, height = picture.size
+            if side is not None and (width, height) != (side, side):
+                raise ValueError(f"{width}x{height} pixels, expected {side}x{side}")
+            if max(width, height) > _LARGEST_SIDE:
+                raise ValueError(
+                    f"{width}x{height} pixels, expected at most {_LARGEST_SIDE} a side"
+                )
+            check_depth(picture)
+            yield _upright(picture)
+
+
+def _upright(picture: Any) -> Any:
+    """`picture` as its EXIF orientation says it is to be seen."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
+
+
+def check_depth(picture: Any) -> None:
+    """Refuse what Pillow would clip.
 
     Raises:
         ValueError: more than 8 bits a pixel.
     """
     if picture.mode in _DEEP:
         raise ValueError(f"mode {picture.mode} has more than 8 bits a pixel; scale it to 8 first")
+
+
+def fitted(picture: Any, size: int | None, mode: str | None) -> Pixels:
+    """A Pillow image as `(height, width, channels)`, by Lanczos' filter as MAML's authors do.
+
+    Raises:
+        ValueError: more than 8 bits a pixel.
+    """
+    check_depth(picture)
     colours = picture.convert(mode or ("L" if picture.mode in ("1", "L", "LA") else "RGB"))
     if size is not None and colours.size != (size, size):
         colours = colours.resize((size, size), pillow("resizing").Resampling.LANCZOS)
@@ -67,23 +123,10 @@ def decoder(
     what: str, size: int, mode: str = "RGB", formats: Sequence[str] = ("JPEG", "PNG")
 ) -> Callable[[bytes], Pixels]:
     """A function from a file's bytes to `(size, size, channels)`; `what` is what needs it."""
-    image = pillow(what)
+    pillow(what)  # is it there?
 
     def decode(data: bytes) -> Pixels:
-        with warnings.catch_warnings(), image.open(_header_checked(data)) as picture:
+        with opened(data, what, formats) as picture:
             return fitted(picture, size, mode)
-
-    def _header_checked(data: bytes) -> io.BytesIO:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", image.DecompressionBombWarning)
-            try:
-                # Reads the header alone.
-                with image.open(io.BytesIO(data), formats=formats) as picture:
-                    width, height = picture.size
-            except image.DecompressionBombError as error:
-                raise ValueError(str(error)) from error
-        if max(width, height) > _LARGEST_SIDE:
-            raise ValueError(f"{width}x{height} pixels, expected at most {_LARGEST_SIDE} a side")
-        return io.BytesIO(data)
 
     return decode
