@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ from metaframe import Container, load_arrays, ops, optim, save_arrays, unroll
 from metaframe import compile as compile_whole
 from metaframe.errors import CheckpointError, InputError, InputTypeError
 from metaframe.training import read_checkpoint
-from metaframe.training.array_file import encoded
+from metaframe.training.array_file import _HERE, _UNFINISHED, clear_unfinished, encoded
 
 Call = Callable[..., Any]
 
@@ -167,3 +171,38 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         path.write_bytes(encoded({}, content))
         with pytest.raises(CheckpointError, match=match):
             load_arrays(path)
+
+
+# -- several threads and processes -------------------------------------------------------------
+
+
+def test_threads_save_to_one_path(tmp_path: Path) -> None:
+    path = tmp_path / "arrays.safetensors"
+    written = [np.full(10_000, float(i)) for i in range(8)]
+
+    def save(x: Any) -> None:
+        for _ in range(5):
+            save_arrays(path, {"x": x})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, written))
+    found = load_arrays(path)[0]["x"]
+    assert any(np.array_equal(found, x) for x in written)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 243 + ".safetensors")
+    save_arrays(path, {"x": np.ones(2)})
+    np.testing.assert_array_equal(load_arrays(path)[0]["x"], np.ones(2))
+
+
+def test_what_a_dead_process_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {n: f".{_HERE}-{n}-0123{_UNFINISHED}" for n in (dead.pid, os.getpid())}
+    others = (f".00000000-{dead.pid}-0123{_UNFINISHED}", ".notes.tmp", f".{_HERE}-x{_UNFINISHED}")
+    for name in (*names.values(), *others):
+        (tmp_path / name).write_bytes(b"")
+    clear_unfinished(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {names[os.getpid()], *others}

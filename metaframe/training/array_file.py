@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,10 +85,14 @@ def read_file(path: str | Path) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that at every moment it has its old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write `path` so that at every moment it has its old content or all of the new.
+
+    Any number of threads and processes may write the same file: one of them is the last.
+    """
+    # A name of its own for every writing, and short, whatever the length of the file's.
+    temporary = path.with_name(f".{_HERE}-{os.getpid()}-{secrets.token_hex(8)}{_UNFINISHED}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -94,6 +100,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+_UNFINISHED = ".unfinished"
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""This machine: process numbers of another one say nothing here."""
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what processes of this machine left unfinished when they died."""
+    for file in folder.glob(f".{_HERE}-*{_UNFINISHED}"):
+        number = file.name.split("-")[1]
+        if number.isdecimal() and not _is_alive(int(number)):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # signal 0 would end it there
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _header(data: bytes) -> Any:

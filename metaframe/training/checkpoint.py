@@ -16,7 +16,13 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
-from metaframe.training.array_file import decoded, encoded, read_file, write_atomically
+from metaframe.training.array_file import (
+    clear_unfinished,
+    decoded,
+    encoded,
+    read_file,
+    write_atomically,
+)
 from metaframe.training.callbacks import Callback, Run, Trainer, merit
 from metaframe.training.parameters import checked_parameters
 
@@ -279,8 +285,7 @@ class Checkpoints(Callback):
                 "load_checkpoint(latest_checkpoint(folder), trainer) before fit; otherwise name "
                 "another folder, or move those files away."
             )
-        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        clear_unfinished(self.folder)
         if run.trainer is not self._trainer:
             self._trainer, self._own = run.trainer, set()
         if self._path(step) in found:
