@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "text": ("fast", TypeError, ["number", "'fast'"]),
     "complex": (1j, TypeError, ["number", "1j"]),
     "objects": (np.array([None]), TypeError, ["number"]),
-    "function": (len, TypeError, ["number", "len"]),
+    "function": (len, TypeError, ["number", "received a function", "schedule"]),
     "negative": (-0.1, ValueError, ["finite and not negative", "-0.1"]),
     "not finite": (float("nan"), ValueError, ["finite and not negative", "nan"]),
     "negative of NumPy": ({"bias": 0.1, "latent": np.array([0.1, -1.0])}, ValueError, ["'latent'"]),

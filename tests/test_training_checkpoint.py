@@ -136,11 +136,11 @@ class Failing(MetaTrainer):
     folder: Path
     left: Path
 
-    def _evaluate(self, tasks: Any) -> Evaluation:
+    def evaluated(self, tasks: Any) -> Evaluation:
         if self.step == 4:
             shutil.copytree(self.folder, self.left)
             raise MemoryError("no memory for an evaluation")
-        return super()._evaluate(tasks)
+        return super().evaluated(tasks)
 
 
 @pytest.mark.parametrize("ended", ["killed", "failed"])
@@ -182,7 +182,7 @@ def test_no_validation_is_lost(ended: str, tmp_path: Path) -> None:
 class Scripted(MetaTrainer):
     """Its validations find what was told."""
 
-    def _evaluate(self, tasks: Any) -> Evaluation:
+    def evaluated(self, tasks: Any) -> Evaluation:
         return Evaluation(np.array([[{1: 3.0, 2: 2.0, 3: 2.5, 4: 1.9}.get(self.step, 2.4)]]))
 
 

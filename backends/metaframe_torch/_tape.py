@@ -43,7 +43,8 @@ def value_and_grad(
 ) -> tuple[Array, Arrays, Arrays]:
     """`fn(xs)` and the gradients with respect to `xs`, where no transform is active."""
     refuse_inference_mode()
-    recorded = _inside.get() or (torch.is_grad_enabled() and any(x.requires_grad for x in xs))
+    nested = _inside.get()
+    recorded = nested or (torch.is_grad_enabled() and any(x.requires_grad for x in xs))
     listening = torch.is_grad_enabled()
     token = _inside.set(True)
     try:
@@ -53,7 +54,10 @@ def value_and_grad(
                 x.view_as(x) if recorded and x.requires_grad else x.detach().requires_grad_()
                 for x in xs
             )
+            # Held until the tape holds them: a leaf alone does not.
+            nodes = _marked(inputs) if nested else ()
             value, aux = fn(inputs)
+            del nodes
             recorded = recorded or (listening and _closes_over(value, inputs))
             found: tuple[Array | None, ...] = (None,) * len(xs)
             if value.requires_grad:
@@ -105,6 +109,17 @@ def refuse_script_trace() -> None:
         )
 
 
+_OURS = "the start of a gradient of metaframe"
+
+
+def _marked(inputs: Arrays) -> tuple[object, ...]:
+    """The nodes of those of `inputs` that are leaves, with a note that they were made here."""
+    nodes = tuple(get_gradient_edge(x).node for x in inputs if x.is_leaf)
+    for node in nodes:
+        node.metadata[_OURS] = True
+    return nodes
+
+
 def _closes_over(value: Array, inputs: Arrays) -> bool:
     """Is `value` on the tape by more than `inputs`?"""
     seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
@@ -112,7 +127,7 @@ def _closes_over(value: Array, inputs: Arrays) -> bool:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        if not node.next_functions:  # another leaf
+        if not node.next_functions and _OURS not in node.metadata:  # another leaf
             return True
         seen.add(node)
         ahead += [following for following, _ in node.next_functions]

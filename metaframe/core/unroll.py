@@ -101,7 +101,7 @@ def unroll(
     >>> found.costs
     tensor([4.0000, 0.0400])
     >>> unroll(cost, found.variables, batch, lr=0.1, update=rule, state=found.state).variables
-    {'w': tensor(1.6192)}
+    {'w': tensor(2.2588)}
     """
     problem = Problem.of(
         cost, v, batch, steps, lr, update, order, mode, inner_v, keep_inner_v, has_aux

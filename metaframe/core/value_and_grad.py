@@ -47,8 +47,9 @@ def value_and_grad(
     ...     return (w - valid) ** 2
     >>> from metaframe import inner_loop
     >>> hyper = {"lr": torch.tensor(0.25), "decay": torch.tensor(0.0)}
-    >>> value_and_grad(validation)(hyper, torch.tensor(2.0), torch.tensor(3.0))[:2]
-    (tensor(4.), {'decay': tensor(0.), 'lr': tensor(-16.)})
+    >>> found = value_and_grad(validation)(hyper, torch.tensor(2.0), torch.tensor(3.0))
+    >>> found.cost, found.grads["lr"]
+    (tensor(4.), tensor(-16.))
     """
     arguments.function(fn, "fn")
 
