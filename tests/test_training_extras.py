@@ -144,8 +144,37 @@ def test_an_unfinished_last_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
     (tmp_path / "metrics.jsonl").write_text(f"garbage\n{whole}\n")
-    with pytest.raises(InputError, match="line 1 is no JSON"):
+    with pytest.raises(InputError, match="line 1 is none that a run writes"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[1, 2]",
+        b"null",
+        b"3",
+        b"[" * 100_000,
+        b'{"loss": 1.0}',
+        b'{"step": "1"}',
+        b'{"step": 1.5}',
+        b'{"step": true}',
+        b'{"step": -1}',
+        b'{"step": 1, "loss": "0.5"}',
+        b'{"step": 1, "loss": [0.5]}',
+        b'{"step": 1, "other": 0.5}',
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    ],
+    ids=lambda line: line[:20].decode(errors="replace"),
+)
+def test_damaged_metrics_are_named(tmp_path: Path, line: bytes) -> None:
+    whole = b'{"step": 1, "loss": 0.5, "seconds": 0.1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is none that a run writes"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(whole + line)  # not finished
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5, "seconds": 0.1}]
 
 
 def test_tensorboard_events_are_written(tmp_path: Path) -> None:

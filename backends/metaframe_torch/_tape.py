@@ -112,11 +112,16 @@ def refuse_script_trace() -> None:
 _OURS = "the start of a gradient of metaframe"
 
 
+def _notes(node: Any) -> dict[str, object]:
+    found: dict[str, object] = node.metadata  # a property, which torch's stubs call a method
+    return found
+
+
 def _marked(inputs: Arrays) -> tuple[object, ...]:
     """The nodes of those of `inputs` that are leaves, with a note that they were made here."""
     nodes = tuple(get_gradient_edge(x).node for x in inputs if x.is_leaf)
     for node in nodes:
-        node.metadata[_OURS] = True
+        _notes(node)[_OURS] = True
     return nodes
 
 
@@ -127,7 +132,7 @@ def _closes_over(value: Array, inputs: Arrays) -> bool:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        if not node.next_functions and _OURS not in node.metadata:  # another leaf
+        if not node.next_functions and _OURS not in _notes(node):  # another leaf
             return True
         seen.add(node)
         ahead += [following for following, _ in node.next_functions]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,21 +122,53 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     A last line that a killed process left unfinished is ignored. What is null becomes NaN.
 
     Raises:
-        InputError: a line in the middle is damaged.
+        InputError: the file cannot be read, or a line in the middle is none that a run writes.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+    if not lines[-1]:
+        lines.pop()
     records = []
     for i, line in enumerate(lines):
         try:
-            record = json.loads(line)
-            records.append({n: math.nan if v is None else v for n, v in record.items()})
-        except ValueError as error:
+            records.append(_parsed(line))
+        except (ValueError, RecursionError) as error:
             if i < len(lines) - 1:
-                raise InputError(f"{path}, line {i + 1} is no JSON: {error}.") from error
+                raise InputError(
+                    f"{path}, line {i + 1} is none that a run writes: {error}. Repair it, or move "
+                    "the file away; the run goes on without the records in it."
+                ) from error
     return records
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A record, with its names, types and ranges checked.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = json.loads(line.decode())
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    if unknown := set(found) - set(COLUMNS):
+        raise ValueError(f"unknown names {sorted(unknown)}")
+    step = found.get("step")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"its step is {str(step)[:40]}")
+    for name, value in found.items():
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"its {name} is no number")
+        if value is not None and abs(value) > sys.float_info.max:
+            raise ValueError(f"its {name} is out of range")
+    return {
+        name: value if name == "step" else math.nan if value is None else float(value)
+        for name, value in found.items()
+    }
 
 
 def _event_writer() -> Callable[..., Any]:
