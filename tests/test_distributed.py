@@ -151,7 +151,7 @@ def test_what_is_exchanged_and_refused(engine: Engine, tmp_path: Path) -> None:
         if engine.processes > 1:
             for part in ("process 0 has", "= 0.06", "process 1 has", "= 1.06"):
                 assert part in found["settings"]
-            for part in ("process 0 has", "num_tasks = 6", "process 1 has", "num_tasks = 5"):
+            for part in ("process 0 has", "batch/query/x = float64 (6, ", "process 1 has", "(5, "):
                 assert part in found["shapes"]
         assert found == everyone[0]
 

@@ -456,7 +456,14 @@ def _step(
     objectives = [task.bound(layout, inner, outer, differentiated) for inner, outer in parts]
     wanted, held = differentiated.divide(layout.variables.arrays)
     if how.distributed:
-        agree(backend, step=(task, how), batch=layout.batch, v=layout.variables, chosen=parts)
+        agree(
+            backend,
+            step=(task, how),
+            num_tasks=layout.num_tasks,
+            batch=layout.batch.build(layout.batch.arrays),
+            v=layout.variables.build(layout.variables.arrays),
+            chosen=parts,
+        )
     run = gradient_of(backend, objectives, wanted, held, how)
     costs, rows, grads = averaged(backend, run, layout.batch.arrays, wanted, how)
     gradient = tree.Flat(
