@@ -1,4 +1,4 @@
-"""What has to be settled before any framework is imported, for tests and doctests alike."""
+"""Settings made before any framework is imported, for tests and doctests alike."""
 
 from __future__ import annotations
 

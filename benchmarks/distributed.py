@@ -139,7 +139,7 @@ def timed(run: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 
 def measure(processes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """What `work` found with each number of processes."""
+    """The findings of `work` with each number of processes."""
     from metaframe.distributed.launch import launch
 
     with tempfile.TemporaryDirectory() as folder:

@@ -196,7 +196,7 @@ def run_python(
     timeout: float = 600,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """What `python *args` prints on its own, with one thread and this checkout on its path."""
+    """The output of `python *args` on its own, with one thread and this checkout on its path."""
     done = subprocess.run(
         [python, *args],
         cwd=cwd or ROOT,

@@ -33,7 +33,7 @@ def documented_example(library: ModuleType, to_variables: Any, arange: Any) -> A
 
 
 def gradient_shape(library: ModuleType, arrays: dict[str, Any], square_mean: Any) -> Any:
-    """What `batched=False` returns for a weight of shape (3, 4)."""
+    """The shape of the gradient of a (3, 4) weight with `batched=False`."""
     batch = library.Container({"x": arrays["x"], "y": arrays["y"]})
     variables = library.Container({"w": arrays["w"]})
 

@@ -42,7 +42,7 @@ FEWEST, MOST = 320, 4000
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and on which tasks."""
+    """A model to train, and the tasks it is trained on."""
 
     model: nn.Model
     loss_fn: Callable[..., Any]
@@ -59,7 +59,7 @@ def sinusoid() -> Training:
 
 
 def digits() -> Training:
-    """What the command trains on digits by default, with 16 tasks: 5-way 1-shot, three steps."""
+    """The command's default training on digits, with 16 tasks: 5-way 1-shot, three steps."""
     network = nn.mlp([64, 128, 64, 5])
     model = nn.Model(
         network.init, lambda params, x: network.apply(params, ops.reshape(x, (-1, 64)))

@@ -74,7 +74,7 @@ def transformer(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and how it runs where."""
+    """A case to measure, and how it runs on each backend."""
 
     case: Callable[[], Case]
     backends: tuple[str, ...] = BACKENDS

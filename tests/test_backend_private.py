@@ -179,7 +179,7 @@ def is_private(name: str) -> bool:
 
 
 def private_uses_in(source: str, own: set[str]) -> list[str]:
-    """What a file uses of the frameworks that they do not document."""
+    """The undocumented names of the frameworks in a file."""
     tree, roots, found = ast.parse(source), dict[str, str](), list[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What is refused once a cost has run, mixed frameworks, values that are not finite."""
+"""Refusals after a cost has run: mixed frameworks, values that are not finite."""
 
 from __future__ import annotations
 

@@ -391,7 +391,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What every file below `folder` holds."""
+    """The contents of every file below `folder`."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

@@ -59,7 +59,7 @@ in_a_pipe_slowly = pytest.mark.parametrize("where", ["terminal", slow("pipe")])
 
 
 def succeeds(where: str, cwd: Path, *args: str) -> str:
-    """What a command said on standard output, which is all it said."""
+    """The standard output of a command, which is all it said."""
     said = WHERE[where](cwd, *args)
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err

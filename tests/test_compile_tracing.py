@@ -1,4 +1,4 @@
-"""What a function does while it is traced: it reads no values, and does nothing twice."""
+"""A function while it is traced: it reads no values, and does nothing twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells one constant of a compiled program from another."""
+"""The identity of a constant of a compiled program."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def native(name: str) -> Callable[[Any], Any]:
 
 
 class Pair(NamedTuple):
-    """What optax calls a gradient transformation."""
+    """A gradient transformation in optax's sense."""
 
     init: Any
     update: Any

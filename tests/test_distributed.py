@@ -27,7 +27,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
 
 @dataclass(frozen=True)
 class Engine:
-    """What is active, in how many processes, with how many devices in each."""
+    """An engine, the number of its processes, and of devices in each."""
 
     name: str
     processes: int
@@ -61,7 +61,7 @@ _found: dict[Engine, Results] = {}
 
 
 def results(engine: Engine, folder: Path) -> Results:
-    """What every process of the engine found; all its cases run in one start of the processes."""
+    """The findings of every process of the engine; all its cases run in one start."""
     require(engine.backend)
     if engine not in _found:
         labels = [str(case) for case in engine.cases]
@@ -113,7 +113,7 @@ def test_sharded_equals_alone(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_engines_agree(tmp_path: Path) -> None:
-    """What all engines share, such as a rate in the wrong precision, only other ones can see."""
+    """Other engines see what all processes of one share, such as a rate in the wrong precision."""
     engines = (TORCH, MESH, MIRRORED)
     folders = [tmp_path / str(engine) for engine in engines]
     for folder in folders:

@@ -112,7 +112,7 @@ def test_resumes_with_fewer_processes(then: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend_name", ["jax", "tensorflow"])
 def test_restarts_from_the_last_checkpoint(backend_name: str, tmp_path: Path) -> None:
-    """What a job manager does when a process was killed: start all of them again, to resume."""
+    """Start all processes again, as a job manager does when one was killed, and resume."""
     require(backend_name)
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     many = ["--iterations", "2000", "--checkpoint-every", "100"]

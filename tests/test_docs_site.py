@@ -53,7 +53,7 @@ def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def examples(value: Any) -> bool:
-    """Is there an example in the docstring, or in that of a class's own method?"""
+    """Whether there is an example in the docstring, or in that of a class's own method."""
     methods = vars(value).values() if inspect.isclass(value) else ()
     return any(">>>" in (getattr(x, "__doc__", None) or "") for x in (value, *methods))
 

@@ -1,4 +1,4 @@
-"""What the steps refuse among their arguments, in which words, and that no work is done before.
+"""Refusals of the steps among their arguments, in words, before any work.
 
 Every message names the argument and what came in, and says what was expected or how to go on.
 """

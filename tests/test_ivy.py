@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def outcomes_of(directory: Path, backends: str, file: str) -> dict[str, str]:
-    """What became of the tests of a file on these backends, after checking that all passed."""
+    """The outcomes of the tests of a file on these backends, after checking that all passed."""
     code, output = run_pytest(
         directory,
         str(WITH_IVY / file),

@@ -1,4 +1,4 @@
-"""What holds for every relative of MAML: learners give its meta-gradients, bad input is refused."""
+"""Every relative of MAML: learners give its meta-gradients, bad input is refused."""
 
 from __future__ import annotations
 

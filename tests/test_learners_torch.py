@@ -1,4 +1,4 @@
-"""What a torch user relies on: MAML is an nn.Module, and any nn.Module has exact meta-gradients."""
+"""MAML on torch is an nn.Module, and any nn.Module has exact meta-gradients."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_the_policy_goes_before_what_a_call_of_nnx_says() -> None:
 
 
 def resident_mb() -> float:
-    """What this process holds of the memory, once the allocator has given back what is free."""
+    """The resident memory of this process, once the allocator has given back what is free."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -180,7 +180,7 @@ def test_scales_and_shifts_of_every_step(backend: Backend, mode: Any) -> None:
 
 
 def expected_statistics(v: Values, decay: float, old: Values) -> Values:
-    """What a layer sees at each point: the support set before a step, the query set at the end."""
+    """The statistics at each point: the support set before a step, the query set at the end."""
     seen: dict[str, list[Any]] = {"mean": [], "var": []}
     for task in zoo.tasks():
         inputs = [task.support_x] * STEPS + [task.query_x]

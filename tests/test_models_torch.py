@@ -1,4 +1,4 @@
-"""What a torch module's own code does that adaptation has to allow for, or to refuse."""
+"""Code in torch modules that adaptation has to allow for, or to refuse."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def registered(model: nn.Module) -> dict[tuple[Any, ...], tuple[Any, Any, Any]]:
 
 
 def own_call(model: nn.Module, x: Any, norm: str | None) -> Any:
-    """What the model returns, its batch normalisation in the mode of a policy."""
+    """The model's output, its batch normalisation in the mode of a policy."""
     twin = apart(model)
     modes = {layer: layer.training for layer in twin.modules()}
     for layer in modes:
@@ -205,7 +205,7 @@ def direction(model: nn.Module, start: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def householder(module: nn.Module) -> bool:
-    """Is it one whose diagonal is a sign?"""
+    """Whether it is an orthogonal matrix whose diagonal is a sign."""
     return getattr(getattr(module, "orthogonal_map", None), "name", "") == "householder"
 
 

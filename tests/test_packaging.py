@@ -1,4 +1,4 @@
-"""What is built and installed: four import packages, typed, and nothing else."""
+"""The built and installed files: four import packages, typed, and nothing else."""
 
 from __future__ import annotations
 

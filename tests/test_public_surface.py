@@ -35,7 +35,7 @@ def test_every_face_is_looked_at() -> None:
 
 @pytest.mark.parametrize("page", [p for p in pages() if p.startswith(("docs/", "README"))])
 def test_documents_use_public_names_alone(page: str) -> None:
-    """What their code imports comes from a face; that of a backend's own package aside."""
+    """Names that documents import come from a face; those of a backend's own package aside."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for module, imported in re.findall(
         r"^\s*from (metaframe(?:\.[\w.]+)?) import ([\w, ]+)$", text, re.M

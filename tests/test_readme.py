@@ -1,4 +1,4 @@
-"""What the README shows runs as it is written there."""
+"""The README's code runs as it is written there."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ LOOPS_OF_CONSTANTS = ("captured", "variable of a function")
 
 
 def refused(name: str, transform: str, where: str, batched: Any) -> str:
-    """What the error says where one is expected; empty where a result is."""
+    """The words of an expected error; empty where a result is."""
     if name == "torch":
         if transform in FORWARD:
             return "forward mode|closes over"

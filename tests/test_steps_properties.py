@@ -1,4 +1,4 @@
-"""What holds for every problem: random structures, shapes, dtypes, tasks and choices.
+"""Properties of every problem: random structures, shapes, dtypes, tasks and choices.
 
 Each example runs a step eagerly, which is quick on torch; the others take a tenth
 of the examples, in the slow tests.
@@ -237,7 +237,7 @@ def test_every_mode_gives_the_same(
 
 @holds_for(example=examples())
 def test_tasks_adapt_on_their_own(backend: Backend, example: Example) -> None:
-    """What a step returns for a task is the inner loop on that task."""
+    """The result of a step for a task is the inner loop on that task."""
     tasks, v = example.on(backend)
     _, _, inner = maml_step(
         tasks, cost, None, v, example.steps, 0.1, batched="vmap", return_inner_v="all"

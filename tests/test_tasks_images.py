@@ -67,7 +67,7 @@ def alphabets(tmp_path: Path) -> Path:
 
 
 def traced(data: LabelledImages, of_picture: dict[bytes, str | int], split: ClassSplit) -> None:
-    """What tasks show are the pictures of their classes, in [0, 1]."""
+    """Tasks show the pictures of their classes, in [0, 1]."""
     for name in ("train", "test"):
         sampler = FewShotSampler(
             data.images, data.labels, ways=2, shots=2, queries=3, split=name, classes=split
@@ -376,7 +376,7 @@ PICTURES = [picture(i) for i in range(len(LABELS))]
 
 
 class Pairs:
-    """What torch.utils.data asks of a map-style data set."""
+    """A map-style data set in the sense of torch.utils.data."""
 
     def __init__(self, images: Any = PICTURES, labels: Any = LABELS) -> None:
         self.images, self.labels = images, labels

@@ -15,7 +15,7 @@ from metaframe.testing.conformance import CLAUSES, Clause, ConformanceSuite, che
 
 
 def is_another_case(clause: Clause) -> bool:
-    """Is it about a portable function that an earlier clause calls with other shapes?"""
+    """Whether it is about a portable function that an earlier clause calls with other shapes."""
     call = clause.id.split("/")[1]
     return "-" in call and call not in FIRST_CALLS.values()
 

@@ -1,4 +1,4 @@
-"""What the gradient doctor makes of small slopes, rounding, and points where the slope is 0."""
+"""The gradient doctor on small slopes, rounding, and points where the slope is 0."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def by_hand(grads: zoo.Values, norm: float | None, value: float | None) -> zoo.V
 
 @pytest.mark.parametrize("settings", [{"norm": 0.05}, {"norm": 50.0}, {"value": 0.02}, "both"])
 def test_clipping_of_the_outer_gradient(backend: Backend, settings: Any) -> None:
-    """What the trainer takes off is the clipped gradient of the meta-cost."""
+    """The trainer subtracts the clipped gradient of the meta-cost."""
     limits = {"norm": 0.05, "value": 0.02} if settings == "both" else settings
     v, maml = zoo.weights(), learner(backend)
     slopes = zoo.differences(lambda at: zoo.meta_cost(at, rates(), 2, zoo.tasks()), v)

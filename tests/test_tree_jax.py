@@ -124,7 +124,7 @@ def test_what_goes_in_comes_out(name: str, execution: Any) -> None:
 
 
 def test_an_optax_state_is_a_structure_too() -> None:
-    """What of it cannot be learned is refused by name, and can be left out."""
+    """A part of it that cannot be learned is refused by name, and can be left out."""
     v = {"p": (W, B), "optimizer": optax.adam(0.1).init((W, B))}
 
     def step(**how: Any) -> Any:

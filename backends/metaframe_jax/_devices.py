@@ -9,7 +9,7 @@ from metaframe_jax._private import is_tracer
 
 
 def on_cpu(x: Array) -> bool:
-    """Does work on `x` run on a CPU; for a tracer, unless it is told otherwise?"""
+    """Whether work on `x` runs on a CPU; of a tracer, unless it is told otherwise."""
     return _platform(x) == "cpu"
 
 

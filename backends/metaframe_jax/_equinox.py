@@ -177,7 +177,7 @@ def _called(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_vectorised(module: Any) -> bool:
-    """Did its user wrap it in `equinox.filter_vmap`, possibly with `filter_jit` around that?"""
+    """Whether its user wrapped it in `equinox.filter_vmap`, possibly in `filter_jit` too."""
     equinox: Any = sys.modules["equinox"]
     mapped = type(equinox.filter_vmap(_called)), type(equinox.filter_pmap(_called))
     while module is not None and not isinstance(module, mapped):
@@ -186,7 +186,7 @@ def _is_vectorised(module: Any) -> bool:
 
 
 def _is_index(x: object) -> bool:
-    """Is it the place of a state? What state starts from is not learned."""
+    """Whether it is the place of a state, whose first value is not learned."""
     return isinstance(x, sys.modules["equinox"].nn.StateIndex)
 
 
@@ -219,7 +219,7 @@ def _batch_norms(module: Any) -> list[Any]:
 
 
 def _held(module: Any, state: Any, *, of_norms: bool = False) -> dict[str, Any]:
-    """What `state` holds for a module, by the names of the places."""
+    """The values that `state` holds for a module, by the names of the places."""
     places = {n: x for n, x in named(module, _is_index).items() if _is_index(x)}
     if of_norms:
         norms = named(_batch_norms(module), _is_index).values()

@@ -188,7 +188,7 @@ def _plain(variable: Any, value: Any) -> Any:
 
 
 def _stored(x: Any) -> Any:
-    """What a Variable holds, and the array in a mutable reference."""
+    """The value of a Variable, or the array in a mutable reference."""
     if not _is_variable(x):
         return x
     value = x.get_raw_value() if hasattr(x, "get_raw_value") else x.raw_value

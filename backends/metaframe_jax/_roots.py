@@ -33,7 +33,7 @@ def with_finite_roots(fn: ArraysFn) -> ArraysFn:
 
 
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
-    """What `jax.core.eval_jaxpr` does, with rules of ours for some operations."""
+    """`jax.core.eval_jaxpr`, with rules of ours for some operations."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, xs, strict=True))
 

@@ -1,4 +1,4 @@
-"""What a graph does besides computing: the operations in it."""
+"""The effects of a graph besides its results, read off its operations."""
 
 from __future__ import annotations
 

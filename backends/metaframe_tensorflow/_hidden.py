@@ -1,4 +1,4 @@
-"""What a step draws or changes besides its arguments, read off its graph.
+"""The random numbers and changes of a step besides its arguments, read off its graph.
 
 TensorFlow's random operations keep their state in the kernels, where nobody can compare it.
 """
@@ -13,7 +13,7 @@ _ASSIGNING = ("Assign", "ResourceScatter")
 
 
 def hidden_effect(fn: ArraysFn, xs: Arrays) -> str:
-    """What `fn` would do once more, and differently, if it were run again; empty if nothing.
+    """The effect of `fn` that would differ if it were run again; empty if there is none.
 
     Traces `fn`, so that it has to be one that can be traced.
     """

@@ -94,7 +94,7 @@ class ModuleAdapter(ModelAdapter):
     def _output(
         self, run: Callable[[], T], of_keras: dict[str, tuple[Any, Array]], twice: bool
     ) -> tuple[T, Params]:
-        """What `run` returns, and the values that Keras variables have after it."""
+        """The result of `run`, and the values that Keras variables have after it."""
         layers = self._layers()
         if not layers and not of_keras:
             output, read = self.backend.run_foreign(run, twice=twice)
@@ -203,7 +203,7 @@ def _can_learn(found: _Found) -> bool:
 
 
 def _left(held: Held, given: Array) -> Array:
-    """What a call left in the place of a variable."""
+    """The value that a call left in the place of a variable."""
     tensor = held.tensor
     if tensor is given or hasattr(tensor, "numpy"):
         return tensor

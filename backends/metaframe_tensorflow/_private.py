@@ -98,24 +98,24 @@ def quick_call(concrete: Any) -> Callable[[Arrays], Arrays] | None:
 
 
 def may_record() -> bool:
-    """Could anything record an operation?"""
+    """Whether anything could record an operation."""
     return MAY_RECORD.found is None or bool(MAY_RECORD.found())
 
 
 def records(xs: Sequence[Array]) -> bool:
-    """Does a tape record any of `xs`?"""
+    """Whether a tape records any of `xs`."""
     return bool(RECORDS.required(list(xs)))
 
 
 def has_tangents(xs: Sequence[Array]) -> bool:
-    """Does a ForwardAccumulator have a tangent of any of `xs`?"""
+    """Whether a ForwardAccumulator has a tangent of any of `xs`."""
     if FORWARD.found is None:
         return False
     return bool(FORWARD.found([tf.convert_to_tensor(x) for x in xs]).tangents)
 
 
 def in_gradient_of_loop() -> bool:
-    """Is the graph of the gradient of a tf.while_loop being built?"""
+    """Whether the graph of the gradient of a tf.while_loop is being built."""
     # An attribute that its graphs alone have. Without it TensorFlow has a ValueError of its own.
     return hasattr(tf.compat.v1.get_default_graph(), "internal_capture_to_output")
 
@@ -131,7 +131,7 @@ def as_captured(x: Array) -> Array:
 
 
 def forward_mode() -> bool:
-    """Is a ForwardAccumulator active? If it cannot be told, wherever anything is recorded."""
+    """Whether a ForwardAccumulator is active, or may be because anything is recorded."""
     if not may_record():
         return False
     return FORWARD.found is None or bool(FORWARD.found([tf.zeros(())]).indices)

@@ -1,4 +1,4 @@
-"""What TensorFlow logs of calls that users of ours did not make."""
+"""Warnings of TensorFlow about calls that users of ours did not make."""
 
 from __future__ import annotations
 

@@ -94,12 +94,12 @@ def closures(fn: ArraysFn, xs: Arrays) -> Arrays:
 
 
 def is_differentiable(x: Any) -> bool:
-    """Is `x` of a dtype that has gradients?"""
+    """Whether `x` is of a dtype that has gradients."""
     return bool(x.dtype.is_floating or x.dtype.is_complex)
 
 
 def is_eager(x: Any) -> bool:
-    """Is `x` a variable, or a tensor with a value?"""
+    """Whether `x` is a variable, or a tensor with a value."""
     return isinstance(x, tf.Variable) or _private.is_eager(x)
 
 

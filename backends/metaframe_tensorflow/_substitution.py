@@ -25,7 +25,7 @@ Under other names they would be copied with the rest, and name variables by what
 
 
 def walk(module: Any) -> Iterator[tuple[Path, Any]]:
-    """What a module holds, by paths of attributes, keys and indices: its own things first.
+    """The attributes, keys and items of a module by their paths, its own first.
 
     A module within is entered once, and what it holds comes after it.
     """
@@ -63,7 +63,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """What containers hold that is none itself."""
+    """The contents of containers that are no containers themselves."""
     for key, value in _items(node):
         yield from leaves(value, (*path, str(key)))
     if not isinstance(node, (Mapping, list, tuple)):
@@ -166,7 +166,7 @@ class Held:
         return getattr(self.tensor, name)
 
     def read_value(self) -> Array:
-        """What it is now."""
+        """The present value."""
         return self.tensor
 
     value = read_value

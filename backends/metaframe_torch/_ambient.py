@@ -23,7 +23,7 @@ AUTOCAST = ("cpu",) if _accelerator is None else ("cpu", _accelerator.type)
 
 
 class Ambient(NamedTuple):
-    """What is set, for this thread or the process."""
+    """The settings of this thread or process."""
 
     default_dtype: torch.dtype
     default_device: torch.device | None
@@ -36,7 +36,7 @@ class Ambient(NamedTuple):
 
     @classmethod
     def now(cls) -> Ambient:
-        """What is set now."""
+        """The settings at this moment."""
         return cls(
             torch.get_default_dtype(),
             torch.get_default_device() if _private.may_have_default_device() else None,

@@ -405,7 +405,7 @@ def _mapped(fn: ArraysFn) -> ArraysFn:
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:
-    """What `_mapped` computes, in a loop over tasks, which may be differentiated from outside."""
+    """The results of `_mapped` by a loop over tasks, which may be differentiated from outside."""
 
     def run(xs: Arrays) -> Arrays:
         rows = [fn(tuple(x[i] for x in xs)) for i in range(xs[0].shape[0])]

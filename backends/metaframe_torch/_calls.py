@@ -35,7 +35,7 @@ IN_PLACE = frozenset(
 
 
 class Unmapped(Exception):
-    """What is written to a buffer differs between tasks that are mapped, and the buffer does not.
+    """A write to a buffer that differs between mapped tasks, where the buffer does not.
 
     Attributes:
         name: the buffer's.
@@ -280,7 +280,7 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
 
 @functools.cache
 def _writes(func: Function) -> bool:
-    """Does `func` change its first argument in place?"""
+    """Whether `func` changes its first argument in place."""
     name = getattr(func, "__name__", "")
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 

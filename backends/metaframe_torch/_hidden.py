@@ -15,7 +15,7 @@ RandomState = Callable[[], dict[str, np.ndarray[Any, Any]]]
 
 
 def hidden_effect(fn: ArraysFn, xs: Arrays, random_state: RandomState) -> str:
-    """What `fn` depends on besides `xs`, or changes; empty if nothing.
+    """A dependency of `fn` besides `xs`, or a change that it makes; empty if there is none.
 
     The arguments are stripped of every transform and of the tape, so that a result which belongs
     to one got there through a closure.

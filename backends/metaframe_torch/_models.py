@@ -226,7 +226,7 @@ def _mode(modules: Sequence[nn.Module], training: bool | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def _surroundings(modules: Sequence[nn.Module], exact: bool) -> Iterator[None]:
-    """What holds outside of a model, on autograd and in torch's settings, while it runs."""
+    """The state of autograd and of torch's settings around a model while it runs."""
     with contextlib.ExitStack() as stack:
         if torch.is_grad_enabled():  # else nothing is recorded
             # Hooks that the caller set, such as `save_on_cpu`, compute nothing again. They cannot

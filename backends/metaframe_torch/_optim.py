@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as(own: Any, value: Any) -> Any:
-    """What `_plain` gave in the form of `own`, the optimizer's own value of that option."""
+    """The value from `_plain` in the form of `own`, the optimizer's own value of that option."""
     if isinstance(own, Tensor):
         return torch.as_tensor(value, dtype=own.dtype, device=own.device)
     if isinstance(own, tuple) and isinstance(value, list) and len(own) == len(value):

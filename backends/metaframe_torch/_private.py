@@ -26,7 +26,7 @@ class OfModules(PrivateName):
 
     @functools.cached_property
     def found(self) -> Any:
-        """What a new module has there."""
+        """The attribute of a new module."""
         return getattr(nn.Module(), self.path.rpartition(".")[2], None)
 
 
@@ -199,7 +199,7 @@ COLLECTIVES = PrivateName(
 
 
 def transforming() -> bool:
-    """Is a transform of torch.func active?"""
+    """Whether a transform of torch.func is active."""
     if PEEK.found is not None:
         return PEEK.found() is not None
     try:
@@ -218,7 +218,7 @@ def gradients_active() -> int:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Does `x` belong to a transform?"""
+    """Whether `x` belongs to a transform."""
     if IS_WRAPPED.found is not None:
         return bool(IS_WRAPPED.found(x))
     try:
@@ -228,7 +228,7 @@ def is_wrapped(x: Tensor) -> bool:
 
 
 def records(x: Tensor) -> bool:
-    """Does autograd's tape record `x`, below the transforms that are active?"""
+    """Whether autograd's tape records `x`, below the transforms that are active."""
     if UNWRAPPED.found is None:
         return True  # the safe answer, which keeps a graph
     while is_wrapped(x):
@@ -237,7 +237,7 @@ def records(x: Tensor) -> bool:
 
 
 def forward_mode_active() -> bool:
-    """Is a transform of torch.func in forward mode active?"""
+    """Whether a transform of torch.func in forward mode is active."""
     if INTERPRETERS.found is None or TRANSFORM_TYPE.found is None:
         return False
     return any(level.key() == TRANSFORM_TYPE.found.Jvp for level in INTERPRETERS.found())
@@ -254,7 +254,7 @@ def stripped(x: Tensor) -> Tensor:
 
 
 def belongs_to_a_gradient(x: Tensor) -> bool:
-    """Is `x` recorded by the tape or a transform, or does a batch tie it to one?
+    """Whether the tape or a transform records `x`, or a batch ties it to one.
 
     Inside a gradient a rule of our own runs without the transforms, with the batches below it
     numbered anew: a tensor of a batch that is mapped within a gradient would be out of place.
@@ -333,12 +333,12 @@ def function_of(node: Any) -> Any:
 
 
 def tracing() -> bool:
-    """Is make_fx recording a graph?"""
+    """Whether make_fx is recording a graph."""
     return PROXY_MODE.found is not None and PROXY_MODE.found() is not None
 
 
 def modes_active() -> bool:
-    """Does anything see every operation, default devices left out? True if it cannot be told."""
+    """Whether anything but a default device sees every operation; True if it cannot be told."""
     if FUNCTION_MODES.found is None or DISPATCH_MODES.found is None:
         return True
     if DISPATCH_MODES.found():
@@ -348,12 +348,12 @@ def modes_active() -> bool:
 
 
 def may_have_default_device() -> bool:
-    """Is a default device set, which torch finds among its function modes?"""
+    """Whether a default device is set, which torch finds among its function modes."""
     return FUNCTION_MODES.found is None or bool(FUNCTION_MODES.found())
 
 
 def hooks_on_saved() -> bool:
-    """Are there hooks on what is saved for a backward pass? If it cannot be told, yes."""
+    """Whether there are hooks on what is saved for a backward pass; True if it cannot be told."""
     return SAVED_HOOKS.found is None or SAVED_HOOKS.found(False) is not None
 
 
@@ -368,7 +368,7 @@ def fake_tensors() -> Any:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Is it a tensor of such a mode, or of a transform?"""
+    """Whether it is a tensor of such a mode, or of a transform."""
     return type(x).__name__ == "FakeTensor" or is_wrapped(x)
 
 
@@ -383,7 +383,7 @@ VALUE_NEEDED = frozenset(
 
 
 def memory(x: Tensor) -> object:
-    """What two tensors that share memory have in common, those without values too."""
+    """A key that tensors which share memory have in common, those without values too."""
     return STORAGE.required.__get__(x.untyped_storage())
 
 
@@ -394,13 +394,13 @@ def batch_norm_classes() -> Any:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Was a hook registered that runs in the backward pass of `module`?"""
+    """Whether a hook was registered that runs in the backward pass of `module`."""
     hooks = (BACKWARD_HOOKS, BACKWARD_PRE_HOOKS)
     return any(name.found is not None and _of(module, name) for name in hooks)
 
 
 def registered(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What is registered in a module: its parameters, its buffers, its modules."""
+    """The parameters, buffers and modules that are registered in a module."""
     if PARAMETERS.found is None or BUFFERS.found is None or MODULES.found is None:
         _ = PARAMETERS.required, BUFFERS.required, MODULES.required
     return module._parameters, module._buffers, module._modules
@@ -419,7 +419,7 @@ def swap_parametrizations(kept: Any) -> Any:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Did torch.compile make something of it?"""
+    """Whether torch.compile made something of it."""
     wrapped = "_orig_mod" in registered(module)[2]
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 

@@ -185,7 +185,7 @@ def _joined(outputs: Any) -> Tensor:
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """What `pack_padded_sequence` makes of sequences in the order of their lengths."""
+    """`pack_padded_sequence` for sequences in the order of their lengths."""
     if not _tape.transforming():
         packed: tuple[Tensor, Tensor] = _private.PACK_PADDED.required(x, lengths, batch_first)
         return packed
@@ -202,7 +202,7 @@ def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]
 def pad(
     x: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """What `pad_packed_sequence` makes of packed sequences."""
+    """`pad_packed_sequence` in operations that have second derivatives."""
     if not _tape.transforming():
         padded: tuple[Tensor, Tensor] = _private.PAD_PACKED.required(
             x, sizes, batch_first, value, total

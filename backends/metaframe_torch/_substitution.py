@@ -118,7 +118,7 @@ class Substitution:
             raise InputError(lost)
 
     def _lost(self) -> str:
-        """What the model did to itself that would be lost, if anything; and its buffers."""
+        """The changes that the model made to itself and that would be lost, and its buffers."""
         for entries, before in self._registered:
             if entries.keys() != before.keys():
                 return (
@@ -147,7 +147,7 @@ WRITES = (
 
 
 def carried(name: str) -> str:
-    """What is wrong with a plain attribute that a model reads and changes."""
+    """The fault of a plain attribute that a model reads and changes."""
     return (
         f"the model keeps a tensor from one call to the next in the attribute {name!r}, so that "
         "tasks and inner steps would depend on those before them. Keep it as a buffer "

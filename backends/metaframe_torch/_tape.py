@@ -126,7 +126,7 @@ def _marked(inputs: Arrays) -> tuple[object, ...]:
 
 
 def _closes_over(value: Array, inputs: Arrays) -> bool:
-    """Is `value` on the tape by more than `inputs`?"""
+    """Whether `value` is on the tape by more than `inputs`."""
     seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -140,7 +140,7 @@ def _closes_over(value: Array, inputs: Arrays) -> bool:
 
 
 def has_tangents() -> bool:
-    """May tensors be dual ones, of forward-mode differentiation?"""
+    """Whether tensors may be dual ones, of forward-mode differentiation."""
     try:
         forward_ad.make_dual(torch.empty(0), torch.empty(0))
     except RuntimeError:  # outside of a dual level
@@ -149,7 +149,7 @@ def has_tangents() -> bool:
 
 
 def forward_mode() -> bool:
-    """May a tangent of forward-mode differentiation, of torch.func or not, be lost here?"""
+    """Whether a tangent of forward-mode differentiation, of torch.func or not, may be lost here."""
     return _private.forward_mode_active() or has_tangents()
 
 
@@ -237,10 +237,10 @@ def detached(xs: Arrays) -> Arrays:
 
 
 def inside_a_gradient() -> bool:
-    """Is a torch.func transform that differentiates active?"""
+    """Whether a torch.func transform that differentiates is active."""
     return _private.gradients_active() > 0
 
 
 def transforming() -> bool:
-    """Is a transform of torch.func or a trace active?"""
+    """Whether a transform of torch.func or a trace is active."""
     return _private.transforming() or _private.tracing()

@@ -21,7 +21,7 @@ from metaframe_torch._ambient import outside
 
 
 class Traced(NamedTuple):
-    """What a function does to tensors like those it was traced with."""
+    """A function as a graph, recorded on tensors like those that it gets."""
 
     graph: GraphModule
     examples: list[Array]

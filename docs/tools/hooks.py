@@ -1,4 +1,4 @@
-"""What mkdocs does to the pages: the command line's reference, the algorithms, and formulas.
+"""Hooks of mkdocs: the command line's reference, the algorithms, and formulas.
 
 Formulas, in `$$` on lines of their own or between single `$`, become MathML, which browsers render
 without a script.

@@ -24,7 +24,7 @@ from metaframe.training import MetaTrainer, StepSettings
 
 
 def train(config: dict[str, Any]) -> None:
-    """What every worker does, in the process group that Ray has made."""
+    """The work of every worker, in the process group that Ray has made."""
     torch.manual_seed(0)  # the same model everywhere; the trainer checks
     model = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1))
     trainer = MetaTrainer(

@@ -50,7 +50,7 @@ class NativeOptimizer(Protocol):
 
 
 class Backend(Required):
-    """What metaframe needs from a framework.
+    """The contract of a framework: all that metaframe needs of it.
 
     A method without a body is required. The others have a correct default, which a backend
     overrides only to be faster or to use less memory.
@@ -92,7 +92,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def owns(self, x: object) -> bool:
-        """Is `x` an array of this framework (a tracer or a variable counts)?"""
+        """Whether `x` is an array of this framework; a tracer or a variable counts."""
 
     @abc.abstractmethod
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
@@ -108,15 +108,15 @@ class Backend(Required):
 
     @abc.abstractmethod
     def is_floating(self, x: Array) -> bool:
-        """Is `x` of a real floating dtype, as a variable has to be?"""
+        """Whether `x` is of a real floating dtype, as a variable has to be."""
 
     def is_differentiable(self, x: Array) -> bool:
-        """Can `x` carry a gradient? Floating arrays can, and complex data."""
+        """Whether `x` can carry a gradient. Floating arrays can, and complex data."""
         return self.is_floating(x) or self.dtype_name(x).startswith("complex")
 
     @abc.abstractmethod
     def is_traced(self, x: Array) -> bool:
-        """Is `x` inside a transform or a compilation, so that it has no value to look at?"""
+        """Whether `x` is inside a transform or a compilation, and so has no value to look at."""
 
     @abc.abstractmethod
     def devices(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def on_cpu(self, x: Array) -> bool:
-        """Does work on `x` run on a CPU? For a traced array: unless it is told otherwise."""
+        """Whether work on `x` runs on a CPU. For a traced array: unless it is told otherwise."""
 
     def to_dlpack(self, x: Array) -> Any:
         """`x` as a constant with `__dlpack__`, through which others take its memory."""
@@ -304,7 +304,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:
-        """Was `error` raised because traced code asked an array for its value?"""
+        """Whether `error` was raised because traced code asked an array for its value."""
 
     def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
@@ -427,7 +427,7 @@ class Backend(Required):
         raise BackendError(f"backend {self.name!r} has no engine for several processes.")
 
     def lost_others(self, error: Exception) -> bool:
-        """Was `error` raised because another process is gone or does not answer?"""
+        """Whether `error` was raised because another process is gone or does not answer."""
         del error
         return False
 

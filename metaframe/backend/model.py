@@ -69,7 +69,7 @@ class Inputs:
 
 
 class BatchNorm(NamedTuple):
-    """What the arrays of a batch normalisation are called in the state and the parameters.
+    """The names of the arrays of a batch normalisation in the state and the parameters.
 
     >>> BatchNorm("bn.running_mean", "bn.running_var", "bn.weight", "bn.bias").scale
     'bn.weight'
@@ -113,7 +113,7 @@ class NamedParameters(abc.ABC):
         return tuple(name for name, x in self.params().items() if is_inexact(x, self.backend))
 
     def variables(self) -> dict[str, Any]:
-        """What the framework's own optimizers update. Default: the parameters."""
+        """The variables that the framework's own optimizers update. Default: the parameters."""
         return dict(self.params())
 
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -135,7 +135,7 @@ class NamedParameters(abc.ABC):
 
 
 def is_inexact(x: Array, backend: Any) -> bool:
-    """Is `x` of real or complex numbers, and not of integers or booleans?
+    """Whether `x` is of real or complex numbers, and not of integers or booleans.
 
     >>> import torch
     >>> from metaframe.backend.registry import load_backend

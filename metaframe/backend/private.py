@@ -43,7 +43,7 @@ class PrivateName:
 
     @cached_property
     def found(self) -> Any:
-        """What has this name; None if nothing has. Imports its module."""
+        """The object of this name; None if there is none. Imports its module."""
         module, _, attribute = self.path.partition(":")
         try:
             return operator.attrgetter(attribute)(importlib.import_module(module))
@@ -52,7 +52,7 @@ class PrivateName:
 
     @property
     def required(self) -> Any:
-        """What has this name.
+        """The object of this name, or an error.
 
         Raises:
             BackendError: nothing has; it names the installed version.

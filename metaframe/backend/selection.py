@@ -189,7 +189,7 @@ def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array
 
 
 def current_selection() -> Selection | None:
-    """What is selected here: within a `use_backend` the latest, else by `set_backend`."""
+    """The selection here: within a `use_backend` the latest, else that of `set_backend`."""
     return _scoped_selection.get() or _process_selection
 
 

@@ -81,7 +81,7 @@ class Workers(abc.ABC):
 
     @property
     def is_first(self) -> bool:
-        """Is this the process that writes files and reports?"""
+        """Whether this is the process that writes files and reports."""
         return self.process == 0
 
     def padded(self, num_tasks: int) -> int:
@@ -109,14 +109,14 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def tell(self, text: str) -> list[str]:
-        """What every process tells here, in their order. Waits for all of them."""
+        """The texts of all processes, in their order. Waits for all of them."""
 
     def leave_word(self, text: str) -> None:
         """Leave a last word for the others, if the engine keeps any."""
         del text
 
     def last_word(self) -> str | None:
-        """What one that failed left."""
+        """The last message of a process that failed."""
         return None
 
 
@@ -129,7 +129,7 @@ class Alone(Workers):
         return part(tasks, 0, lambda x: x)
 
     def tell(self, text: str) -> list[str]:
-        """What this process tells."""
+        """The text of this process."""
         return [text]
 
 

@@ -371,7 +371,7 @@ def bench(
 @click.option("--compare", default="", help="Backends to compare with, such as jax,tensorflow.")
 @_modes
 def doctor(target: str, backend: str | None, compare: str, as_json: bool, quiet: bool) -> None:
-    """Examine a meta-gradient: is it right, and if not, what is wrong with it?
+    """Examine a meta-gradient, and say what is wrong with it.
 
     The function takes no arguments and returns those of metaframe.testing.check_meta_gradient as a
     dict: cost, variables, batch, and if you like adaptation and step. The exit code is 1 if

@@ -1,4 +1,4 @@
-"""Does every setting have a use, and can the algorithm do the task?
+"""Checks that every setting has a use and that the algorithm can do the task.
 
 A setting that is ignored is worse than one that is refused: the run looks as if it had been obeyed.
 What has been set is what flags and files say and what differs from the defaults of the data set and
@@ -41,7 +41,7 @@ def defaults(data: str, algorithm_name: str) -> dict[str, Any]:
 
 
 def has_use(name: str, data: str, algorithm_name: str) -> bool:
-    """Do this data set and this algorithm have a use for a setting?"""
+    """Whether this data set and this algorithm have a use for a setting."""
     if name in algorithm(algorithm_name).ignores:
         return False
     both = (algorithm_name, _own_settings()), (data, _DATASETS)
@@ -76,7 +76,7 @@ def check_fit(config: RunConfig, own: Iterable[str]) -> None:
 
 
 def _check_counts(config: RunConfig, given: Mapping[str, object]) -> None:
-    """What counts or measures something has something to."""
+    """Check that settings which count or measure something have something to count."""
     if config.patience and not config.eval_every:
         raise UsageError(
             f"patience counts validations, received patience={config.patience} with eval_every=0, "
@@ -96,7 +96,7 @@ def _check_counts(config: RunConfig, given: Mapping[str, object]) -> None:
 
 
 def warnings(config: RunConfig) -> list[str]:
-    """What is allowed and hardly meant."""
+    """Warnings of settings that are allowed and hardly meant."""
     if config.algorithm == "reptile" and config.inner_steps == 1:
         return [
             "reptile with inner_steps=1 is ordinary training on all tasks at once: its direction "
@@ -113,7 +113,7 @@ def _owners(name: str, settings: Mapping[str, tuple[str, ...]]) -> list[str]:
 def _check_owned(
     given: Mapping[str, object], kind: str, own: str, settings: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """What is given belongs to `own`, if it belongs to any one alone."""
+    """Check that settings given belong to `own`, if they belong to any one alone."""
     for name in given:
         owners = _owners(name, settings)
         if owners and own not in owners:

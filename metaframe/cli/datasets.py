@@ -197,7 +197,7 @@ def _official_runs(config: RunConfig) -> list[Task]:
 
 
 def test_tasks(config: RunConfig) -> IndexedSampler | list[Task]:
-    """What a run is measured on: tasks of the test split, or a data set's official ones."""
+    """The tasks that a run is measured on: of the test split, or a data set's official ones."""
     if config.protocol == "random":
         return dataset(config.dataset).sampler(config, "test", config.eval_seed)
     return _official_runs(config)

@@ -1,4 +1,4 @@
-"""What ends a command, and with which exit code."""
+"""The errors that end a command, each with its exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class UsageError(MetaframeError, ValueError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, and all there is."""
+    """The nearest name to one that is unknown, and all names."""
     names = sorted(known)
     near = nearest(name, names)
     return near if near.startswith("Known") else f"{near} There are {', '.join(names)}."

@@ -1,4 +1,4 @@
-"""What a run may be continued with that it did not begin with: more steps, another patience."""
+"""The settings that a continued run may change: more steps, another patience."""
 
 from __future__ import annotations
 

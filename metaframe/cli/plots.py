@@ -93,12 +93,12 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
 
 
 def _number(value: float | None) -> float:
-    """What JSON has null for."""
+    """A number, or NaN where JSON has null."""
     return np.nan if value is None else value
 
 
 def predictions(experiment: Experiment) -> Figure:
-    """What the learner says of held-out tasks: curves before and after, or pictures."""
+    """Predictions for held-out tasks: curves before and after, or pictures."""
     source = datasets.test_tasks(experiment.config)
     first = [source[i] if isinstance(source, list) else source.task(i) for i in range(4)]
     if experiment.dataset.regression:

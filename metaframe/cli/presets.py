@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Is the number reached? One that is not finite is not."""
+        """Whether the number is reached. One that is not finite is not."""
         if self.reached is None:
             return False
         if self.metric == "mse":

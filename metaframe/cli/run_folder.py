@@ -104,7 +104,7 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def is_of(config: RunConfig, folder: Path) -> bool:
-    """Is the run in `folder` the one that `config` describes?"""
+    """Whether the run in `folder` is the one that `config` describes."""
     return (folder / CONFIG).is_file() and opened(folder, {}) == config
 
 
@@ -129,7 +129,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What result.json holds; None if there is none yet.
+    """The content of result.json; None if there is none yet.
 
     Raises:
         InputError: it is damaged.

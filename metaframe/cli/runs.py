@@ -47,7 +47,7 @@ from metaframe.training.progress import ProgressBar
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run does besides, none of which is part of its settings."""
+    """Side effects of a run, none of which is part of its settings."""
 
     plots: bool = True
     tensorboard: bool = False

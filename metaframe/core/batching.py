@@ -109,7 +109,7 @@ class Layout:
 
     @property
     def scale(self) -> int:
-        """What turns the gradient of a mean over tiled tasks into every task's own."""
+        """The factor from the gradient of a mean over tiled tasks to every task's own."""
         return self.num_tasks if self.tiled else 1
 
     def without_task_axis(self, grads: Arrays, how: Literal["sum", "mean"]) -> Arrays:

@@ -268,7 +268,7 @@ def clipped(
 
 
 def rule(optimizer: Optimizer) -> str | None:
-    """What the state of `optimizer` means, in a chain or not; None for a rule of someone else.
+    """The kind of state of `optimizer`, in a chain or not; None for a rule of someone else.
 
     Momentum, RMSprop and Adagrad keep arrays of the same names and shapes, so that only this tells
     their states apart. Links that keep a state are named "link".

@@ -205,7 +205,7 @@ def scalar(value: Any, name: str, backend: Backend) -> Array:
 
 
 def with_aux(result: Any, name: str) -> tuple[Any, Any]:
-    """What a function that returns something besides its cost has returned.
+    """The cost and the aux that a function with has_aux=True returned.
 
     Raises:
         InputTypeError: it is no pair.

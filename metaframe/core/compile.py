@@ -77,7 +77,7 @@ def compile(fn: Callable[P, R]) -> Compiled[P, R]:
 
 
 class Signature(NamedTuple):
-    """What a program was made for."""
+    """The inputs that a program was made for."""
 
     structure: tree.TreeSpec
     """Of the arguments."""
@@ -107,7 +107,7 @@ class Compiled(Settled, Generic[P, R]):
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
-        """What each program was made for."""
+        """The signature of each program."""
         return tuple(self._signatures)
 
     @entrance
@@ -163,7 +163,7 @@ class Compiled(Settled, Generic[P, R]):
         return Signature(spec, current_selection(), ambient, kinds, keys)
 
     def _kind(self, leaf: Any) -> Hashable:
-        """What a program depends on. Every call asks it of every leaf."""
+        """The key of a program. Every call asks it of every leaf."""
         backend = owner(leaf)
         if backend is not None:
             return backend.signature(leaf)
@@ -272,7 +272,7 @@ def _check_unchanged(
     before: Iterable[Hashable],
     changing: Iterable[object],
 ) -> None:
-    """What the function is run again with, to be differentiated, is what it was called with."""
+    """Check that the function runs again, to be differentiated, on what it was called with."""
     for x, was in zip(constants, before, strict=True):
         if not any(x is other for other in changing) and constant(x) != was:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What tells one constant of a compiled program from another: its type and its bits.
+"""The identity of a constant of a compiled program: its type and its bits.
 
 A constant is an argument that is no array. Python's `==` is not enough: 0.0 equals -0.0, 1 equals
 True, NaN does not equal itself, and an object that is changed in place equals itself before and
@@ -135,7 +135,7 @@ class _Look:
             yield repr(x)
 
     def _contents(self, x: Any) -> Hashable:
-        """What `x` has as a value of a built-in type, or of one derived from it."""
+        """The contents of `x` as a value of a built-in type, or of one derived from it."""
         if isinstance(x, types.MethodType):
             return x.__func__, self.at(x.__self__)
         if isinstance(x, functools.partial):

@@ -95,11 +95,11 @@ class Container(dict[str, Any]):
         return found
 
     def __contains__(self, key: object) -> bool:
-        """Is there something at this key or key chain?"""
+        """Whether there is something at this key or key chain."""
         return isinstance(key, str) and _find(self, key) is not _MISSING
 
     def get(self, key: str, default: Any = None) -> Any:
-        """What is at this key or key chain, or `default`."""
+        """The value at this key or key chain, or `default`."""
         found = _find(self, key)
         return default if found is _MISSING else found
 
@@ -315,7 +315,7 @@ def _wrap(value: Any) -> Any:
 
 
 def _find(container: Container, chain: str) -> Any:
-    """What is at a key chain, or _MISSING."""
+    """The value at a key chain, or _MISSING."""
     node: Any = container
     for part in chain.split("/"):
         below = node if isinstance(node, Container) else tree.children(node)

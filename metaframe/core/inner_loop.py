@@ -156,7 +156,7 @@ def first_index(like: Array) -> Array:
 
 
 class Rows(NamedTuple):
-    """What changes from step to step, as arrays with a leading step axis."""
+    """Arrays with a leading step axis, of which every step gets its row."""
 
     arrays: Arrays
     """Those of the learning rate, and after them those of the batch."""
@@ -167,7 +167,7 @@ class Rows(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the update rule is given besides variables and gradients."""
+    """The state and the rates that the update rule is given."""
 
     state: tree.Packed
     rate: tree.Packed

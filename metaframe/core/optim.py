@@ -211,7 +211,7 @@ def counter(params: Params) -> Any:
 
 
 def own_rule(optimizer: Optimizer) -> str | None:
-    """What the state of a rule made by `stepping` means; None for a rule of someone else."""
+    """The kind of state of a rule made by `stepping`; None for a rule of someone else."""
     update: Any = optimizer.update
     if getattr(update, "func", None) is _scheduled:
         update = update.keywords["update"]

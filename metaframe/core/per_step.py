@@ -52,12 +52,12 @@ def per_step(rows: tree.Tree) -> Any:
 
 
 def is_marked(x: object) -> bool:
-    """Was `x` made by `per_step`?"""
+    """Whether `x` was made by `per_step`."""
     return isinstance(x, PerStep)
 
 
 def contains_marks(spec: tree.TreeSpec) -> bool:
-    """Is any part of a structure made by `per_step`?"""
+    """Whether any part of a structure was made by `per_step`."""
     return PerStep in tree.node_types(spec)
 
 

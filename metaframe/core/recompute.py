@@ -124,7 +124,7 @@ def _segment_of(backend: Backend, body: Body, steps: int, carried: int, given: i
 def check_repeatable(
     backend: Backend, step: Callable[..., Sequence[Arrays]], inputs: Sequence[Arrays], what: str
 ) -> None:
-    """What is run again in the backward pass depends on its inputs alone.
+    """Check that what is run again in the backward pass depends on its inputs alone.
 
     Args:
         backend: the backend of the arrays.

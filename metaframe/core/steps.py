@@ -333,7 +333,7 @@ def reptile_step(
 
 @dataclass(frozen=True)
 class _TaskOfStep:
-    """What one task of a step does. Checked when it is made."""
+    """The program of one task of a step. Checked when it is made."""
 
     inner_cost: Cost
     outer_cost: Cost | None
@@ -413,7 +413,7 @@ class _TaskOfStep:
         return objective
 
     def _support(self, layout: Layout, leaves: Arrays) -> Stepwise:
-        """What the inner cost of a task gets, with its rows for each step."""
+        """The batch of a task's inner cost, with its rows for each step."""
         support = _applied(self.inner_batch_fn, layout.batch.spec, leaves, layout.backend)
         if not contains_marks(support.spec):
             return Stepwise.plain(support)

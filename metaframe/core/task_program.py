@@ -23,7 +23,7 @@ Direction = Literal["gradients", "displacement"]
 
 
 class Outcome(NamedTuple):
-    """What a task contributes.
+    """The contribution of a task.
 
     >>> def final(run):
     ...     adapted = run.adapted().params

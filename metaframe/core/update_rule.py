@@ -28,7 +28,7 @@ RETURNED = "what the inner update returned"
 
 
 class Updated(NamedTuple):
-    """What an update leads to, as leaves in the order of the variables and of the state."""
+    """The result of an update, as leaves in the order of the variables and of the state."""
 
     params: Leaves
     state: Leaves

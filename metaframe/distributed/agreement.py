@@ -1,4 +1,4 @@
-"""Before the first step: do all processes have the same algorithm, settings, keys and shapes?
+"""Agreement of all processes on algorithm, settings, keys and shapes before the first step.
 
 Processes that disagree would add up arrays that do not belong together, some of them silently. So
 they compare a digest of a description of everything but the arrays' values, once for each
@@ -151,7 +151,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _belongs(value: Any, fn: FunctionType) -> bool:
-    """Is a global one that makes another function of `fn`?
+    """Whether a global is one that makes another function of `fn`.
 
     Not the rest: paths, devices and loggers may differ from process to process.
     """

@@ -58,7 +58,7 @@ def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ)
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Is this the process that writes files and reports? Also if it runs alone.
+    """Whether this process writes files and reports; also True if it runs alone.
 
     >>> is_first({"RANK": "0"}), is_first({"RANK": "1"}), is_first({})
     (True, False, True)
@@ -67,7 +67,7 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Did torchrun start this process after others failed, to go on where they were?
+    """Whether torchrun started this process after others failed, to go on where they were.
 
     >>> is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}), is_restarted({})
     (True, False)
@@ -123,7 +123,7 @@ def _chosen(name: str | None) -> Backend | None:
 def _for_everyone(
     error: Exception, backend: Backend, workers: Workers, timeout: float
 ) -> Exception:
-    """What this process ends with, after telling the others or hearing from them."""
+    """The ending of this process, after telling the others or hearing from them."""
     who = f"process {workers.process} of {workers.processes}"
     if not backend.lost_others(error):
         workers.leave_word(f"{who} failed: {type(error).__name__}: {error}")

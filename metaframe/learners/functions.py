@@ -61,7 +61,7 @@ def functional_forward(
     buffers: Mapping[str, Array] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What `model` returns with `params` in place of its own.
+    """The output of `model` with `params` in place of its own.
 
     Neither the model nor any array given is changed: running statistics that the model would
     update are updated in a copy that is dropped.

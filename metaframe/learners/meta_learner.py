@@ -1,4 +1,4 @@
-"""What MAML and its relatives share: meta-parameters, learners and meta-gradients."""
+"""The common part of MAML and its relatives: meta-parameters, learners, meta-gradients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PROGRAMS_KEPT = 16
 
 
 class Phase(NamedTuple):
-    """What an algorithm with a schedule of its own does in one epoch of training."""
+    """The settings of an algorithm with a schedule of its own in one epoch of training."""
 
     config: AdaptConfig
     method: Method
@@ -376,7 +376,7 @@ class MetaLearner(Wrapper):
         return {name: variables[name] for name in self.meta_parameters()}
 
     def constants(self) -> Meta:
-        """What else a meta-gradient depends on: other parameters, state, the method's schedule.
+        """Inputs of a meta-gradient that are constants: other parameters, state, the schedule.
 
         Of no record of operations, as `meta_arrays`.
         """

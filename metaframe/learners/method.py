@@ -69,7 +69,7 @@ class Method:
 
     @property
     def needs_support(self) -> bool:
-        """Can a learner adapt only where it is handed the support set itself?"""
+        """Whether a learner can adapt only where it is handed the support set itself."""
         return self.begin is not None or self.finish is not None
 
 

@@ -72,7 +72,7 @@ class GivenRows:
 
 
 def minibatches(given: Any) -> Table | None:
-    """What `inner_batches` says, in one form.
+    """The argument `inner_batches` in one form.
 
     Raises:
         InputError, InputTypeError: neither a size nor rows.

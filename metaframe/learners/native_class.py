@@ -1,4 +1,4 @@
-"""What makes a wrapper around a model an object of that model's framework.
+"""The class that makes a wrapper around a model an object of that model's framework.
 
 `MAML(module)` around a torch module has to be an `nn.Module`, so that `parameters()`, `state_dict`
 and `to(device)` work, and it has to be a `metaframe.MAML` too. So the class is chosen when the

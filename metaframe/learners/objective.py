@@ -41,7 +41,7 @@ Meta = dict[str, Params]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for every task; with equal settings a compiled program is used again."""
+    """Settings common to all tasks; with equal settings a compiled program is used again."""
 
     adapter: ModelAdapter
     config: AdaptConfig
@@ -152,7 +152,7 @@ class ModelOnTask:
 
     @property
     def context(self) -> Arrays:
-        """What else the inner cost depends on: other parameters, support set, the step."""
+        """Other inputs of the inner cost: other parameters, support set, the step."""
         step = (self._state[STEP],) if STEP in self._state else ()
         return (*(self.start[name] for name in self._held), *self._batch.arrays, *step)
 
@@ -222,7 +222,7 @@ class ModelOnTask:
         return loss, (checks.scalar(score, "metric", backend), *report)
 
     def _inner_cost(self, params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
-        """What the inner loop minimises: the support loss, and the algorithm's penalty.
+        """The cost that the inner loop minimises: the support loss, and the algorithm's penalty.
 
         Last in the context come the step and the rows of its minibatch, where there are such.
         """

@@ -36,7 +36,7 @@ def meta_parameters(adapter: ModelAdapter, learned: Learned) -> Params:
 
 
 def of_rule(learned: Learned, *, trained: bool | None = None) -> Params:
-    """What the update rule learns: all of it, what is trained, or what is frozen."""
+    """The learned values of the update rule: all, the trained, or the frozen ones."""
     if learned is None:
         return {}
     names = frozenset(learned.trainable())

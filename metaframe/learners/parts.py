@@ -23,7 +23,7 @@ _WITHHELD = object()
 
 
 class Host(Protocol):
-    """What evaluates functions of a model, with the values in place."""
+    """An object that evaluates functions of a model, with the values in place."""
 
     names: list[str]
     """Names of the values."""
@@ -58,7 +58,7 @@ class Part:
         return _handed_out(self._host, found, lambda model: find(model)(*args, **kwargs), label)
 
     def __getattr__(self, name: str) -> Any:
-        """What the original has under this name."""
+        """The attribute of the original."""
         if name.startswith("__") or name in Part.__slots__:
             raise AttributeError(name)
         return attribute(self._host, self._find, name, self._label)

@@ -1,4 +1,4 @@
-"""What a learner offers to larger programs: its meta-gradient, and its adaptation step by step.
+"""A learner's parts for larger programs: its meta-gradient, and its adaptation by steps.
 
 Both are pure functions of the learner's arrays, and values that compare equal if one compiled
 program serves for both. Whoever compiles a step hands them over as constants, so that a learner

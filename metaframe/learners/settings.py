@@ -122,7 +122,7 @@ class AdaptConfig:
         return {name: by_name[name] * ops.ones_like(x) for name, x in like.items()}
 
     def rate(self, learned: dict[str, Array]) -> optim.Rate:
-        """What the update rule is given as learning rate: what is learned, or `inner_lr`."""
+        """The learning rate for the update rule: the learned one, or `inner_lr`."""
         if callable(self.inner_lr):
             found = self.inner_lr(self.learned(learned))
             return found if self._own_rule else rate_for(found, self.names, name="inner_lr")
@@ -136,7 +136,7 @@ class AdaptConfig:
 
     @property
     def _own_rule(self) -> bool:
-        """Is the update rule one of the user's, which may take anything for its rate?"""
+        """Whether the update rule is one of the user's, which may take anything for its rate."""
         return isinstance(self.update, optim.Optimizer) and own_rule(self.update) is None
 
     def forward(self, phase: Phase) -> Forward:

@@ -1,4 +1,4 @@
-"""What batch normalisation sees at every step of an adaptation, averaged over tasks."""
+"""Statistics of batch normalisation at every step of an adaptation, averaged over tasks."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class TaskLoss:
         return checks.scalar(loss, "loss_fn", backend), aux
 
     def support(self, backend: Backend, prediction: Any, target: Any, learned: Any) -> Array:
-        """What the inner loop minimises."""
+        """The loss that the inner loop minimises."""
         if self.support_loss is None:
             return self.query(backend, prediction, target)[0]
         found = run_user(backend, self.support_loss, prediction, target, learned=learned)
@@ -142,7 +142,7 @@ def _asks_for_learned(fn: Callable[..., Any]) -> bool:
 
 
 def requires_learned(fn: Callable[..., Any]) -> bool:
-    """Has `fn` an argument called `learned` that has no default?"""
+    """Whether `fn` has an argument called `learned` without a default."""
     found = _parameter(fn)
     return found is not None and found.default is inspect.Parameter.empty
 

@@ -220,7 +220,7 @@ class KerasAdapter(ModelAdapter):
         return momenta
 
     def _check_own(self, called: Call, read: Sequence[Any]) -> None:
-        """What the call depended on and changed is the model's own."""
+        """Check that all a call depended on and changed is the model's own."""
         foreign, assigned = called.foreign()
         frozen = {id(x.value) for x in foreign if not x.trainable}
         learned = [x for x in foreign if x.trainable]

@@ -71,18 +71,18 @@ def unbuilt(layers: Iterable[Any]) -> list[Any]:
 
 
 class Call:
-    """What a call of a layer found out; `output`, and `scope`, which has the variables' values."""
+    """The outcome of a call of a layer: `output`, and `scope`, which has the variables' values."""
 
     def __init__(self, scope: Any, output: Any) -> None:
         self.output = output
         self._scope = scope
 
     def value(self, variable: Any) -> Array:
-        """What `variable` is after the call."""
+        """The value of `variable` after the call."""
         return self._scope.get_current_value(variable)
 
     def recorded(self, variable: Any) -> Array | None:
-        """What was last assigned to `variable`, None if nothing was."""
+        """The last value assigned to `variable`; None if there was none."""
         return self._scope.assigned.get(id(variable), (None, None))[1]
 
     def foreign(self) -> tuple[list[Any], list[Any]]:
@@ -215,7 +215,7 @@ def _as_built(layers: Sequence[Any], owner: str) -> Iterator[None]:
 
 
 def not_built(owner: str, names: Sequence[str]) -> str:
-    """What to do about a model whose layers of these names are not built."""
+    """Advice about a model whose layers of these names are not built."""
     missing = f"its layers {list(names)} are not built" if names else "it has no weights yet"
     return (
         f"{owner} is not complete: {missing}. Call it once on data, in the mode it is used in "

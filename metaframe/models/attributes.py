@@ -1,4 +1,4 @@
-"""What decides what a model computes, besides its arrays and its code: plain attributes.
+"""Plain attributes of a model, which decide its results besides its arrays and its code.
 
 A compiled program has them built in, so one that was made under others must not be used again.
 """
@@ -31,7 +31,7 @@ class Flags:
         self._moving: frozenset[tuple[int, str]] | None = None
 
     def of(self, parts: Parts) -> Hashable:
-        """What they are now: equal if one program serves."""
+        """The attributes at this moment: equal if one program serves."""
         moving, flags = self._moving, list[object]()
         for i, part in enumerate(parts()):
             flags.append(type(part))

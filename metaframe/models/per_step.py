@@ -58,7 +58,7 @@ def _repeated(value: Array, rows: int) -> Array:
 
 
 class _PerStep(Around):
-    """What both kinds share: the state says where an adaptation is."""
+    """The common part of both kinds: the state says where an adaptation is."""
 
     def __init__(self, inner: ModelAdapter, rows: int, what: str) -> None:
         super().__init__(inner)

@@ -18,7 +18,7 @@ POOLINGS = ("max", "stride")
 
 
 class Model(NamedTuple):
-    """What a model is: how its parameters start, and what it computes from them.
+    """A model as functions: of a seed, its parameters; of these and an input, its output.
 
     >>> model = nn.mlp([1, 40, 40, 1])
     >>> params = model.init(0)

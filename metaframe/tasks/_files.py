@@ -37,7 +37,7 @@ class Source:
 
     @property
     def again(self) -> str:
-        """What to do about a bad file."""
+        """Advice about a bad file."""
         return (
             self.remedy or f"The file is damaged or incomplete; download it again from {self.url}."
         )

@@ -1,4 +1,4 @@
-"""What is in the files of mini-ImageNet and tieredImageNet, in the layouts they come in."""
+"""The contents of the files of mini-ImageNet and tieredImageNet, in their layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in Omniglot's files."""
+"""The contents of Omniglot's files."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class _Examples:
 
 @dataclass(frozen=True)
 class _Form:
-    """What images are to become."""
+    """The size and the channels that images are brought to."""
 
     size: int | None
     mode: str | None

@@ -24,7 +24,7 @@ WORKERS_AT_MOST = 8
 
 
 class LazyImages:
-    """What `FewShotSampler` asks of an array of images, without having them in memory.
+    """Images that are read when `FewShotSampler` asks for them, and not before.
 
     Args:
         read: `read(i)` is image number i, `shape` and of `dtype`. From any thread.

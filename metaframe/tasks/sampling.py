@@ -342,7 +342,7 @@ class IndexedSampler(abc.ABC):
         return stack_tasks([self.draw(self.rng(i)) for i in indices])
 
     def state(self) -> dict[str, int | str]:
-        """What `restore` needs, as plain values for a checkpoint."""
+        """The position for `restore`, as plain values for a checkpoint."""
         return {"seed": self.seed, "split": self.split, "position": self._position}
 
     def restore(self, state: Mapping[str, Any]) -> None:

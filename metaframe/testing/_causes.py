@@ -1,4 +1,4 @@
-"""Why a gradient is not what finite differences say: what does it equal instead?"""
+"""Causes of a wrong gradient, found by comparing it with other known quantities."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _disconnected(subject: Subject, found: Gradient, wrong: Sequence[Component])
 
 
 def _ratio(wrong: Sequence[Component]) -> float | None:
-    """What the right gradient is multiplied by, if it is."""
+    """The factor between the gradient and the right one, if there is one."""
     if any(c.slope.value == 0.0 for c in wrong):
         return None
     ratios = np.array([c.claimed / c.slope.value for c in wrong])

@@ -65,17 +65,17 @@ class Component(NamedTuple):
 
     @property
     def stationary(self) -> bool:
-        """Are the slope and the claim 0, as far as float64 can tell?"""
+        """Whether the slope and the claim are 0, as far as float64 can tell."""
         return max(self.slope.error, self.size) <= NEAR * self.slope.rounding
 
     @property
     def lossy(self) -> bool:
-        """Has the cost too few digits for small faults to be seen?"""
+        """Whether the cost has too few digits for small faults to be seen."""
         return self.slope.noisy and self.slope.error > PRECISE * self.size
 
     @property
     def known(self) -> bool:
-        """Is the cost smooth and repeatable enough for differences to say anything?"""
+        """Whether the cost is smooth and repeatable enough for differences to say anything."""
         error, rounding = self.slope.error, self.slope.rounding
         if self.stationary:
             return True
@@ -88,7 +88,7 @@ class Component(NamedTuple):
         return error <= allowed * self.size
 
     def agrees(self, rtol: float) -> bool:
-        """Is the claim within `rtol` of the leaf's norm, and the differences' own error?"""
+        """Whether the claim is within `rtol` of the leaf's norm, and the differences' own error."""
         allowed = rtol * self.size + 10 * max(self.slope.error, self.slope.rounding)
         return bool(self.apart <= allowed)
 

@@ -1,4 +1,4 @@
-"""The gradient doctor: is this meta-gradient right, and if not, what is wrong with it?
+"""The gradient doctor: a check of a meta-gradient, with the cause where it is wrong.
 
 The judge is finite differences of the cost itself. What a wrong gradient equals instead, the
 first-order gradient, nothing, a multiple of the right one, tells the cause.
@@ -125,7 +125,7 @@ class _Examination:
         return Report(tuple(findings), tuple(self._passed), tuple(self._unknown))
 
     def gradient(self) -> bool:
-        """The gradient itself; is it worth looking any further?"""
+        """Examine the gradient itself; returns whether to look any further."""
         subject = self._subject
         roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
         roots |= {"update": subject.adaptation.update, "step": subject.step}
@@ -147,7 +147,7 @@ class _Examination:
         return not self._seeded
 
     def _repeatable(self, again: Gradient, *, changed: bool) -> bool:
-        """Do two calls give one result, if need be with every random stream set back?"""
+        """Whether two calls give one result, if need be with every random stream set back."""
         if _near(self._first, again):
             self._passed.append("two calls give the same cost and gradient")
             return True

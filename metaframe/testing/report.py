@@ -1,4 +1,4 @@
-"""What the gradient doctor says."""
+"""The report of the gradient doctor."""
 
 from __future__ import annotations
 

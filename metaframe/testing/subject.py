@@ -1,4 +1,4 @@
-"""What is checked: a meta-cost and the gradient that is claimed for it, in float64."""
+"""The subject of a check: a meta-cost and the gradient claimed for it, in float64."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Subject:
         return self.of_step(self.step, self.batch)
 
     def of_step(self, step: Step, batch: tree.Tree) -> Gradient:
-        """What a step returns, its gradients brought into the order of the variables."""
+        """The results of a step, its gradients brought into the order of the variables."""
         cost, grads, *_ = step(self.variables, batch)
         leaves, spec = tree.flatten(grads, is_leaf=lambda node: node is None)
         if len(leaves) != len(self.names):

@@ -40,7 +40,7 @@ def sample_batch(sampler: TaskSampler, count: int, share: Sequence[int] | None =
 
 
 def is_restorable(sampler: object) -> bool:
-    """Can the sampler say where it is and go back there?"""
+    """Whether the sampler can say where it is and go back there."""
     return hasattr(sampler, "state") and hasattr(sampler, "restore")
 
 

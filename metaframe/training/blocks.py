@@ -46,7 +46,7 @@ class Stepping(Trainer, Protocol):
 
 
 class Validation(NamedTuple):
-    """What is evaluated in a run, and how often."""
+    """The tasks of an evaluation in a run, and how often it comes."""
 
     tasks: Any
     every: int | None
@@ -191,7 +191,7 @@ class Block:
         self._steps = self._several(count)
 
     def reports(self) -> tuple[list[StepReport], StepReport | None]:
-        """What the steps found, and the first report that is not finite, with which they end."""
+        """The reports of the steps, and the first one that is not finite, with which they end."""
         found = self._steps.reports()
         bad = next((i for i, report in enumerate(found) if not is_finite(report)), None)
         return (found, None) if bad is None else (found[:bad], found[bad])

@@ -1,4 +1,4 @@
-"""What can watch a training run, and end it."""
+"""Callbacks, which watch a training run and may end it."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class EarlyStopping(Callback):
 
 
 def merit(evaluation: Evaluation | None) -> float:
-    """What is the higher the better: the metric, or without one minus the loss."""
+    """The score to maximise: the metric, or without one minus the loss."""
     if evaluation is None:
         return -math.inf
     if evaluation.scores is None:
@@ -223,7 +223,7 @@ def merit(evaluation: Evaluation | None) -> float:
 
 
 def watchers_of(callbacks: Any, callback: Callable[[int, float], None] | None) -> list[Callback]:
-    """What watches a run, in one list.
+    """All callbacks of a run, in one list.
 
     Raises:
         InputTypeError: something that is no callback.

@@ -36,7 +36,7 @@ BEST = f"best{SUFFIX}"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         arrays: by name: "params/...", "statistics/...", "optimizer/...", "rng.<backend>/...".
@@ -167,7 +167,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
-    """What is no array can be written as JSON.
+    """Check that whatever is no array can be written as JSON.
 
     Raises:
         InputError: it cannot, naming what.
@@ -275,7 +275,7 @@ class Checkpoints(Callback):
         return step % self._every == 0
 
     def on_start(self, run: Run) -> None:
-        """Look at what there is: does this run go on from it, and how good is the best one?"""
+        """Find out whether this run goes on from the folder's, and how good the best one is."""
         check_plain(self._config, run.trainer.state()[1])
         found, step = checkpoint_files(self.folder), run.trainer.step
         if found and found[-1] > self._path(step):

@@ -1,4 +1,4 @@
-"""What a trainer and an evaluation are given, checked at the door."""
+"""Checks of the arguments of a trainer and an evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def learner(maml: Any, loss_fn: Any, metric: Any) -> None:
 
 
 def sampler(task_sampler: Any) -> None:
-    """What training tasks are sampled from."""
+    """Check the sampler of training tasks."""
     if not callable(getattr(task_sampler, "sample", None)):
         raise InputTypeError(
             "task_sampler must have a method sample(meta_batch_size), see TaskSampler; received "

@@ -44,7 +44,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation found, for every task and every number of steps.
+    """The results of an evaluation, for every task and every number of steps.
 
     Attributes:
         losses: `(tasks, steps + 1)` query losses after 0, 1, ... steps, transductive.

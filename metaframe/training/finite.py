@@ -24,7 +24,7 @@ def is_finite(report: StepReport) -> bool:
 
 
 def check_finite(report: StepReport, step: int, blame: Callable[[], str]) -> None:
-    """What the step after `step` others found is finite.
+    """Check that the results of the step after `step` others are finite.
 
     Raises:
         NonFiniteError: it is not, naming the task; for a gradient the one that `blame` names.

@@ -34,12 +34,12 @@ class Fitted(blocks.Stepping, Protocol):
         ...
 
     def evaluated(self, tasks: Any) -> Evaluation:
-        """What the learner reaches on these tasks."""
+        """The results of the learner on these tasks."""
         ...
 
 
 class Fitting:
-    """What one call of `fit` does once its arguments are checked.
+    """One call of `fit` once its arguments are checked.
 
     Args:
         trainer: whose steps it takes.
@@ -62,7 +62,7 @@ class Fitting:
         self._interrupt = interrupt
 
     def is_over_before(self) -> bool:
-        """Validate if an earlier run left that to this one; is there nothing more to do?"""
+        """Validate if an earlier run left that to this one; return whether the run is over."""
         owed = self._trainer.owes_validation and self._validation.is_due(self._trainer.step)
         if owed:
             self._end_iteration()
@@ -100,7 +100,7 @@ class Fitting:
             started = now
 
     def _looked_at(self, block: blocks.Block) -> bool:
-        """What happens after each step of a block that was started; is the run over?"""
+        """Tell who watches of each step of a started block; return whether the run is over."""
         trainer, taken = self._trainer, 0
         try:
             found, failed = block.reports()
@@ -120,7 +120,7 @@ class Fitting:
         return False
 
     def _follow(self, report: StepReport, position: Mapping[str, Any] | None) -> bool:
-        """After a step: tell who watches, and validate if that is due. Is the run over?"""
+        """Tell who watches of a step, and validate if due; return whether the run is over."""
         trainer, run = self._trainer, self._run
         run.iteration += 1
         run.report = report
@@ -132,7 +132,7 @@ class Fitting:
         return self._ends(evaluated=self._end_iteration())
 
     def _end_iteration(self) -> bool:
-        """Validate if that is due; was it?"""
+        """Validate if that is due; return whether it was."""
         due = self._trainer.owes_validation
         if due:
             self._evaluate()

@@ -1,4 +1,4 @@
-"""What a run measures, in files: JSON lines, CSV, and TensorBoard events where it is installed."""
+"""Metrics of a run in files: JSON lines, CSV, and TensorBoard events where installed."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 def checked_parameters(
     maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
 ) -> Callable[[], None]:
-    """What assigns the meta-parameters in `arrays`, as `MetaTrainer.state` names them.
+    """The function that assigns the meta-parameters in `arrays`, named as in `MetaTrainer.state`.
 
     Raises:
         CheckpointError: other names, shapes or dtypes than the learner's.

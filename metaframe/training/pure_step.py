@@ -35,7 +35,7 @@ class At(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one step found, or stacked what several did, as arrays of the framework."""
+    """The results of one step, or stacked those of several, as arrays of the framework."""
 
     cost: Array
     aux: dict[str, Array]

@@ -1,4 +1,4 @@
-"""What an outer step is asked for, and what it found."""
+"""The request for an outer step, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Its argument: how many tasks there are in all, where a batch holds this process'
 
 
 class StepReport(NamedTuple):
-    """What one outer step found, before the update.
+    """The results of one outer step, before the update.
 
     >>> StepReport(0.5, np.array([0.25, 0.75]), None, 2.0).loss
     0.5

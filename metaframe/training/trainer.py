@@ -359,5 +359,5 @@ class MetaTrainer:
         return task_to_blame(self.maml, self.loss_fn, batch)
 
     def evaluated(self, tasks: Any) -> Evaluation:
-        """What the learner reaches on these tasks."""
+        """The results of the learner on these tasks."""
         return self._evaluator(tasks, inductive=False, whole_curve=False)

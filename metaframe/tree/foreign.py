@@ -60,7 +60,7 @@ _learning = threading.Lock()
 
 
 def learn_nodes(leaves: Collection[object]) -> bool:
-    """Make the classes of those `leaves` nodes that a framework takes apart. Were there any?"""
+    """Make the classes of `leaves` nodes that a framework takes apart; return whether any were."""
     if PLAIN.issuperset(map(type, leaves)):
         return False
     return any(_learn(leaf) for leaf in leaves if type(leaf) not in PLAIN)
@@ -127,7 +127,7 @@ def register_wrapper(
 
 
 def is_wrapper(x: object) -> bool:
-    """Is `x` of a registered class?"""
+    """Whether `x` is of a registered class."""
     return type(x) in _wrappers
 
 

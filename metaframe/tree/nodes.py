@@ -90,7 +90,7 @@ def structure(tree: Tree) -> TreeSpec:
 
 
 def is_leaf(node: Tree) -> bool:
-    """Is it a leaf or an array in another library's wrapper, and no structure?
+    """Whether it is a leaf or an array in another library's wrapper, and no structure.
 
     >>> is_leaf(1.0), is_leaf({"w": 1.0}), is_leaf(None)
     (True, False, False)
@@ -164,7 +164,7 @@ def chains(spec: TreeSpec) -> tuple[str, ...]:
 
 
 def children(node: Tree) -> dict[str, Tree]:
-    """What is directly below a node, by the names key chains use; empty for a leaf.
+    """The children of a node, by the names key chains use; empty for a leaf.
 
     >>> children({"b": {"w": 1}, "a": None})
     {'a': None, 'b': {'w': 1}}
@@ -228,7 +228,7 @@ def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
 
 
 def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
-    """One flag a leaf: is it selected by `choice`?
+    """One flag a leaf: whether `choice` selects it.
 
     Args:
         tree: the structure to choose from.
@@ -351,7 +351,7 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
 
 
 def keyed_by_names(spec: TreeSpec) -> bool:
-    """Are the keys of all mappings strings? Structures with the keys 1 and True are equal.
+    """Whether the keys of all mappings are strings. Structures with the keys 1 and True are equal.
 
     >>> keyed_by_names(structure({"a": [0, 0]})), keyed_by_names(structure({1: 0}))
     (True, False)

@@ -55,7 +55,7 @@ def arrays(inputs: Any, seed: int) -> Any:
 
 
 def own_call(model: Any, x: Any, how: dict[str, bool]) -> Any:
-    """What the model itself returns, and is as it was before."""
+    """The model's own output, after which it is as it was before."""
     before = [to_np(v) for v in variables(model)]
     output = model(x, **how)
     for variable, value in zip(variables(model), before, strict=True):

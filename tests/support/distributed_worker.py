@@ -17,7 +17,7 @@ import numpy as np
 
 
 def prepare(devices: int) -> None:
-    """What has to be settled before a framework is imported."""
+    """Settings made before a framework is imported."""
     os.environ.update(
         CUDA_VISIBLE_DEVICES="",
         JAX_PLATFORMS="cpu",

@@ -38,7 +38,7 @@ def parsed(module: str) -> ast.Module:
 
 @cache
 def is_face(module: str) -> bool:
-    """Is it an `__init__` that only hands names on?"""
+    """Whether it is an `__init__` that only hands names on."""
     kinds = (ast.FunctionDef, ast.ClassDef)
     return sources()[module].name == "__init__.py" and not any(
         isinstance(node, kinds) for node in parsed(module).body

@@ -1,4 +1,4 @@
-"""What ivy 1.0.0.5 needs of the newer frameworks that it runs on here; nothing of ours does."""
+"""Names that ivy 1.0.0.5 needs of newer frameworks; nothing of ours needs them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def codes(processes: Sequence[Process], limit: float) -> list[int | None]:
 
 
 def logs(folder: Path) -> str:
-    """What the processes said."""
+    """The output of the processes."""
     return "\n".join(f"{f.name}:\n{f.read_text()}" for f in sorted(folder.glob("*.log")))
 
 

@@ -50,7 +50,7 @@ class Row(NamedTuple):
     slow: bool = False
 
     def of(self, function: str) -> object:
-        """What comes out of one function."""
+        """The result of one function."""
         if not isinstance(self.outcome, dict):
             return self.outcome
         return self.outcome.get(function, self.outcome.get("", RIGHT))

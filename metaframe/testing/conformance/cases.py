@@ -50,7 +50,7 @@ class Case:
 
     @functools.cached_property
     def weight(self) -> Values:
-        """What the output is multiplied by before it is summed to a scalar."""
+        """The weights of the output in the sum that makes a scalar of it."""
         return weights(self.expected(self.floating))
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What a clause is: one promise of the backend contract, with the check that it is kept."""
+"""A clause: one promise of the backend contract, with the check that it is kept."""
 
 from __future__ import annotations
 

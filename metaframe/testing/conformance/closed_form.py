@@ -97,7 +97,7 @@ class Quadratics:
 
     @property
     def batch(self) -> dict[str, Values]:
-        """What `cost` is called with."""
+        """The batch that `cost` is called with."""
         return {"matrix": self.matrix, "centre": self.centre, "constant": self.constant}
 
     def value(self, task: int, theta: Values) -> float:

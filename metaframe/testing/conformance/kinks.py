@@ -25,7 +25,7 @@ INF, NAN = math.inf, math.nan
 
 @dataclass(frozen=True, eq=False)
 class Kink:
-    """What the sum of a function's outputs has for derivatives at one point."""
+    """The derivatives of the sum of a function's outputs at one point."""
 
     call: str
     """The function as the table writes it."""

@@ -151,7 +151,7 @@ def check_backend(name: str, *patterns: str) -> ConformanceReport:
 
 
 def _broken(clause: Clause, backend: Backend) -> str | None:
-    """What was found, if the clause does not hold."""
+    """The fault that was found, if the clause does not hold."""
     try:
         clause.run(backend)
     except AssertionError as error:

@@ -222,7 +222,7 @@ def all_three(
 
 
 def check_all_three(found: dict[str, Any], problem: Problem, tolerance: float = 1e-12) -> None:
-    """What `all_three` returned, against the closed form."""
+    """The results of `all_three`, against the closed form."""
     assert_close(found["maml"][:2], [problem.cost, unpacked(problem.maml)], tolerance)
     assert_close(found["fomaml"], [problem.cost, unpacked(problem.fomaml)], tolerance)
     for direction in ("gradients", "displacement"):

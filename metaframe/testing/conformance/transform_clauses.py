@@ -161,7 +161,7 @@ def _levels(b: Bench) -> None:
 
 @GRADIENTS.clause("through-aux")
 def _through_aux(b: Bench) -> None:
-    """What comes out besides can be differentiated by the level outside."""
+    """The aux of a gradient can be differentiated by the level outside."""
 
     def outer(x: Any) -> Any:
         run = b.backend.value_and_grad(lambda ys: (b.backend.ops.sum(ys[0]), (x * x * ys[0],)))

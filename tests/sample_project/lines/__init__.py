@@ -24,12 +24,12 @@ class Lines(IndexedSampler):
 
 
 def support(task: Any) -> Any:
-    """What is adapted on."""
+    """The support set."""
     return task["support"]
 
 
 def query(task: Any) -> Any:
-    """What the adapted line is judged by."""
+    """The query set."""
     return task["query"]
 
 
