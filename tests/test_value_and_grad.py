@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from frameworks import compiles_on_torch, require
+from metaframe import compile as compile_whole
 from metaframe import (
     hessian_vector_product,
+    inner_loop,
     ops,
     value_and_grad,
 )
@@ -67,10 +71,8 @@ def test_what_is_refused(arr: Call) -> None:
 # -- hessian_vector_product ------------------------------------------------------------------------
 
 
-def test_products_with_the_hessian(arr: Call, to_np: Call, execution: Call) -> None:
+def product_with_the_hessian(execution: Call, arr: Call, to_np: Call) -> None:
     """Of a function whose Hessian is known in closed form."""
-    if execution.__name__ == "compile" and arr(0.0).__class__.__module__ == "torch":
-        execution = _as_it_is  # eager already runs the same operations, and torch compiles slowly
     x, u = RNG.normal(size=3), RNG.normal(size=3)
 
     def fn(v: Any, h: Any) -> Any:
@@ -82,8 +84,13 @@ def test_products_with_the_hessian(arr: Call, to_np: Call, execution: Call) -> N
     np.testing.assert_allclose(found["w"], H @ u + x**2 * u, rtol=1e-12)
 
 
-def _as_it_is(fn: Any) -> Any:
-    return fn
+def test_products_with_the_hessian(arr: Call, to_np: Call) -> None:
+    product_with_the_hessian(lambda fn: fn, arr, to_np)
+
+
+@compiles_on_torch
+def test_compiled_products_with_the_hessian(arr: Call, to_np: Call) -> None:
+    product_with_the_hessian(compile_whole, arr, to_np)
 
 
 def test_products_are_differentiable(arr: Call, to_np: Call) -> None:
@@ -105,3 +112,33 @@ def test_directions_fit(arr: Call) -> None:
         hessian_vector_product(fn, v, arr({"w": np.ones(3)}))
     with pytest.raises(InputError, match="direction has another structure"):
         hessian_vector_product(fn, v, arr({"u": np.ones(2)}))
+
+
+# -- the tape of torch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start_is_constant", [True, False])
+def test_a_result_holds_no_tape_unless_someone_may_differentiate_it(
+    start_is_constant: bool,
+) -> None:
+    """Also where an inner loop began at a constant; what is closed over is differentiated."""
+    require("torch")
+    torch = importlib.import_module("torch")
+    outside = torch.tensor(2.0, requires_grad=True)
+
+    def run(factor: Any) -> Any:
+        def validation(rate: Any) -> Any:
+            start = torch.tensor(0.0) if start_is_constant else rate
+            w = inner_loop(lambda x, w: factor * (w - x) ** 2, start, 3.0, steps=2, lr=rate)
+            return (w - 1.0) ** 2
+
+        return value_and_grad(validation)(torch.tensor(0.1))
+
+    plain, attached = run(2.0), run(outside)
+    assert not plain.cost.requires_grad
+    assert not plain.grads.requires_grad
+    assert attached.cost.requires_grad
+    torch.testing.assert_close(attached.grads.detach(), plain.grads)
+    (slope,) = torch.autograd.grad(attached.cost, outside)
+    high, low = (float(run(2.0 + h).cost) for h in (1e-2, -1e-2))
+    np.testing.assert_allclose(float(slope), (high - low) / 2e-2, rtol=1e-2)
