@@ -49,8 +49,9 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention, `softmax(query @ key.T / sqrt(width)) @ value`.
 
-    By blocks of queries its memory is linear in the length, and so is that of its gradients of
-    every order, for the price of computing the scores again in the backward pass.
+    By blocks of queries the scores of one block are held at a time, by its gradients of every order
+    too, which compute them again in the backward pass. A second-order gradient at length 4,096 took
+    0.19 of the plain form's memory on torch and 0.21 on JAX (`python -m benchmarks.attention`).
 
     Args:
         query: (..., queries, width).
@@ -58,8 +59,8 @@ def attention(
         value: (..., keys, width out).
         mask: booleans that broadcast to (..., queries, keys): may this query see that key? At
             least one key each.
-        causal: query i sees the keys up to i and no others. In memory linear in the length, which
-            a mask is not.
+        causal: query i sees the keys up to i and no others. Unlike a mask it takes no array of
+            queries times keys.
         block_size: how many queries to attend at a time; as many as there are, or more, for the
             plain form. Default: 128 where queries times keys are at least 2**22, and the plain
             form otherwise. Blocks have no forward mode on torch and TensorFlow.

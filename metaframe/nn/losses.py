@@ -57,8 +57,8 @@ def linear_cross_entropy(
 ) -> Array:
     """`cross_entropy(dense(x, w, b), labels)`, without holding all logits at once.
 
-    By blocks of rows its memory is linear in their number, without the classes as a factor, and so
-    is that of its gradients of every order.
+    By blocks of rows the logits of one block are held at a time, by its gradients of every order
+    too.
 
     Args:
         x: (..., inputs), such as the last hidden states of a language model.
