@@ -13,9 +13,14 @@ from typing import Any
 import tensorflow as tf
 
 from metaframe.backend.types import Array, Arrays, RowFn
-from metaframe_tensorflow import _private
 from metaframe_tensorflow._moments import exact_moments
-from metaframe_tensorflow._rule import is_differentiable, is_eager, traced
+from metaframe_tensorflow._rule import (
+    is_differentiable,
+    is_eager,
+    summed,
+    traced,
+    watched_outside,
+)
 
 
 def rolled(fn: RowFn, carry: Arrays, times: int, rows: Arrays) -> tuple[Arrays, Arrays] | None:
@@ -91,11 +96,7 @@ def _backward(
     def body(i: Array, of_carry: Arrays, of_rows: Arrays, of_closed: Arrays) -> Any:
         i = i - 1
         with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
-            # Before anything else: a tape connects a tensor with what stands for it in the graph of
-            # the loop only if it watches when that is made.
-            tape.watch(closed)
-            for x in closed:
-                _private.as_captured(x)
+            outside = watched_outside(tape, closed)
             given = (*_rows_at(before, i), *_rows_at(rows, i))
             watched = [x for x in given if is_differentiable(x)]
             tape.watch(watched)
@@ -104,13 +105,13 @@ def _backward(
         ends = [(y, cotangent) for y, cotangent in results if is_differentiable(y)]
         found = tape.gradient(
             [y for y, _ in ends],
-            [*watched, *closed],
+            [*watched, *outside],
             output_gradients=[cotangent for _, cotangent in ends],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         of_given = iter(found[: len(watched)])
         slopes = [next(of_given) if is_differentiable(x) else tf.zeros_like(x) for x in given]
-        pairs = zip(of_closed, found[len(watched) :], strict=True)
+        pairs = zip(of_closed, summed(found[len(watched) :], len(closed)), strict=True)
         return (
             i,
             tuple(slopes[: len(before)]),

@@ -109,8 +109,34 @@ def _closure_gradients(
     if not closed:
         return []
     with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
-        watched = [x if isinstance(x, tf.Variable) else _private.as_captured(x) for x in closed]
-        tape.watch(watched)
+        sources = watched_outside(tape, closed)
         ys = fn(xs)
-    found: list[Any] = tape.gradient(ys, watched, output_gradients=list(cotangents))
-    return found
+    found = tape.gradient(ys, sources, output_gradients=list(cotangents))
+    return summed(found, len(closed))
+
+
+def watched_outside(tape: tf.GradientTape, closed: Sequence[Any]) -> list[Any]:
+    """What `tape` watches of tensors and variables from outside of the graph being built.
+
+    A tape connects a tensor with what stands for it in a graph as soon as that is used, so it
+    watches the tensor itself: that is also what a rule or a function called within is recorded
+    for. In the gradient of a `tf.while_loop` there is no such connection, and what stands for each
+    tensor comes after them all.
+    """
+    if not _private.in_gradient_of_loop():
+        tape.watch(closed)
+        return list(closed)
+    inside = [x if isinstance(x, tf.Variable) else _private.as_captured(x) for x in closed]
+    known = set(map(id, closed))
+    # One that stands for itself is watched once.
+    sources = [*closed, *(tf.zeros(()) if id(x) in known else x for x in inside)]
+    tape.watch(sources)
+    return sources
+
+
+def summed(found: Sequence[Any], count: int) -> list[Any]:
+    """The gradient of each of `count` tensors, from those of what `watched_outside` returned."""
+    if len(found) == count:
+        return list(found)
+    pairs = zip(found[:count], found[count:], strict=True)
+    return [b if a is None else a if b is None else a + b for a, b in pairs]
