@@ -15,6 +15,7 @@ from metaframe import (
     inner_loop,
     nn,
     ops,
+    optim,
     per_step,
     value_and_grad,
 )
@@ -104,6 +105,43 @@ def test_implicit_and_unrolled_hypergradients(arr: Call, to_np: Call, backend: A
     np.testing.assert_allclose(neumann, unrolled, rtol=1e-6)
 
 
+def test_it_may_be_differentiated_again(arr: Call, to_np: Call) -> None:
+    """The minimum of (w - 3)^2 + b w^2 is w = 3 / (1 + b)."""
+
+    def cost(b: Any, w: Any) -> Any:
+        return ops.sum(ops.square(w - 3.0) + b * ops.square(w))
+
+    def minimum(b: Any) -> Any:
+        v = implicit_loop(cost, arr(np.zeros(2)), b, steps=300, lr=0.1, solver_steps=1)
+        return ops.sum(v) / 2
+
+    def slope(b: Any) -> Any:
+        return value_and_grad(minimum)(b).grads
+
+    found = to_np(value_and_grad(slope)(arr(0.5)))
+    np.testing.assert_allclose(found.cost, -3 / 1.5**2, rtol=1e-10)
+    np.testing.assert_allclose(found.grads, 6 / 1.5**3, rtol=1e-10)
+
+
+def test_what_the_cost_closes_over(arr: Call, to_np: Call, backend: Any) -> None:
+    """Differentiated on JAX and refused elsewhere, and never lost; constants may be closed over."""
+
+    def minimum(b: Any) -> Any:
+        def cost(none: Any, w: Any) -> Any:
+            del none
+            return ops.sum(ops.square(w - 3.0) + b * ops.square(w))
+
+        return ops.sum(implicit_loop(cost, arr(np.zeros(1)), (), steps=300, lr=0.1))
+
+    np.testing.assert_allclose(to_np(minimum(arr(0.5))), 2.0, rtol=1e-10)
+    if backend.name == "jax":
+        found = value_and_grad(minimum)(arr(0.5))
+        np.testing.assert_allclose(to_np(found.grads), -3 / 1.5**2, rtol=1e-10)
+        return
+    with pytest.raises(InputError, match="closes over"):
+        value_and_grad(minimum)(arr(0.5))
+
+
 def test_implicit_loop_refuses(arr: Call) -> None:
     v, batch = arr(np.zeros(3)), (arr(H), arr(np.ones(3)))
     for match, how in (
@@ -111,6 +149,8 @@ def test_implicit_loop_refuses(arr: Call) -> None:
         ("solver_steps", {"solver_steps": 0}),
         ("damping", {"damping": -1.0}),
         ("neumann.*one number", {"solver": "neumann", "lr": [0.1]}),
+        ("neumann.*one number", {"solver": "neumann", "lr": np.full(3, 0.1)}),
+        ("neumann.*one number", {"solver": "neumann", "lr": None, "update": optim.sgd(0.1)}),
         ("per_step", {"lr": per_step(np.ones(2)), "steps": 2}),
     ):
         with pytest.raises(InputError, match=match):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from frameworks import compiles_on_torch, slow
+from frameworks import compiles_on_torch, require, slow
 from metaframe import (
     compile as compile_whole,
 )
@@ -309,6 +310,76 @@ def test_under_map_tasks(arr: Call, to_np: Call) -> None:
     assert found.shape == (2, STEPS)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_in_the_aux(mode: Any, arr: Call, to_np: Call) -> None:
+    def with_aux(batch: Any, v: Any) -> Any:
+        return cost(batch, v), {"number": 2.5, "rows": np.arange(2), "flag": True}
+
+    batch = (per_step(arr(GIVEN["x"])), arr(GIVEN["shift"]))
+    found = to_np(unroll(with_aux, arr(GIVEN["v"]), batch, lr=0.1, has_aux=True, mode=mode).aux)
+    np.testing.assert_array_equal(found["number"], [2.5] * STEPS)
+    np.testing.assert_array_equal(found["rows"], [[0, 1]] * STEPS)
+    assert found["flag"].all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_aux_alone_closes_over(mode: Any, arr: Call, to_np: Call, backend: Any) -> None:
+    """Its gradient is there, or refused where a step is run again on torch."""
+
+    def aux_of(factor: Any) -> Any:
+        def with_aux(batch: Any, v: Any) -> Any:
+            return cost(batch, v), factor * ops.sum(v)
+
+        batch = (per_step(arr(GIVEN["x"])), arr(GIVEN["shift"]))
+        found = unroll(with_aux, arr(GIVEN["v"]), batch, lr=0.1, mode=mode, has_aux=True)
+        return ops.sum(found.aux)
+
+    if backend.name == "torch" and mode != "reverse":
+        with pytest.raises(InputError, match="closes over"):
+            value_and_grad(aux_of)(arr(0.7))
+        return
+    found = to_np(value_and_grad(aux_of)(arr(0.7)))
+    np.testing.assert_allclose(found.grads, found.cost / 0.7, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["cost", "function", "update"])
+def test_closures_within_a_graph_of_tensorflow(kind: str, mode: Any) -> None:
+    """Within a rule, a `tf.function` or an update of a step that runs again."""
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+    start = tf.constant([1.0, -0.5], tf.float64)
+
+    @tf.function
+    def inside(w: Any, h: Any) -> Any:
+        return tf.reduce_sum(tf.sin(w * h))
+
+    def slope(h: Any) -> Any:
+        costs = {
+            "cost": lambda batch, w: tf.reduce_sum(tf.sin(w * h)),
+            "function": lambda batch, w: inside(w, h),
+            "update": lambda batch, w: tf.reduce_sum(tf.sin(w)),
+        }
+        how = {} if kind != "update" else {"update": lambda v, g, lr, **_: v - lr * h * g}
+        with tf.GradientTape() as tape:
+            tape.watch(h)
+            w = inner_loop(costs[kind], start, (), steps=3, lr=0.01, mode=mode, **how)
+            end = tf.reduce_sum(w**2)
+        return tape.gradient(end, h)
+
+    def end(h: float) -> float:
+        w = np.array([1.0, -0.5])
+        for _ in range(3):
+            w = w - 0.01 * (h * np.cos(w * h) if kind != "update" else h * np.cos(w))
+        return float(np.sum(w**2))
+
+    step = 1e-3
+    pairs = ((8, step), (-8, -step), (-1, 2 * step), (1, -2 * step))
+    expected = sum(factor * end(0.7 + by) for factor, by in pairs) / (12 * step)
+    found = tf.function(slope)(tf.constant(0.7, tf.float64))
+    np.testing.assert_allclose(float(found), expected, rtol=1e-9)
+
+
 def test_bad_arguments(arr: Call) -> None:
     v, shift = arr(GIVEN["v"]), arr(GIVEN["shift"])
     fixed, rows = (arr(GIVEN["x"][0]), shift), (per_step(arr(GIVEN["x"])), shift)
@@ -324,11 +395,27 @@ def test_bad_arguments(arr: Call) -> None:
         (InputError, "state has .*shape", rows, {"update": optim.momentum(), "state": arr([1.0])}),
         (InputTypeError, "with has_aux=True returns", rows, {"has_aux": True}),
         (InputError, "last", rows, {"last": -1}),
+        (InputError, "Mark it once", (per_step({"a": per_step(arr(np.ones(5)))}), shift), {}),
     ]
     for error, match, batch, how in bad:
         with pytest.raises(error, match=match):
             unroll(cost, v, batch, **{"lr": 0.1, **how})
+    with pytest.raises(InputError, match="v is marked by per_step"):
+        unroll(cost, per_step(v), fixed, steps=1, lr=0.1)
+    changing = iter(range(9))
+
+    def differing(batch: Any, v: Any) -> Any:
+        return cost(batch, v), arr(np.ones(next(changing)))
+
+    with pytest.raises(InputError, match="aux of cost differs"):
+        unroll(differing, v, rows, lr=0.1, has_aux=True)
+    with pytest.raises(InputTypeError, match="aux of cost has str"):
+        unroll(lambda b, v: (cost(b, v), "a"), v, rows, lr=0.1, has_aux=True)
     tasks = (per_step(arr(np.ones((2, 3, 2)))), arr(np.ones((2, 2))))
+    with pytest.raises(InputError, match="inner_learning_rate is marked by per_step"):
+        maml_step(tasks, cost, None, v, 3, per_step(np.ones(3)), batched="vmap")
+    with pytest.raises(InputError, match="no step axis after the task axis"):
+        maml_step((per_step(arr(np.ones(2))), tasks[1]), cost, None, v, 2, 0.1, batched=False)
     with pytest.raises(InputError, match="inner_grad_steps"):
         maml_step(tasks, cost, lambda b, v: cost((b[0][0], b[1]), v), v, 2, 0.1, batched="vmap")
     with pytest.raises(InputError, match="after the last step"):

@@ -22,7 +22,7 @@ from metaframe_tensorflow._nn import TensorFlowNN
 from metaframe_tensorflow._ops import TensorFlowOps
 from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._roots import with_finite_roots
-from metaframe_tensorflow._rule import closures, with_rule
+from metaframe_tensorflow._rule import closures, is_differentiable, with_rule
 
 T = TypeVar("T")
 
@@ -186,6 +186,12 @@ class TensorFlowBackend(Backend):
             if not self.needed_a_value(error):
                 raise
             return ()  # `hidden_inputs` has looked
+
+    def loses_closures(self, fn: ArraysFn, xs: Arrays) -> str:
+        closed = [x for x in self._closed_over(fn, xs) if is_differentiable(x)]
+        if any(isinstance(x, tf.Variable) and x.trainable for x in closed):
+            return "a variable"
+        return "a tensor" if closed and _private.records(closed) else ""
 
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         from metaframe_tensorflow._hidden import hidden_effect

@@ -58,7 +58,7 @@ def value_and_grad(
             nodes = _marked(inputs) if nested else ()
             value, aux = fn(inputs)
             del nodes
-            recorded = recorded or (listening and _closes_over(value, inputs))
+            recorded = recorded or (listening and _close_over((value, *aux), inputs))
             found: tuple[Array | None, ...] = (None,) * len(xs)
             if value.requires_grad:
                 found = torch.autograd.grad(value, inputs, create_graph=recorded, allow_unused=True)
@@ -125,9 +125,10 @@ def _marked(inputs: Arrays) -> tuple[object, ...]:
     return nodes
 
 
-def _closes_over(value: Array, inputs: Arrays) -> bool:
-    """Whether `value` is on the tape by more than `inputs`."""
-    seen, ahead = {get_gradient_edge(x).node for x in inputs}, [value.grad_fn]
+def _close_over(values: Arrays, inputs: Arrays) -> bool:
+    """Whether any of `values` is on the tape by more than `inputs`."""
+    seen = {get_gradient_edge(x).node for x in inputs}
+    ahead: list[Any] = [get_gradient_edge(y).node for y in values if y.requires_grad]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

@@ -234,6 +234,15 @@ class Backend(Required):
         """
         return lambda arrays: fn(arrays[: len(xs)]), ()
 
+    def loses_closures(self, fn: ArraysFn, xs: Arrays) -> str:
+        """A name for what `fn` closes over and `lift` leaves there, if someone differentiates it.
+
+        For a rule whose derivative is not that of its forward function. Empty if there is nothing;
+        the default, for a framework where `lift` finds everything or `hidden_inputs` names it.
+        """
+        del fn, xs
+        return ""
+
     def hidden_inputs(self, fn: ArraysFn, xs: Arrays) -> str:
         """The dependencies of `fn` besides `xs` that running it again would get wrong.
 

@@ -48,13 +48,14 @@ def implicit_loop(
 
     The derivative is that of the minimum to which the steps lead, so it is as good as they are
     long: where the gradient is not zero yet, it is an approximation. The starting values get no
-    gradient, since the minimum does not depend on them, and neither does the rate.
+    gradient, since the minimum does not depend on them, and neither does the rate. It may be
+    differentiated again; the solver's steps then are too.
 
     Args:
         cost: `cost(batch, v) -> scalar`, pure, with a positive definite Hessian at its minimum.
         v, batch, steps, lr, update, inner_v, keep_inner_v: as for `inner_loop`. The gradient goes
             into everything that `cost` sees: the batch and the variables that do not adapt; on JAX
-            and TensorFlow also what it closes over.
+            also what it closes over, which is refused on torch and TensorFlow.
         solver: "cg", conjugate gradient (Hestenes & Stiefel 1952; Rajeswaran et al. 2019, arXiv
             1909.04630), or "neumann", the series lr * sum_j (I - lr H)^j (Lorraine et al. 2020,
             arXiv 1911.02590), for which `lr` has to be one number or scalar.
@@ -85,8 +86,11 @@ def implicit_loop(
             "implicit_loop differentiates the minimum of one cost, so neither batch nor lr changes "
             "from step to step. Leave out per_step, or use unroll."
         )
-    if solver == "neumann" and rates.is_structure(lr):
-        raise InputError('solver="neumann" needs one number or scalar as lr, received a structure.')
+    if solver == "neumann" and not _is_one_number(lr):
+        raise InputError(
+            'solver="neumann" takes lr for the rate of its series, and needs one number or scalar, '
+            f"received {lr!r}."
+        )
     backend, context = problem.backend, (*problem.others, *problem.fixed)
     stop = backend.stop_gradient
     constant = problem._replace(
@@ -102,6 +106,10 @@ def implicit_loop(
     )
     found = attached(backend, problem.cost, solution, context, solve, damping)
     return problem.build(found)
+
+
+def _is_one_number(lr: optim.Rate) -> bool:
+    return lr is not None and not rates.is_structure(lr) and getattr(lr, "shape", ()) in ((), (1,))
 
 
 def attached(
@@ -135,8 +143,15 @@ def attached(
 
         return backend.value_and_grad(objective, checks.cost_ignores_variables)(at)[2]
 
+    if not closed and (found := backend.loses_closures(lifted, (*solution, *context))):
+        raise InputError(
+            f"implicit_loop cannot differentiate {found} that the inner cost closes over. Make it "
+            "an argument, in the variables or the batch."
+        )
+
     def backward(xs: Arrays, cotangents: Arrays) -> Arrays:
-        at, given = xs[:count], xs[count:]
+        # The solution by the rule again, so that a derivative of this one moves it too.
+        at, given = rule(xs), xs[count:]
 
         def system(u: Arrays) -> Arrays:
             product = backend.transpose(lambda at: gradient(at, given), at, u)

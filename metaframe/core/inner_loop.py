@@ -30,10 +30,12 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from metaframe import arguments, ops, tree
 from metaframe.backend.contract import Backend
+from metaframe.backend.selection import is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks, optim, recompute
-from metaframe.core.per_step import Stepwise
+from metaframe.core.per_step import Stepwise, refuse_marks
 from metaframe.core.update_rule import checked_state, update_rule
+from metaframe.errors import InputError, InputTypeError
 
 Cost = Callable[..., Array]
 Mode = Literal["reverse", "remat", "mixed", "replay"]
@@ -66,17 +68,55 @@ def flat_cost(
     """
     by_keyword = checks.takes_v_by_keyword(cost, name)
     held = part.flags.count(False)
+    kept = None if aux is None else _Kept(aux, name, backend)
 
     def scaled_cost(params: Arrays, context: Arrays) -> tuple[Array, Arrays]:
         v = tree.unflatten(part.spec, part.merge(params, context[:held]))
         data = batch.unpack(context[held:])
         run = backend.user_function(cost)
         result = run(data, v=v) if by_keyword else run(data, v)
-        result, seen = (result, ()) if aux is None else checks.with_aux(result, name)
+        result, seen = (result, ()) if kept is None else checks.with_aux(result, name)
         found = checks.scalar(result, name, backend)
-        return found if scale == 1 else found * scale, (found, *(aux.flatten(seen) if aux else ()))
+        rest = () if kept is None else kept.arrays(seen)
+        return found if scale == 1 else found * scale, (found, *rest)
 
     return scaled_cost
+
+
+class _Kept:
+    """The aux of a cost, as arrays that can be stacked over the steps."""
+
+    def __init__(self, aux: tree.Returned, name: str, backend: Backend) -> None:
+        self._aux, self._name, self._backend = aux, name, backend
+        self._form: Any = None
+
+    def arrays(self, aux: tree.Tree) -> Arrays:
+        """The leaves of `aux`, numbers as arrays.
+
+        Raises:
+            InputTypeError: a leaf is neither an array nor a number.
+            InputError: another structure, shape or dtype than at an earlier step.
+        """
+        leaves = tuple(self._array(x) for x in self._aux.flatten(aux))
+        form = tree.structure(aux), [(tuple(x.shape), self._backend.dtype_name(x)) for x in leaves]
+        if self._form is not None and form != self._form:
+            raise InputError(
+                f"the aux of {self._name} differs from step to step: {self._form[1]}, then "
+                f"{form[1]}. It is stacked, and needs one structure, with one shape and dtype for "
+                "each array."
+            )
+        self._form = form
+        return leaves
+
+    def _array(self, x: Any) -> Array:
+        if self._backend.owns(x):
+            return x
+        if isinstance(x, str) or not is_neutral(x):
+            raise InputTypeError(
+                f"the aux of {self._name} has {type(x).__name__}, which cannot be stacked over the "
+                "steps. Return arrays and numbers."
+            )
+        return self._backend.asarray(x)
 
 
 def in_order(cost: FlatCost, held: int, data: Stepwise) -> FlatCost:
@@ -116,6 +156,8 @@ class InnerSettings:
     def __post_init__(self) -> None:
         arguments.choice(self.order, "order", (1, 2))
         arguments.choice(self.mode, "mode", MODES)
+        if not isinstance(self.lr, (int, float)):
+            refuse_marks(self.lr, self.lr_name, "Rates of each step are for unroll and inner_loop.")
         object.__setattr__(self, "lr", checks.learning_rate(self.lr, self.lr_name))
 
     @property
@@ -228,7 +270,7 @@ class InnerLoop:
         if steps and settings.recomputes:
             row = tuple(x[0] for x in rows.arrays) if rows else ()
             now = self._context_at(given, start, context, at, row, rows)
-            step = partial(self._step, given, self._gradient)
+            step = partial(self._step, given, self._gradient, keeps=keeps)
             recompute.check_repeatable(
                 backend,
                 step,

@@ -69,6 +69,11 @@ def step_axis_first(structure: tree.Tree, backend: Backend) -> tree.Tree:
     parts, spec = tree.flatten(structure, is_leaf=is_marked)
 
     def moved(x: Array) -> Array:
+        if len(x.shape) < 2:
+            raise InputError(
+                f"batch: per_step marks an array of shape {tuple(x.shape)}, which has no step axis "
+                "after the task axis."
+            )
         return backend.ops.transpose(x, (1, 0, *range(2, len(x.shape))))
 
     return tree.unflatten(
@@ -86,8 +91,16 @@ def unmarked(structure: tree.Tree) -> tuple[tree.Tree, tuple[bool, ...]]:
     flags: list[bool] = []
     for part in parts:
         flags += [True] * len(tree.leaves(part)) if is_marked(part) else [False]
+    if any(is_marked(part) and contains_marks(tree.structure(part.rows)) for part in parts):
+        raise InputError("per_step marks something within what it marks already. Mark it once.")
     contents = [part.rows if is_marked(part) else part for part in parts]
     return tree.unflatten(spec, contents), tuple(flags)
+
+
+def refuse_marks(structure: tree.Tree, name: str, advice: str) -> None:
+    """Raise `InputError` where the argument `name` is marked by per_step, whole or in part."""
+    if contains_marks(tree.structure(structure)):
+        raise InputError(f"{name} is marked by per_step, which it cannot be. {advice}")
 
 
 @dataclass(frozen=True)

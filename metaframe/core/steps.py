@@ -120,7 +120,7 @@ def maml_step(
         stop_gradients: return the cost as a constant. False leaves it differentiable with respect
             to `variables` where the framework can.
         chunk_size: with `batched="vmap"`, how many tasks at once.
-        mode: how the inner loop is differentiated: "reverse", "remat" or "mixed".
+        mode: how the inner loop is differentiated: "reverse", "remat", "mixed" or "replay".
         check_finite: raise on a cost or gradient that is not finite, naming the task.
         distributed: divide the tasks among the active workers, see `meta_value_and_grad`; not
             with `batched=True`.

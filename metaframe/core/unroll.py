@@ -22,7 +22,7 @@ from metaframe.core.inner_loop import (
     flat_cost,
     in_order,
 )
-from metaframe.core.per_step import Stepwise, number_of_steps
+from metaframe.core.per_step import Stepwise, contains_marks, number_of_steps, refuse_marks
 
 
 class Unrolled(NamedTuple):
@@ -42,7 +42,7 @@ class Unrolled(NamedTuple):
     costs: Array
     """The inner cost before each step, shape (K,)."""
     aux: tree.Tree
-    """What the cost returned besides, with a leading step axis; `()` without `has_aux`."""
+    """What the cost returned besides, with a leading step axis; `()` without `has_aux` or steps."""
 
 
 @entrance
@@ -201,6 +201,8 @@ class Problem(NamedTuple):
         rate = Stepwise.of(lr, is_array, "lr")
         checks.learning_rate(rate.data.unpack(rate.data.arrays))
         leaves, spec = tree.flatten(v)
+        if contains_marks(spec):
+            refuse_marks(v, "v", "Variables are where a loop begins; mark the batch or lr.")
         batch_leaves, batch_spec = tree.flatten(batch)
         with following(tree.node_types(spec, batch_spec)):
             backend = backend_of(*leaves, *batch_leaves)
