@@ -385,6 +385,13 @@ class Once(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("how", zoo_torch.HOWS)
+def test_get_parameter_is_refused(how: Any) -> None:
+    maml = MAML(Layer(lambda module, x: x @ module.get_parameter("layer.weight").T), 0.1)
+    with pytest.raises(BackendError, match=r"get_parameter\(\) finds .*as an attribute"):
+        zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+
+
+@pytest.mark.parametrize("how", zoo_torch.HOWS)
 def test_a_function_that_is_differentiable_once_is_refused(how: Any) -> None:
     """The second derivative is dropped by torch, without an error."""
     model = Layer(lambda module, x: Once.apply(module.layer(x)))

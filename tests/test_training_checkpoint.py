@@ -613,7 +613,7 @@ import torch
 import metaframe
 from metaframe import MAML, nn, ops, optim
 from metaframe.tasks import SinusoidTaskSampler
-from metaframe.training import Checkpoints, MetaTrainer, load_checkpoint
+from metaframe.training import Callback, Checkpoints, MetaTrainer, load_checkpoint
 from metaframe.training.checkpoint import checkpoint_files
 
 folder, steps = sys.argv[1], int(sys.argv[2])
@@ -625,8 +625,21 @@ trainer = MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0
 saver = Checkpoints(folder, every=1, keep=2)
 if files := checkpoint_files(folder):
     load_checkpoint(files[-1], trainer)
-print("ready", flush=True)
-trainer.fit(steps - trainer.step, 2, callbacks=[saver])
+
+
+
+class Ready(Callback):
+    # The first step is saved: before it torch loads what it needs, for seconds.
+
+    waiting = True
+
+    def on_step(self, run):
+        if self.waiting:
+            print("ready", flush=True)
+        self.waiting = False
+
+
+trainer.fit(steps - trainer.step, 2, callbacks=[saver, Ready()])
 print("done", flush=True)
 """
 

@@ -159,16 +159,16 @@ BATCH_NORM_BACKWARD = PrivateName(
     "torch:ops.aten.native_batch_norm_backward", "the fused batch normalisation", SEEN, "slower"
 )
 PACK_PADDED = PrivateName(
-    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "error"
+    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "slower"
 )
 PAD_PACKED = PrivateName(
-    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "error"
+    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "slower"
 )
 LEFT_ALIGNED = PrivateName(
     "torch:_nested_tensor_from_mask_left_aligned",
     "a transformer in eval mode with a padding mask under `vmap`",
     SEEN,
-    "error",
+    "theirs",
 )
 CACHED_PARAMETRIZATIONS = PrivateName(
     "torch.nn.utils.parametrize:_cache",
