@@ -57,12 +57,13 @@ RUN_AS_IT_IS = [page for page in pages() if blocks(page) and page not in ELSEWHE
 
 @pytest.mark.parametrize("page", RUN_AS_IT_IS)
 def test_code_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom, in one session; a page about two frameworks needs both."""
+    """From top to bottom, in one session; a page about several frameworks needs all of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", dict(registry.algorithms()))
     require("torch")
-    if "jax" in "".join(blocks(page)):
-        require("jax")
+    for name in ("jax", "tensorflow"):
+        if f"import {name}" in "".join(blocks(page)):
+            require(name)
     names: dict[str, object] = {}
     try:
         for block in blocks(page):
