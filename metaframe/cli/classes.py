@@ -14,8 +14,8 @@ from metaframe.cli import datasets
 from metaframe.cli.errors import UsageError
 from metaframe.cli.run_config import RunConfig
 from metaframe.errors import InputError
+from metaframe.files.write import write_atomically
 from metaframe.tasks.sampling import Split
-from metaframe.training.array_file import write_atomically
 
 CLASSES = "classes.json"
 

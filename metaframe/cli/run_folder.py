@@ -24,7 +24,7 @@ from metaframe.cli.experiment import resolve
 from metaframe.cli.output import to_json
 from metaframe.cli.run_config import RunConfig, read_toml
 from metaframe.errors import InputError
-from metaframe.training.array_file import write_atomically
+from metaframe.files.write import write_atomically
 from metaframe.training.checkpoint import checkpoint_files
 
 CONFIG, RESULT = "config.toml", "result.json"

@@ -30,7 +30,7 @@ from metaframe.distributed import Workers
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.session import is_restarted
 from metaframe.errors import CheckpointError, MissingDependencyError, nearest
-from metaframe.training.array_file import write_atomically
+from metaframe.files.write import write_atomically
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,

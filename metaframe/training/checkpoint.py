@@ -16,13 +16,9 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
-from metaframe.training.array_file import (
-    clear_unfinished,
-    decoded,
-    encoded,
-    read_file,
-    write_atomically,
-)
+from metaframe.files.schema import Check, anything, integer, number, record, table, text
+from metaframe.files.write import clear_unfinished, write_atomically
+from metaframe.training.array_file import decoded, encoded, read_file
 from metaframe.training.callbacks import Callback, Run, Trainer, merit
 from metaframe.training.parameters import checked_parameters
 
@@ -32,6 +28,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUFFIX = ".safetensors"
 BEST = f"best{SUFFIX}"
+
+_CONTENT = record(
+    {
+        "format": integer,
+        "backend": text,
+        "plain": record({"step": integer}),
+        "config": table(anything),
+        "arrays": table(anything),
+    }
+)
+_BEST = record({"merit": number})
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +156,7 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     True
     """
     checkpoint = read_checkpoint(path)
-    checked_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])()
+    checked_parameters(maml, checkpoint.arrays, checkpoint.plain)()
     return checkpoint
 
 
@@ -157,7 +164,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, after checking that it is whole.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, damaged, or of a newer format.
+        CheckpointError: no such file, not a checkpoint, damaged, of a newer format, or with
+            content that is not what `save_checkpoint` writes.
 
     >>> read_checkpoint("nowhere")
     Traceback (most recent call last):
@@ -180,7 +188,7 @@ def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     for what, value in parts.items():
         try:
             json.dumps(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{what} must be plain JSON values in a checkpoint: {error}."
             ) from error
@@ -194,7 +202,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "backend": checkpoint.backend,
         "plain": checkpoint.plain,
         "config": checkpoint.config,
-        "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
+        "arrays": _described(checkpoint.arrays),
     }
     return encoded(checkpoint.arrays, content)
 
@@ -202,16 +210,32 @@ def encode(checkpoint: Checkpoint) -> bytes:
 def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:
     """The checkpoint in `data`; `name` is what errors call it."""
     content, arrays = decoded(data, name)
-    if "kind" in content:
+    if isinstance(content, dict) and "kind" in content:
         raise CheckpointError(
             f"{name} is no checkpoint of a trainer. Read it by metaframe.load_arrays."
         )
-    if content.get("format") != FORMAT:
+    _check(_CONTENT, content, name)
+    if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{name} has format {content.get('format')!r}, this version of metaframe reads "
-            f"{FORMAT}."
+            f"{name} has format {content['format']}, this version of metaframe reads {FORMAT}."
         )
+    if content["arrays"] != _described(arrays):
+        raise CheckpointError(f"{name} holds other arrays than it says. {_FORGED}")
     return Checkpoint(arrays, content["plain"], content["config"], content["backend"])
+
+
+_FORGED = "Its checksum is right, so that it was written like this; use another checkpoint."
+
+
+def _check(schema: Check, content: Any, name: str) -> None:
+    try:
+        schema(content, "its content")
+    except ValueError as error:
+        raise CheckpointError(f"{name} is no checkpoint of a trainer: {error}. {_FORGED}") from None
+
+
+def _described(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+    return {name: [str(x.dtype), *x.shape] for name, x in arrays.items()}
 
 
 class Checkpoints(Callback):
@@ -292,7 +316,9 @@ class Checkpoints(Callback):
             self._own.update(found)
         best, self._best = self.folder / BEST, -np.inf
         if best.exists() and self._own:
-            self._best = float(read_checkpoint(best).config["merit"])
+            config = read_checkpoint(best).config
+            _check(_BEST, config, str(best))
+            self._best = float(config["merit"])
         elif best.exists():
             taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
             best.rename(next(path for path in taken if not path.exists()))

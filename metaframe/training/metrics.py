@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from metaframe.errors import InputError, MissingDependencyError
-from metaframe.training.array_file import write_atomically
+from metaframe.files.write import write_atomically
 from metaframe.training.callbacks import Callback, Run
 
 COLUMNS = ("step", "loss", "score", "grad_norm", "seconds", "eval_loss", "eval_score")
