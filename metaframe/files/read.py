@@ -84,6 +84,11 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"it is nested more than {DEPTH} levels deep")
 
 
+def reason(error: Exception) -> str:
+    """The reason in an error, without the number and the file that an `OSError` shows too."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def shown(value: Any) -> str:
     """A short text of any plain value, for errors."""
     try:
