@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from metaframe.cli.experiment import resolve
 from metaframe.cli.output import to_json
 from metaframe.cli.run_config import RunConfig, read_toml
 from metaframe.errors import InputError
+from metaframe.files.lock import locked
 from metaframe.files.read import contents, parsed, reason, shown
 from metaframe.files.schema import integer, many, number, optional, record, refused, text
-from metaframe.files.write import write_atomically
+from metaframe.files.write import clear_unfinished, write_atomically
 from metaframe.training.checkpoint import checkpoint_files
 
 CONFIG, RESULT = "config.toml", "result.json"
@@ -96,6 +98,26 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
             f"{found[0]} is of another run, which has no {CONFIG}. Choose another folder with "
             "--out, or start anew with --overwrite."
         )
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Hold the lock on a run folder, which is made if there is none.
+
+    Raises:
+        InputError: another process holds it.
+        OSError: the folder cannot be made or written.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            clear_unfinished(folder)
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # which holds something by now
+                folder.rmdir()
 
 
 def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
+from metaframe.files.lock import locked
 from metaframe.files.schema import Check, anything, integer, number, record, table, text
 from metaframe.files.write import clear_unfinished, write_atomically
 from metaframe.training.array_file import decoded, encoded, read_file
@@ -245,7 +247,8 @@ class Checkpoints(Callback):
     The best is the one whose evaluation had the highest metric, without one the lowest loss, of the
     evaluations since the folder was this run's.
 
-    A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
+    A folder is of one run, which goes on in it from its last checkpoint, and of one process at a
+    time, which holds a lock on it during `fit`. Another run's files stay:
     a run does not start next to checkpoints of later steps, removes only what it saved or goes on
     from, and renames a best one that it does not go on from to best.1.safetensors and so on.
 
@@ -256,8 +259,9 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range; in `fit`, before any step, a folder with checkpoints of
-            later steps, or a config or a sampler's state that cannot be written as JSON.
+        InputError: a number out of range; in `fit`, before any step, a folder that another process
+            trains in or with checkpoints of later steps, or a config or a sampler's state that
+            cannot be written as JSON.
 
     >>> import tempfile
     >>> import torch
@@ -293,14 +297,21 @@ class Checkpoints(Callback):
         self._best = -np.inf
         self._own: set[Path] = set()
         self._trainer: Trainer | None = None
+        self._lock = ExitStack()
 
     def is_due(self, step: int) -> bool:
         """True after every so many steps."""
         return step % self._every == 0
 
     def on_start(self, run: Run) -> None:
-        """Find out whether this run goes on from the folder's, and how good the best one is."""
+        """Lock the folder; find out whether this run goes on from its own and how good that is."""
         check_plain(self._config, run.trainer.state()[1])
+        with ExitStack() as lock:
+            lock.enter_context(locked(self.folder))
+            self._look_around(run)
+            self._lock = lock.pop_all()
+
+    def _look_around(self, run: Run) -> None:
         found, step = checkpoint_files(self.folder), run.trainer.step
         if found and found[-1] > self._path(step):
             raise InputError(
@@ -340,9 +351,10 @@ class Checkpoints(Callback):
             self._save(run.trainer)
 
     def on_end(self, run: Run) -> None:
-        """Save the end, unless that was saved already."""
-        if not self._path(run.trainer.step).exists():
-            self._save(run.trainer)
+        """Save the end, unless that was saved already, and unlock the folder."""
+        with self._lock:
+            if not self._path(run.trainer.step).exists():
+                self._save(run.trainer)
 
     def _save(self, trainer: Trainer) -> None:
         path = self._path(trainer.step)
