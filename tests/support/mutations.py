@@ -25,8 +25,10 @@ def nested(depth: int) -> Any:
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 2**31, 2**63 - 1, 2**63, 2**64, -(2**70), 10**400),
     *(0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "x" * 300, "\0", "\udcff", "é\u2028"),
-    *([], {}, [1], {"x": 1}, [None], nested(30), nested(150), nested(900)),
+    *(list, dict, lambda: [1], lambda: {"x": 1}, lambda: nested(30)),
+    *(lambda: nested(150), lambda: nested(300)),
 )
+"""Plain values, those that are structures each time anew."""
 
 
 def signed(arrays: Mapping[str, Any], content: Any) -> bytes:
@@ -46,20 +48,21 @@ def mutated_value(rng: random.Random, value: Any) -> Any:
     """A copy of a plain value with one to three changes anywhere in it."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
-        holder = rng.choice([[value], *_holders(value)])
+        holder = rng.choice(_holders(value) or [[]])
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
         if not keys:
             continue
         key = rng.choice(keys)
         change = rng.random()
         if change < 0.6:
-            holder[key] = copy.deepcopy(rng.choice(ODD))
+            odd = rng.choice(ODD)
+            holder[key] = odd() if callable(odd) else odd
         elif change < 0.8:
             del holder[key]
         elif isinstance(holder, dict):
             holder[f"{key}{rng.choice(('', 'x', '/'))}"] = holder.pop(key)
         else:
-            holder.append(copy.deepcopy(holder[key]))
+            holder.append(holder[key])
     return value
 
 
