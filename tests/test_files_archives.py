@@ -17,6 +17,7 @@ import pytest
 from metaframe.errors import InputError
 from metaframe.tasks import (
     _archives,
+    load_image_folder,
     load_mini_imagenet,
     load_omniglot,
     load_tiered_imagenet,
@@ -199,3 +200,22 @@ def test_a_list_that_csv_refuses(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(text)
     with pytest.raises(InputError, match=r"train\.csv"):
         load_mini_imagenet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "side"), [("PNG", 4900), ("JPEG", 4900), ("WEBP", 3470), ("GIF", 4900)]
+)
+def test_a_picture_takes_no_more_than_announced(form: str, side: int, tmp_path: Path) -> None:
+    """A few kilobytes that decode into more than 24 million pixels, or 12 of WebP."""
+    (tmp_path / "cat").mkdir()
+    file = tmp_path / "cat" / f"1.{form.lower()}"
+    Image.new("1" if form != "WEBP" else "RGB", (side, side)).convert("L").save(file, form)
+    images = load_image_folder(tmp_path, size=8).images
+    with pytest.raises(InputError, match=rf"{side}x{side} pixels, expected at most \d+ in all"):
+        images.verify()
+
+
+def test_a_picture_of_24_million_pixels_is_read(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("L", (6000, 4000), 9).save(tmp_path / "cat" / "1.png")
+    assert np.asarray(load_image_folder(tmp_path, size=2).images).min() == 9

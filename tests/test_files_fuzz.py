@@ -60,7 +60,7 @@ from mutations import mutated_bytes, mutated_value, resigned, right_checksums, s
 
 SEED = int(os.environ.get("METAFRAME_FUZZ_SEED", "1"))
 MEMORY, SECONDS = 200_000_000, 10
-BY_DEFAULT, SLOW = 40, 2100
+BY_DEFAULT, SLOW = 20, 2100
 """Inputs of each kind."""
 
 
