@@ -53,7 +53,7 @@ def resolve(
         config = dataclasses.replace(config, eval_steps=steps)
     check_fit(config, own)
     if config.data is not None:  # found again from wherever the run is continued
-        config = dataclasses.replace(config, data=os.path.abspath(Path(config.data).expanduser()))
+        config = dataclasses.replace(config, data=os.path.abspath(os.path.expanduser(config.data)))
     backend = config.backend or _installed()
     if backend not in known_backends():
         raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
