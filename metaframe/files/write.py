@@ -26,8 +26,10 @@ HERE = _here()
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `path` so that at every moment it has its old content or all of the new.
 
-    Any number of threads and processes may write the same file: one of them is the last.
+    Its folder is made if it does not exist. Any number of threads and processes may write the same
+    file: one of them is the last.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for every writing, and short, whatever the length of the file's.
     temporary = path.with_name(f".{HERE}-{os.getpid()}-{secrets.token_hex(8)}{UNFINISHED}")
     try:
