@@ -25,6 +25,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.attention import chosen_kernel
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import (
@@ -83,7 +84,7 @@ class Signature(NamedTuple):
     """Of the arguments."""
     selection: Any
     ambient: Hashable
-    """`Backend.ambient` of the arrays' framework, and the settings of Keras."""
+    """`Backend.ambient` of the arrays' framework, the settings of Keras, the attention's kernel."""
     leaves: tuple[Hashable, ...]
     keys: str = ""
     """The structure in words where it has keys that are no strings: 1 and True are equal."""
@@ -159,7 +160,7 @@ class Compiled(Settled, Generic[P, R]):
     def _signature(self, leaves: Arrays, spec: tree.TreeSpec, backend: Backend) -> Signature:
         keys = repr(spec) if spec in self._unnamed else ""
         kinds = tuple(map(self._kind, leaves))
-        ambient = (backend.ambient(), keras_settings())
+        ambient = (backend.ambient(), keras_settings(), Same(chosen_kernel()))
         return Signature(spec, current_selection(), ambient, kinds, keys)
 
     def _kind(self, leaf: Any) -> Hashable:
