@@ -112,3 +112,25 @@ def test_warning_of_a_learner_names_its_loss(backend: Backend) -> None:
     with pytest.warns(UserWarning, match=r"a learner's meta-gradient was.*'fn.setting.losses") as w:
         step()
     assert "the function of argument" in str(w[0].message)
+
+
+def test_dropped_function_leaves_nothing(backend: Backend, arr: Arr) -> None:
+    """Neither itself nor objects in the tables of its framework."""
+    x = arr([1.0, 2.0])
+
+    def made() -> weakref.ref[Any]:
+        def doubled(x: Any) -> Any:
+            return 2.0 * x
+
+        metaframe.compile(doubled)(x)
+        return weakref.ref(doubled)
+
+    def objects() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    functions = [made() for _ in range(3)]
+    before = objects()
+    functions += [made() for _ in range(10)]
+    assert objects() - before < 50, "five for each function"
+    assert not any(function() for function in functions)

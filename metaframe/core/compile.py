@@ -232,9 +232,9 @@ def _untraceable(fn: Callable[..., Any], error: Exception) -> str:
     ours = [frame for frame in frames if not is_library(frame.filename)] or list(frames)
     return (
         f"{name_of(fn)} cannot be compiled: {ours[-1].filename}:{ours[-1].lineno} needs the value "
-        f"of an array, which a compiled function does not know yet: `{ours[-1].line}`. Compute both "
-        "sides and choose with ops.where, pass the value as a Python number, or call the function "
-        "without compile."
+        f"of an array, which a compiled function does not know yet: `{ours[-1].line}`. Compute "
+        "both sides and choose with ops.where, pass the value as a Python number, or call the "
+        "function without compile."
     )
 
 
