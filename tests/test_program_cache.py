@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import os
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import metaframe
+from frameworks import require
 from metaframe import nn, ops
 from metaframe.backend import Backend
 from metaframe.core import program_cache
@@ -134,3 +138,36 @@ def test_dropped_function_leaves_nothing(backend: Backend, arr: Arr) -> None:
     functions += [made() for _ in range(10)]
     assert objects() - before < 50, "five for each function"
     assert not any(function() for function in functions)
+
+
+def test_tensorflow_compiles_what_it_knows_no_second_time() -> None:
+    """XLA frees no program, and a third of a megabyte would stay of each function like this."""
+    require("tensorflow")
+    x = importlib.import_module("tensorflow").ones(3)
+
+    def memory_after(functions: int) -> float:
+        for _ in range(functions):
+            metaframe.compile(lambda x: ops.tanh(2.0 * x))(x)
+        gc.collect()
+        resident = Path("/proc/self/statm").read_text().split()[1]
+        return int(resident) * os.sysconf("SC_PAGE_SIZE") / 1024
+
+    start = memory_after(10)
+    assert memory_after(30) - start < 30 * 100, "KiB"
+
+
+def test_tensorflow_tells_gradients_apart_that_go_with_the_same_values() -> None:
+    require("tensorflow")
+    tf = importlib.import_module("tensorflow")
+    x = tf.constant([1.0, 2.0])
+    for slope in (3.0, 5.0):
+
+        @tf.custom_gradient
+        def double(x: Any, slope: float = slope) -> Any:
+            return 2 * x, lambda up: slope * up
+
+        compiled = metaframe.compile(double)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = compiled(x)
+        np.testing.assert_array_equal(tape.gradient(y, x), [slope, slope])
