@@ -32,5 +32,5 @@ def leaving_nothing() -> Iterator[None]:
         kept = set(map(id, shared.values()))  # found again by the path of their source
         for module in [m for m in modules[count:] if id(m) not in kept]:
             modules.remove(module)
-            if sys.modules.get(module.__name__) is module:
-                del sys.modules[module.__name__]
+            if sys.modules.get(name := str(module.__name__)) is module:
+                del sys.modules[name]

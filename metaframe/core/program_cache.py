@@ -141,7 +141,7 @@ def _described(
     signature: Signature, leaves: Sequence[Any], arguments: Mapping[str, str]
 ) -> dict[_Part, _Value]:
     chains = tree.chains(signature.structure)
-    found = []
+    found: list[tuple[_Part, _Value]] = []
     for chain, leaf, kind in zip(chains, leaves, signature.leaves, strict=True):
         # The first part of a chain says whether it was a positional or a keyword argument.
         by_keyword, name, *rest = chain.split("/")

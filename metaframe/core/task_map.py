@@ -167,7 +167,7 @@ def _fitting(backend: Backend, tasks: Arrays, like: Arrays) -> int | None:
     """How many tasks to take at once where all of them would outgrow the caches of a CPU."""
     if backend.chunk_elements is None or not backend.on_cpu(tasks[0]):
         return None
-    count = tasks[0].shape[0]
+    count: int = tasks[0].shape[0]
     each = sum(math.prod(x.shape) for x in like) + sum(math.prod(x.shape[1:]) for x in tasks)
     fitting = backend.chunk_elements // max(each, 1)
     if count <= max(FEWEST_AT_ONCE, fitting):
