@@ -91,7 +91,8 @@ def test_attention_by_blocks_and_by_another_kernel(
 
     with metaframe.nn.use_attention_kernel(kernel):
         _, by_kernel = zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
-    assert calls and all(calls)
+    assert calls
+    assert all(calls)
     monkeypatch.setattr("metaframe.nn.blocks.LONG", 4)
     monkeypatch.setattr("metaframe.nn.attend.BLOCK", 2)
     _, by_blocks = zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
@@ -102,9 +103,9 @@ def test_attention_by_blocks_and_by_another_kernel(
 
 def test_a_kernel_takes_no_dropout() -> None:
     maml = MAML(Attending(dropout=0.5), 0.1)
-    with metaframe.nn.use_attention_kernel(lambda query, key, value, mask, causal: value):
-        with pytest.raises(InputError, match="use_attention_kernel: .* with dropout"):
-            maml.meta_value_and_grad(F.mse_loss, TASKS)
+    refused = pytest.raises(InputError, match=r"use_attention_kernel: .* with dropout")
+    with metaframe.nn.use_attention_kernel(lambda query, key, value, mask, causal: value), refused:
+        maml.meta_value_and_grad(F.mse_loss, TASKS)
 
 
 BATCH_NORM = nn.Sequential(nn.BatchNorm1d(3)).double()

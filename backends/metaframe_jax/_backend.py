@@ -51,6 +51,7 @@ class JaxBackend(Backend):
 
     name = "jax"
     loops_in_programs = True
+    chunk_elements = 2**20
 
     def __init__(self) -> None:
         self.ops = JaxOps()

@@ -1,4 +1,4 @@
-"""`F.scaled_dot_product_attention` in a model: by blocks where it is long, or by a chosen kernel."""
+"""`F.scaled_dot_product_attention` in a model: by blocks if it is long, or by a chosen kernel."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metaframe.backend.attention import chosen_kernel
 from metaframe.errors import InputError
 from metaframe_torch import _private
+
 
 def by_the_plain_kernel(func: Callable[..., Any]) -> Callable[..., Any]:
     """An attention by torch's plain kernel, the one with a second derivative."""

@@ -51,6 +51,7 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    chunk_elements = 2**20
     signature = operator.attrgetter("shape", "dtype", "device", "layout")
     # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
     forward_needs_tangents = True
@@ -220,7 +221,8 @@ class TorchBackend(Backend):
         return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        return _tape.recordable(_mapped(fn), _one_by_one(fn))
+        each = _one_by_one(fn)
+        return lambda xs: _tape.recordable(each if _is_alone(xs) else _mapped(fn), each)(xs)
 
     def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
@@ -238,7 +240,9 @@ class TorchBackend(Backend):
 
                 return run
 
-            out = _tape.recordable(by(_mapped), by(_one_by_one))((*xs, *held, *tasks))
+            each = by(_one_by_one)
+            quick = each if _is_alone(tasks) else by(_mapped)
+            out = _tape.recordable(quick, each)((*xs, *held, *tasks))
             return out[count], out[count + 1 :], out[:count]
 
         return call
@@ -402,6 +406,11 @@ class _Rule(torch.autograd.Function):
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped: ArraysFn = torch.func.vmap(fn, randomness="different")
     return in_our_words(mapped=True)(mapped)
+
+
+def _is_alone(tasks: Arrays) -> bool:
+    """True for a single task, which `vmap` would only make slower."""
+    return bool(tasks) and tasks[0].shape[0] == 1
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

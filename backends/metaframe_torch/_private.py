@@ -128,6 +128,14 @@ STORAGE = PrivateName("torch:UntypedStorage._cdata", "`metaframe.compile` on tor
 # These two keep a program for later processes.
 TRACING = PrivateName("torch._guards:tracing", "the program cache", SEEN, "slower")
 TRACING_CONTEXT = PrivateName("torch._guards:TracingContext", "the program cache", SEEN, "slower")
+FREED = "freeing a compiled program that is dropped"
+GRAPH_SOURCES = PrivateName("torch.fx.graph_module:_loader.eval_cache", FREED, SEEN, "slower")
+PROGRAM_MODULES = PrivateName(
+    "torch._inductor.codecache:PyCodeCache.modules", FREED, SEEN, "slower"
+)
+SHARED_MODULES = PrivateName(
+    "torch._inductor.codecache:PyCodeCache.modules_no_attr", FREED, SEEN, "slower"
+)
 
 # Models.
 PARAMETERS = OfModules("torch.nn:Module._parameters", "running a model", SEEN, "error")

@@ -75,6 +75,9 @@ class Backend(Required):
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
     loops_in_programs: bool = False
     """True if a compiled program that loops over outer steps beats calling a program for each."""
+    chunk_elements: int | None = None
+    """On a CPU, how many elements tasks may have to be vectorised at once: their data, and a copy
+    of the variables for each. More go in chunks of half of it. None if many cost no more each."""
     forward_needs_tangents: bool = False
     """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")

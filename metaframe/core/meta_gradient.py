@@ -63,7 +63,8 @@ def meta_value_and_grad(
             memory of one task; "loop" the same in Python; "auto" see `strategy`. On torch,
             variables that require grad keep the record of every task for whoever differentiates
             the result: detach them, or work under `torch.no_grad()`, for the memory of one.
-        chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all.
+        chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all, and on a
+            CPU no more than pays.
         has_aux: `task_cost` returns something besides, a structure of arrays.
         outer_v: which variables to differentiate, as for `maml_step`; all by default.
         keep_outer_v: False inverts `outer_v`.

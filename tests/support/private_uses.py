@@ -384,6 +384,16 @@ def said_by_jax() -> Any:
     return JaxWorkers(mesh).tell("hello")
 
 
+def released() -> Any:
+    import torch
+
+    from metaframe_torch._release import leaving_nothing
+
+    with leaving_nothing():
+        graph = torch.fx.symbolic_trace(lambda x: 2 * x)
+    return graph(torch.ones(2))
+
+
 # TensorFlow
 
 
@@ -485,6 +495,9 @@ USES: dict[str, dict[str, Use]] = {
         "SHAPES": compiled_torch,
         "TRACING": compiled_torch,
         "TRACING_CONTEXT": compiled_torch,
+        "GRAPH_SOURCES": released,
+        "PROGRAM_MODULES": released,
+        "SHARED_MODULES": released,
         "WEIGHT_NORM": with_weight_norm,
         "BATCH_NORM_BASE": with_batch_norm,
         "BATCH_NORM": normalised,
