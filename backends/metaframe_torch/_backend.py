@@ -41,6 +41,7 @@ from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
 from metaframe_torch._refusals import in_our_words
 from metaframe_torch._roots import with_finite_roots
+from metaframe_torch._threads import threads_for
 
 T = TypeVar("T")
 
@@ -254,6 +255,9 @@ class TorchBackend(Backend):
 
     def ambient(self) -> Hashable:
         return Ambient.now()
+
+    def threads_for(self, elements: int) -> AbstractContextManager[object]:
+        return threads_for(elements)
 
     def runs_inline(self, xs: Sequence[Array]) -> bool:
         return (

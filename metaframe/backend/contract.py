@@ -290,6 +290,15 @@ class Backend(Required):
         """
         return None
 
+    def threads_for(self, elements: int) -> AbstractContextManager[object]:
+        """A training loop on a CPU, whose steps have so many elements in tasks and variables.
+
+        For a framework whose threads would wait for each other in small programs. A number of
+        threads that the user chose stays as it is.
+        """
+        del elements
+        return nullcontext()
+
     def runs_inline(self, xs: Sequence[Array]) -> bool:
         """True where a compiled function of `xs` has to run as it is.
 
