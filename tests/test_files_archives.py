@@ -219,3 +219,16 @@ def test_a_picture_of_24_million_pixels_is_read(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     Image.new("L", (6000, 4000), 9).save(tmp_path / "cat" / "1.png")
     assert np.asarray(load_image_folder(tmp_path, size=2).images).min() == 9
+
+
+def test_names_that_are_no_unicode_are_names(tmp_path: Path) -> None:
+    """Linux takes any bytes; a folder of images is read all the same."""
+    _listed(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in (b"a.jpg", b"b.jpg", b"\xff.jpg"):
+        (tmp_path / "images" / os.fsdecode(name)).write_bytes(PHOTOGRAPH)
+    assert len(load_mini_imagenet(tmp_path, size=8).images) == 2
+    for home in (b"train/n00000001", b"train/n00000002"):
+        (tmp_path / os.fsdecode(home)).mkdir(parents=True)
+        (tmp_path / os.fsdecode(home + b"/\xff.jpg")).write_bytes(PHOTOGRAPH)
+    assert len(load_tiered_imagenet(tmp_path, size=8).sha256) == 64

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from metaframe.cli import main, plots
-from metaframe.cli.classes import CLASSES, check_classes
+from metaframe.cli.classes import CLASSES, check_classes, record_classes
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import resolve
 from metaframe.cli.presets import PRESETS, judge
@@ -194,3 +194,17 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, tmp_path: Pa
     }
     with pytest.raises((InputError, UsageError), match="Not a regular file"):
         readers[name]()
+
+
+def test_classes_whose_folders_have_names_that_are_no_unicode(tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    from PIL import Image
+
+    for name in (b"a", b"b", b"c", b"d", b"e", b"\xff"):
+        home = tmp_path / "data" / os.fsdecode(name)
+        home.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(home / "1.png")
+    config = RunConfig(dataset="folder", data=str(tmp_path / "data"), eval_every=0)
+    record_classes(config, tmp_path)
+    assert "\\udcff" in (tmp_path / CLASSES).read_text()
+    check_classes(config, tmp_path)

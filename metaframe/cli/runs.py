@@ -117,9 +117,10 @@ def _trained(
     if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise MissingDependencyError("TensorBoard", "tensorboardX", "pip install tensorboardX")
     with selected(config) as workers:
-        agree(load_backend(config.backend or ""), config=config.as_dict())
+        backend = load_backend(config.backend or "")
+        agree(backend, config=config.as_dict())
         experiment = Experiment(config)
-        experiment.check()
+        agree(backend, first_tasks=experiment.check())
         with in_use(folder) if workers.is_first else nullcontext():
             start(experiment, workers)
             stopped = _fit(experiment, folder, output, extras)

@@ -54,13 +54,9 @@ def boolean(value: Any, where: str) -> None:
 
 
 def text(value: Any, where: str) -> None:
-    """A string of Unicode characters."""
+    """A string; of a file's name it may hold bytes that are no Unicode, as Python has them."""
     if type(value) is not str:
         raise refused(value, where, "a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise refused(value, where, "a text without lone surrogates") from None
 
 
 def optional(check: Check) -> Check:

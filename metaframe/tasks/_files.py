@@ -75,7 +75,8 @@ def stamp(*paths: Path) -> str:
     for name in sorted(found):
         with suppress(OSError):  # a link to nowhere, which reading will report if it is needed
             state = os.stat(name)
-            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(name))
+            digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -69,7 +70,7 @@ class Checksums:
     def whole(self) -> str:
         """One SHA-256 of the names and contents of all that was read."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self._seen.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
 def _listed(file: Path, source: Source) -> Mapping[str, str]:
