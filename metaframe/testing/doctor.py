@@ -19,6 +19,7 @@ from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
 from metaframe.core.inner_loop import Cost, Order
 from metaframe.errors import InputError
+from metaframe.testing import _texts as texts
 from metaframe.testing._causes import causes, redrawn
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
@@ -134,7 +135,7 @@ class _Examination:
         again = subject.gradient()
         changed = watch.changed()
         if changed:
-            self._findings.append(_in_place(changed))
+            self._findings.append(texts.in_place(changed))
         bad = not_finite(subject, self._first)
         if bad is not None:
             self._findings.append(bad)
@@ -158,7 +159,7 @@ class _Examination:
             self._first = self._subject.gradient()
         with self._streams.replayed():
             again = self._subject.gradient()
-        self._findings.append(_random())
+        self._findings.append(texts.random())
         self._seeded = _near(self._first, again)
         if not self._seeded:
             self._unknown.append("finite differences: no two calls return the same cost")
@@ -172,14 +173,14 @@ class _Examination:
     def _judge(self, found: list[Component]) -> None:
         lossy = [c for c in found if c.lossy]
         if lossy:
-            self._findings.append(_lossy(lossy))
+            self._findings.append(texts.lossy(lossy))
         for c in found:
             if not c.known and not c.lossy:
-                self._unknown.append(f"finite differences in {c.name!r}: {_why(c)}")
+                self._unknown.append(f"finite differences in {c.name!r}: {texts.why(c)}")
         known = [c for c in found if c.known]
         unused = [c for c in known if c.norm == 0.0 and not c.slope.moved]
         if unused:
-            self._findings.append(_unused(unused, self._subject.tasks))
+            self._findings.append(texts.unused(unused, self._subject.tasks))
         wrong = [c for c in known if not c.agrees(PRECISE)]
         if wrong:
             self._findings += self._causes(wrong)
@@ -207,7 +208,9 @@ class _Examination:
             return self._subject.reference(order=order)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             kind = {1: "first-order", 2: "second-order"}[order]
-            self._unknown.append(f"metaframe's {kind} gradient of this cost: {_summary(error)}")
+            self._unknown.append(
+                f"metaframe's {kind} gradient of this cost: {texts.summary(error)}"
+            )
             return None
 
     def executions(self, names: Sequence[Execution]) -> None:
@@ -221,10 +224,13 @@ class _Examination:
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
-                self._findings.append(_failed(name, error))
+                self._findings.append(texts.failed(name, error))
                 continue
             self._compare(
-                f"{name} and a loop over tasks", other, _EXECUTIONS, "executions disagree"
+                f"{name} and a loop over tasks",
+                other,
+                texts.EXECUTIONS_DIFFER,
+                "executions disagree",
             )
 
     def backends(self, names: Sequence[str]) -> None:
@@ -238,7 +244,7 @@ class _Examination:
                 adaptation = dataclasses.replace(given.adaptation, lr=lr)
                 other = Subject(given.cost, v, batch, adaptation).gradient()
             pair = f"{given.backend.name} and {name}"
-            self._compare(pair, other, _BACKENDS, "backends disagree")
+            self._compare(pair, other, texts.BACKENDS_DIFFER, "backends disagree")
 
     def compared_with_ours(self) -> None:
         """A user's step against metaframe's meta-gradient of what it is said to compute."""
@@ -248,9 +254,9 @@ class _Examination:
         if gap <= AGREE:
             self._passed.append(f"metaframe's own gradient differs by {gap:.1e}")
         elif gap < 1e-5:
-            self._findings.append(_rounded(gap))
+            self._findings.append(texts.rounded(gap))
         else:
-            self._findings.append(_another(self._first, ours, gap))
+            self._findings.append(texts.another(self._first, ours, gap))
 
     def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
@@ -264,7 +270,9 @@ class _Examination:
             float(np.mean([g.cost for g in alone])),
             tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
         )
-        self._compare("all tasks at once and one by one", mean, _MIXED, "executions disagree")
+        self._compare(
+            "all tasks at once and one by one", mean, texts.TASKS_MIXED, "executions disagree"
+        )
 
     def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
         gap = distance(self._first, other)
@@ -282,105 +290,6 @@ class _Examination:
         self._findings.append(Finding(kind, where, f"{pair} differ by {gap:.1e}", advice))
 
 
-_EXECUTIONS = (
-    "Make the function pure: no counters, lists or caches that a call changes, no branch on "
-    "values, no random numbers that are not arguments."
-)
-_BACKENDS = "Use functions of metaframe.ops and metaframe.nn only, and no dtype written out."
-_MIXED = (
-    "Find what mixes tasks: batch statistics or a reduction over the task axis, a sum where a mean "
-    "is meant, state carried from task to task. Or take the gradient of each task inside the map, "
-    "vmap(grad), instead of the gradient of a mean over the map."
-)
-
-
 def _near(one: Gradient, other: Gradient) -> bool:
     # Threads may add in another order.
     return distance(one, other) <= 1e-12
-
-
-def _in_place(names: Sequence[str]) -> Finding:
-    return Finding(
-        "in-place change",
-        ", ".join(names),
-        "calling the function changed its values",
-        "Return the new value instead of writing it: under vmap, compilation and recomputation a "
-        "write happens once, not at all, or more than once. Freeze running statistics, or use "
-        "those of the batch.",
-    )
-
-
-def _random() -> Finding:
-    return Finding(
-        "randomness",
-        "",
-        "two calls with the same arguments differ",
-        "Make random numbers an argument: draw masks or keys outside and pass them in the batch.",
-        wrong=False,
-    )
-
-
-def _why(c: Component) -> str:
-    """Why differences say nothing."""
-    if c.slope.error <= NEAR * c.slope.rounding:
-        return "its gradient is so small that the rounding of the cost covers it"
-    return "the cost is not smooth at this point"
-
-
-def _lossy(found: Sequence[Component]) -> Finding:
-    first = found[0]
-    return Finding(
-        "lost precision",
-        ", ".join(repr(c.name) for c in found),
-        "the cost has fewer digits than float64, and small faults do not show: along a random "
-        f"direction its slope in {first.name!r} is {first.slope.value:.9g}, give or take "
-        f"{first.slope.error:.1e}",
-        "Find what goes through float32: a cast, an array or a model of a fixed dtype. Or what "
-        "loses as many digits in float64: a difference of large numbers, an ill-conditioned solve.",
-    )
-
-
-def _unused(found: Sequence[Component], tasks: int) -> Finding:
-    return Finding(
-        "unused variable",
-        ", ".join(sorted({repr(c.name) for c in found})),
-        f"no gradient in any of {tasks} tasks, and moving it does not change the cost",
-        "Take it out of the variables, or use it.",
-        wrong=False,
-    )
-
-
-def _failed(name: str, error: Exception) -> Finding:
-    return Finding(
-        "cannot be vectorised",
-        name,
-        _summary(error),
-        'Choose with ops.where instead of `if`, or run tasks one by one: task_map="loop" and '
-        "without compile.",
-        wrong=False,
-    )
-
-
-def _summary(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
-
-
-def _rounded(gap: float) -> Finding:
-    return Finding(
-        "lost precision",
-        "step",
-        f"in float64 it differs from metaframe's by {gap:.1e}, the size of a rounding to float32",
-        "Find the number that goes through float32: a constant such as tf.cast(0.01, tf.float64), "
-        "an array without a dtype, a cast. Write tf.constant(0.01, tf.float64).",
-    )
-
-
-def _another(found: Gradient, ours: Gradient, gap: float) -> Finding:
-    return Finding(
-        "another cost",
-        "step",
-        f"its gradient is that of its cost {found.cost:.9g}, which is not the cost {ours.cost:.9g} "
-        f"after the adaptation as described; the gradients differ by {gap:.1e}",
-        "Compare learning rate, number of steps, data and reduction of both.",
-    )
