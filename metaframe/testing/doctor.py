@@ -18,9 +18,13 @@ from metaframe.backend.convert import convert
 from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
 from metaframe.core.inner_loop import Cost, Order
+from metaframe.core.task_map import strategy
 from metaframe.errors import InputError
 from metaframe.testing import _texts as texts
 from metaframe.testing._causes import causes, redrawn
+from metaframe.testing._detached import without_second_derivative
+from metaframe.testing._kept import ignored_batch
+from metaframe.testing._kinks import at_kinks, rounded
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import NEAR, PRECISE, Component, components
@@ -38,6 +42,10 @@ from metaframe.testing.watch import Watch
 
 Execution = Literal["vmap", "scan", "compiled"]
 EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
+FEW = 4
+"""How many tasks are examined one by one; all of them by vmap or scan."""
+FEWEST = 2
+"""How many tasks other ways of running are compared on."""
 AGREE = 1e-9
 """Relative: how far two ways of computing one gradient in float64 may differ."""
 
@@ -98,10 +106,13 @@ def check_meta_gradient(
         )
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
-        subject = Subject(cost, variables, batch, adaptation, step)
-        examination = _Examination(subject)
+        whole = Subject(cost, variables, batch, adaptation, step)
+        # A step may be made for one number of tasks; of metaframe's own a few tell as much.
+        subject = whole if step is not None else whole.of_tasks(FEW)
+        examination = _Examination(subject, whole)
         if examination.gradient():
             if step is None:
+                examination.all_tasks()
                 examination.executions(executions)
                 examination.backends(backends)
             else:
@@ -113,8 +124,8 @@ def check_meta_gradient(
 class _Examination:
     """The checks, and what they found so far."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, subject: Subject, whole: Subject) -> None:
+        self._subject, self._whole = subject, whole
         self._streams = Streams(subject.backend)
         self._seeded = False
         self._findings: list[Finding] = []
@@ -131,7 +142,10 @@ class _Examination:
         roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
         roots |= {"update": subject.adaptation.update, "step": subject.step}
         watch = Watch({"variables": subject.variables, "batch": subject.batch, **roots})
-        self._first = subject.gradient()
+        first = self._differentiated()
+        if first is None:
+            return False
+        self._first = first
         again = subject.gradient()
         changed = watch.changed()
         if changed:
@@ -142,6 +156,10 @@ class _Examination:
             return False
         if not self._repeatable(again, changed=bool(changed)):
             return False
+        kept = None if self._seeded else ignored_batch(subject, watch)
+        if kept is not None:
+            self._findings.append(kept)
+        self._quick = subject.cost_at if self._seeded else subject.quick_cost()
         self._judge(components(subject, self._first, self._cost_at))
         if self._seeded:
             self._unknown.append("other ways to run it: they draw other random numbers")
@@ -168,9 +186,37 @@ class _Examination:
     def _cost_at(self, values: Sequence[Values]) -> float:
         """The cost, with the same random numbers every time if it draws any."""
         with self._streams.replayed() if self._seeded else nullcontext():
-            return self._subject.cost_at(values)
+            return self._quick(values)
+
+    def _differentiated(self) -> Gradient | None:
+        """The gradient; None, with a finding, if the function has no second derivative."""
+        try:
+            return self._subject.gradient()
+        except Exception as error:
+            if self._subject.step is not None or not self._subject.adaptation.steps:
+                raise
+            try:
+                self._subject.reference(order=1)
+            except Exception:  # noqa: BLE001  it is not about the order
+                raise error from None
+            self._findings.append(without_second_derivative(error))
+            return None
+
+    def _explained(self, found: list[Component]) -> list[Component]:
+        """Those that remain to be judged, without those at kinks or of rounded values."""
+        open_ = [c for c in found if c.lossy or not c.known or not c.agrees(PRECISE)]
+        if not open_ or self._seeded:
+            return found
+        cut, findings = rounded(self._subject, open_, self._cost_at)
+        self._findings += findings
+        left = [c for c in open_ if c not in cut]
+        at, note = at_kinks(self._subject, left, self._cost_at) if left else ([], None)
+        if note is not None:
+            self._findings.append(note)
+        return [c for c in found if c not in cut and c not in at]
 
     def _judge(self, found: list[Component]) -> None:
+        found = self._explained(found)
         lossy = [c for c in found if c.lossy]
         if lossy:
             self._findings.append(texts.lossy(lossy))
@@ -215,12 +261,14 @@ class _Examination:
 
     def executions(self, names: Sequence[Execution]) -> None:
         """The loop against the other ways to run the same gradient."""
+        few, quickly = self._subject.of_tasks(FEWEST), self._subject.backend.compiles_quickly
         ways: dict[Execution, Callable[[], Gradient]] = {
-            "vmap": lambda: self._subject.reference("vmap"),
-            "scan": lambda: self._subject.reference("scan"),
-            "compiled": lambda: self._subject.reference("loop", compiled=True),
+            "vmap": lambda: few.reference("vmap", compiled=quickly),
+            "scan": lambda: few.reference("scan"),
+            "compiled": lambda: few.of_tasks(1).reference("loop", compiled=True),
         }
         for name in names:
+            self._first = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
@@ -232,6 +280,21 @@ class _Examination:
                 texts.EXECUTIONS_DIFFER,
                 "executions disagree",
             )
+
+    def all_tasks(self) -> None:
+        """The gradient of all tasks is finite, where a few of them were examined."""
+        if self._whole is self._subject:
+            return
+        leaves = tree.leaves(self._whole.variables)
+        try:
+            compiled = self._whole.backend.compiles_quickly
+            found = self._whole.reference(strategy("auto", leaves), compiled=compiled)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+            self._unknown.append(f"all {self._whole.tasks} tasks: {texts.summary(error)}")
+            return
+        bad = not_finite(self._whole, found)
+        if bad is not None:
+            self._findings.append(bad)
 
     def backends(self, names: Sequence[str]) -> None:
         """The same on other backends."""
@@ -260,12 +323,13 @@ class _Examination:
 
     def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
-        subject = self._subject
-        leaves, spec = tree.flatten(subject.batch)
-        alone = [
-            subject.of_step(step, tree.unflatten(spec, [x[i : i + 1] for x in leaves]))
-            for i in range(subject.tasks)
-        ]
+        try:
+            alone = self._alone(step)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+            self._unknown.append(
+                f"tasks one by one: on a task alone, step raises {texts.summary(error)}"
+            )
+            return
         mean = Gradient(
             float(np.mean([g.cost for g in alone])),
             tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
@@ -273,6 +337,19 @@ class _Examination:
         self._compare(
             "all tasks at once and one by one", mean, texts.TASKS_MIXED, "executions disagree"
         )
+
+    def _alone(self, step: Step) -> list[Gradient]:
+        """The results for each task alone, by a batch of it alone or of as many copies of it."""
+        subject = self._subject
+
+        def of(copies: int) -> list[Gradient]:
+            rows = ([i] * copies for i in range(subject.tasks))
+            return [subject.of_step(step, subject.rows(row)) for row in rows]
+
+        try:
+            return of(1)
+        except Exception:  # noqa: BLE001  a step may be made for one number of tasks
+            return of(subject.tasks)
 
     def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
         gap = distance(self._first, other)
