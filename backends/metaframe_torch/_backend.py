@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.neutral import plain
 from metaframe.backend.types import (
     Array,
     Arrays,
@@ -65,18 +66,29 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        x = plain(x)
         if isinstance(x, np.ndarray):
             x = _readable(x)
         kind = None if dtype is None else getattr(torch, dtype)
         try:
             if isinstance(x, torch.Tensor):  # as_tensor would take it to the default device
                 return x.to(device or x.device, kind or x.dtype)
-            return torch.as_tensor(x, dtype=kind, device=device)
+            array = torch.as_tensor(x, dtype=kind, device=device)
         except (RuntimeError, AssertionError) as error:
             if device is None:
                 raise
             known = ", ".join(self.devices())
             raise BackendError(f"torch has no device {device!r} here. Known: {known}.") from error
+        self.check_values((array,))
+        return array
+
+    def check_values(self, xs: Arrays) -> None:
+        if any(x.is_meta for x in xs):
+            raise BackendError(
+                "tensors on the device 'meta' have no values, and so would the results. Choose "
+                'another device: torch.set_default_device("cpu"), or module.to_empty(device="cpu") '
+                "and load the parameters."
+            )
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         x = x.detach().cpu().resolve_conj().resolve_neg()

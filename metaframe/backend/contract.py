@@ -121,6 +121,9 @@ class Backend(Required):
     def is_traced(self, x: Array) -> bool:
         """Whether `x` is inside a transform or a compilation, and so has no value to look at."""
 
+    def check_values(self, xs: Arrays) -> None:
+        """Raise `BackendError` if an array of `xs` is one that never has values."""
+
     @abc.abstractmethod
     def devices(self) -> tuple[str, ...]:
         """The names `device=` accepts here."""

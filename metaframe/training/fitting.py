@@ -31,8 +31,8 @@ class Fitted(blocks.Stepping, Protocol):
         """Take one step on a stacked batch."""
         ...
 
-    def blame(self, batch: Task) -> str:
-        """Which task of the batch it is whose gradient is not finite."""
+    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         ...
 
     def evaluated(self, tasks: Any) -> Evaluation:
@@ -133,7 +133,8 @@ class Fitting:
             if taken < block.count:
                 block.settle(taken)
         if failed is not None:
-            check_finite(failed, trainer.step, lambda: trainer.blame(block.batch(taken)))
+            batch = block.batch(taken)
+            check_finite(failed, trainer.step, lambda task: trainer.blame(batch, task))
         return False
 
     def _follow(self, report: StepReport, position: Mapping[str, Any] | None) -> bool:

@@ -36,7 +36,7 @@ from metaframe.training.callbacks import Callback, History, Run, watched, watche
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
-from metaframe.training.finite import check_finite, task_to_blame
+from metaframe.training.finite import REMEDIES, check_finite, remedy, task_to_blame
 from metaframe.training.fitting import Fitting
 from metaframe.training.interrupt import held_interrupt
 from metaframe.training.parameters import Arrays, checked, checked_parameters, group
@@ -376,7 +376,7 @@ class MetaTrainer:
             if statistics:
                 self._collect(batch)
             outcome = self.outer(batch, self.rate(self.step), num_tasks)
-            check_finite(outcome.report, self.step, lambda: self.blame(batch))
+            check_finite(outcome.report, self.step, lambda task: self.blame(batch, task))
             outcome.apply()
         except BaseException:
             self.maml.assign_statistics(statistics)
@@ -396,11 +396,13 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def blame(self, batch: Task) -> str:
-        """Which task of the batch it is whose gradient is not finite."""
+    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         if self._distributed and self._workers().processes > 1:
-            return "the batch as a whole"  # a process that does not have the task could not tell
-        return task_to_blame(self.maml, self.loss_fn, batch)
+            return task, REMEDIES  # a process that does not have the task could not tell
+        if task is None:
+            task = task_to_blame(self.maml, self.loss_fn, batch)
+        return task, REMEDIES if task is None else remedy(self.maml, batch, task)
 
     def evaluated(self, tasks: Any) -> Evaluation:
         """The results of the learner on these tasks."""
