@@ -1,0 +1,116 @@
+"""The numbers of the examples for open loops, against computations in NumPy and float64."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples import example
+from frameworks import slow
+
+Say = pytest.CaptureFixture[str]
+
+
+def sigmoid(z: Any) -> Any:
+    return 1 / (1 + np.exp(-z))
+
+
+def logistic_loss(z: Any, y: Any) -> Any:
+    return np.mean(np.log1p(np.exp(z)) - y * z)
+
+
+class Adam:
+    """Adam by its formula (Kingma and Ba 2015), for complex arrays too."""
+
+    def __init__(self, rate: Any) -> None:
+        self.rate, self.steps, self.mean, self.square = rate, 0, 0.0, 0.0
+
+    def step(self, x: Any, gradient: Any, rate: Any = None) -> Any:
+        self.steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * gradient
+        self.square = 0.999 * self.square + 0.001 * gradient * gradient
+        root = np.sqrt(self.square / (1 - 0.999**self.steps))
+        rate = self.rate if rate is None else rate
+        return x - rate * self.mean / (1 - 0.9**self.steps) / (root + 1e-8)
+
+
+def logistic_minimum(x: Any, y: Any, decays: Any, weights: Any = 1.0) -> Any:
+    """The minimum of the regularised loss by Newton's method."""
+    w = np.zeros(x.shape[1])
+    for _ in range(12):
+        p = sigmoid(x @ w)
+        gradient = x.T @ (weights * (p - y)) / len(x) + decays * w
+        hessian = (x.T * (weights * p * (1 - p))) @ x / len(x) + np.diag(decays)
+        w = w - np.linalg.solve(hessian, gradient)
+    return w
+
+
+@pytest.mark.parametrize("flags", [["--quick"], slow([])], ids=["quick", "full"])
+def test_implicit_hyperparameters(flags: list[str], backend_name: str, capsys: Say) -> None:
+    """Both gradients are that of Newton's minimum, with the Hessian written out.
+
+    The full form has 1,000 inner steps.
+    """
+    module = example("implicit_hyperparameters")
+    found = module.main(["--backend", backend_name, *flags])
+    (x, y), (held_x, held_y) = module.data(0)
+    decays = np.exp(found.log_decays)
+    w = logistic_minimum(x, y, decays)
+    p, held_p = sigmoid(x @ w), sigmoid(held_x @ w)
+    hessian = (x.T * (p * (1 - p))) @ x / len(x) + np.diag(decays)
+    u = np.linalg.solve(hessian, held_x.T @ (held_p - held_y) / len(held_x))
+    expected = -decays * w * u
+    np.testing.assert_allclose(found.cost, logistic_loss(held_x @ w, held_y), rtol=1e-10)
+    for gradient in (found.implicit, found.unrolled):
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * abs(expected).max())
+    assert found.difference < 1e-6
+    said = capsys.readouterr().out
+    assert f"relative difference {found.difference:.1e}" in said
+    losses = [float(x) for x in re.findall(r"outer steps: (.*)", said)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def softmax(z: Any) -> Any:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def slopes_of_weights(digits: Any, weights: Any, steps: int, lr: float) -> tuple[Any, Any]:
+    """The loss on clean digits and its gradient by the weights, back through each step by hand."""
+    x, y, n = digits.x, digits.y, len(digits.x)
+    points = [np.zeros((64, 10))]
+    for _ in range(steps):
+        error = weights[:, None] * (softmax(x @ points[-1]) - y)
+        points.append(points[-1] - lr * x.T @ error / n)
+    p = softmax(digits.held_out_x @ points[-1])
+    cost = -np.log(p[digits.held_out_y > 0]).mean()
+    back = digits.held_out_x.T @ (p - digits.held_out_y) / len(p)
+    slopes = np.zeros(n)
+    for w in points[-2::-1]:
+        p, moved = softmax(x @ w), x @ back
+        slopes -= lr * ((p - y) * moved).sum(-1) / n
+        curved = p * moved - p * (p * moved).sum(-1, keepdims=True)
+        back = back - lr * x.T @ (weights[:, None] * curved) / n
+    return cost, slopes
+
+
+def test_example_weights(backend_name: str, capsys: Say) -> None:
+    """Five outer steps of Adam, each through ten inner ones."""
+    module = example("example_weights")
+    found = module.main(["--backend", backend_name, "--quick"])
+    digits = module.data(seed=0, count=200)
+    logits, adam = np.zeros(200), Adam(module.OUTER_RATE)
+    for _ in range(5):
+        weights = 2 * sigmoid(logits)
+        cost, slopes = slopes_of_weights(digits, weights, 10, module.INNER_RATE)
+        logits = adam.step(logits, slopes * weights * (1 - weights / 2))
+    weights = 2 * sigmoid(logits)
+    np.testing.assert_allclose(found.cost, cost, rtol=1e-12)
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-9)
+    right, wrong = weights[~digits.wrong], weights[digits.wrong]
+    auc = (right[:, None] > wrong).mean()
+    assert auc > 0.9
+    assert f"with probability {auc:.4f}" in capsys.readouterr().out
