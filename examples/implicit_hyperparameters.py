@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> Found:
 
 
 def run(seed: int, inner_steps: int, outer_steps: int) -> Found:
-    """Learn the decays by the implicit gradient, and compare it with the unrolled one at the end."""
+    """Learn the decays by the implicit gradient; compare it with the unrolled one at the end."""
     train, held_out = metaframe.tree.map(ops.asarray, data(seed))
     # On torch a compiled loop is unrolled, and 1,000 steps take long to compile.
     eager = metaframe.current_backend().name == "torch"

@@ -15,6 +15,7 @@ from metaframe import MAML, MetaTrainer, optim
 from metaframe.tasks import SinusoidTaskSampler
 from processes import run
 
+
 @pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
 def test_digits(backend_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = example("digits").main(["--backend", backend_name, "--quick"])

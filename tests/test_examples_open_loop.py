@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples import example
+from examples import complex_slopes, example
 from frameworks import slow
+from metaframe import ops, tree
+from metaframe.backend import Backend
 
 Say = pytest.CaptureFixture[str]
 
@@ -114,3 +116,54 @@ def test_example_weights(backend_name: str, capsys: Say) -> None:
     auc = (right[:, None] > wrong).mean()
     assert auc > 0.9
     assert f"with probability {auc:.4f}" in capsys.readouterr().out
+
+
+def mlp(v: Any, x: Any) -> tuple[Any, Any]:
+    """What `nn.mlp` with one hidden layer of tanh returns, and the hidden layer."""
+    hidden = np.tanh(x @ v["layer1"]["w"] + v["layer1"]["b"])
+    return hidden @ v["head"]["w"] + v["head"]["b"], hidden
+
+
+def mlp_slopes(v: Any, x: Any, y: Any) -> dict[str, dict[str, Any]]:
+    """The gradient of the mean squared error of `mlp`, by hand."""
+    out, hidden = mlp(v, x)
+    error = 2 * (out - y) / y.size
+    back = error @ v["head"]["w"].T * (1 - hidden**2)
+    return {
+        "head": {"w": hidden.T @ error, "b": error.sum(0)},
+        "layer1": {"w": x.T @ back, "b": back.sum(0)},
+    }
+
+
+def flat(v: Any) -> Any:
+    return np.concatenate([np.ravel(x) for x in tree.leaves(v)])
+
+
+def trained_by_adam(knots: Any, start: Any, data: Any, interpolate: Any) -> Any:
+    """The held-out loss after training by hand, for complex knots too."""
+    v, rules = start, [Adam(None) for _ in tree.leaves(start)]
+    for x, y, rate in zip(data.x, data.y, np.exp(interpolate @ knots), strict=True):
+        moves = zip(rules, tree.leaves(v), tree.leaves(mlp_slopes(v, x, y)), strict=True)
+        moved = [rule.step(leaf, slope, rate) for rule, leaf, slope in moves]
+        v = tree.unflatten(tree.structure(v), moved)
+    return ((mlp(v, data.held_out_x)[0] - data.held_out_y) ** 2).mean()
+
+
+@pytest.mark.parametrize("steps", [100, slow(500)])
+def test_learned_schedule(steps: int, backend: Backend, capsys: Say) -> None:
+    """An outer step through so many of Adam, by complex steps through the training."""
+    module = example("learned_schedule")
+    found = module.run(seed=0, steps=steps, outer_steps=1)
+    data, interpolate = module.data(0, steps), module.interpolation(steps)
+    start = tree.map(ops.to_numpy, module.MODEL.init(0))
+
+    def objective(knots: Any) -> Any:
+        return trained_by_adam(knots, start, data, interpolate)
+
+    knots = np.full(module.KNOTS, np.log(0.01))
+    learned = Adam(module.OUTER_RATE).step(knots, complex_slopes(objective, knots))
+    costs = [objective(knots), objective(learned)]
+    np.testing.assert_allclose(found.knots, learned, rtol=1e-9)
+    assert costs[1] < costs[0]
+    np.testing.assert_allclose(found.costs, costs, rtol=1e-9)
+    assert f"by the schedule {costs[1]:.6f}" in capsys.readouterr().out
