@@ -10,7 +10,7 @@ import pytest
 
 from examples import complex_slopes, example
 from frameworks import require, slow
-from metaframe import ops, tree
+from metaframe import nn, ops, tree
 from metaframe.backend import Backend
 
 Say = pytest.CaptureFixture[str]
@@ -39,15 +39,25 @@ class Adam:
         return x - rate * self.mean / (1 - 0.9**self.steps) / (root + 1e-8)
 
 
-def logistic_minimum(x: Any, y: Any, decays: Any, weights: Any = 1.0) -> Any:
+def logistic_minimum(
+    x: Any, y: Any, decays: Any, weights: Any = 1.0, start: Any = None, iterations: int = 12
+) -> Any:
     """The minimum of the regularised loss by Newton's method."""
-    w = np.zeros(x.shape[1])
-    for _ in range(12):
+    w = np.zeros(x.shape[1]) if start is None else start
+    for _ in range(iterations):
         p = sigmoid(x @ w)
         gradient = x.T @ (weights * (p - y)) / len(x) + decays * w
         hessian = (x.T * (weights * p * (1 - p))) @ x / len(x) + np.diag(decays)
         w = w - np.linalg.solve(hessian, gradient)
     return w
+
+
+def adjoint(w: Any, train: Any, held_out: Any, decays: Any) -> Any:
+    """The Hessian's inverse at a minimum, times the gradient of the held-out loss."""
+    (x, _), (held_x, held_y) = train, held_out
+    p = sigmoid(x @ w)
+    hessian = (x.T * (p * (1 - p))) @ x / len(x) + np.diag(decays)
+    return np.linalg.solve(hessian, held_x.T @ (sigmoid(held_x @ w) - held_y) / len(held_x))
 
 
 @pytest.mark.parametrize("flags", [["--quick"], slow([])], ids=["quick", "full"])
@@ -61,10 +71,7 @@ def test_implicit_hyperparameters(flags: list[str], backend_name: str, capsys: S
     (x, y), (held_x, held_y) = module.data(0)
     decays = np.exp(found.log_decays)
     w = logistic_minimum(x, y, decays)
-    p, held_p = sigmoid(x @ w), sigmoid(held_x @ w)
-    hessian = (x.T * (p * (1 - p))) @ x / len(x) + np.diag(decays)
-    u = np.linalg.solve(hessian, held_x.T @ (held_p - held_y) / len(held_x))
-    expected = -decays * w * u
+    expected = -decays * w * adjoint(w, (x, y), (held_x, held_y), decays)
     np.testing.assert_allclose(found.cost, logistic_loss(held_x @ w, held_y), rtol=1e-10)
     for gradient in (found.implicit, found.unrolled):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * abs(expected).max())
@@ -118,16 +125,20 @@ def test_example_weights(backend_name: str, capsys: Say) -> None:
     assert f"with probability {auc:.4f}" in capsys.readouterr().out
 
 
+def started(model: nn.Model) -> dict[str, dict[str, Any]]:
+    """The first parameters of a model in NumPy."""
+    params = tree.map(ops.to_numpy, model.init(0))
+    return {layer: dict(values) for layer, values in params.items()}
+
+
 def mlp(v: Any, x: Any) -> tuple[Any, Any]:
     """What `nn.mlp` with one hidden layer of tanh returns, and the hidden layer."""
     hidden = np.tanh(x @ v["layer1"]["w"] + v["layer1"]["b"])
     return hidden @ v["head"]["w"] + v["head"]["b"], hidden
 
 
-def mlp_slopes(v: Any, x: Any, y: Any) -> dict[str, dict[str, Any]]:
-    """The gradient of the mean squared error of `mlp`, by hand."""
-    out, hidden = mlp(v, x)
-    error = 2 * (out - y) / y.size
+def mlp_slopes(v: Any, x: Any, hidden: Any, error: Any) -> dict[str, dict[str, Any]]:
+    """The gradient by the parameters of a cost whose gradient by the outputs is `error`."""
     back = error @ v["head"]["w"].T * (1 - hidden**2)
     return {
         "head": {"w": hidden.T @ error, "b": error.sum(0)},
@@ -135,15 +146,13 @@ def mlp_slopes(v: Any, x: Any, y: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def flat(v: Any) -> Any:
-    return np.concatenate([np.ravel(x) for x in tree.leaves(v)])
-
-
 def trained_by_adam(knots: Any, start: Any, data: Any, interpolate: Any) -> Any:
     """The held-out loss after training by hand, for complex knots too."""
     v, rules = start, [Adam(None) for _ in tree.leaves(start)]
     for x, y, rate in zip(data.x, data.y, np.exp(interpolate @ knots), strict=True):
-        moves = zip(rules, tree.leaves(v), tree.leaves(mlp_slopes(v, x, y)), strict=True)
+        out, hidden = mlp(v, x)
+        slopes = tree.leaves(mlp_slopes(v, x, hidden, 2 * (out - y) / y.size))
+        moves = zip(rules, tree.leaves(v), slopes, strict=True)
         moved = [rule.step(leaf, slope, rate) for rule, leaf, slope in moves]
         v = tree.unflatten(tree.structure(v), moved)
     return ((mlp(v, data.held_out_x)[0] - data.held_out_y) ** 2).mean()
@@ -155,7 +164,7 @@ def test_learned_schedule(steps: int, backend: Backend, capsys: Say) -> None:
     module = example("learned_schedule")
     found = module.run(seed=0, steps=steps, outer_steps=1)
     data, interpolate = module.data(0, steps), module.interpolation(steps)
-    start = tree.map(ops.to_numpy, module.MODEL.init(0))
+    start = started(module.MODEL)
 
     def objective(knots: Any) -> Any:
         return trained_by_adam(knots, start, data, interpolate)
@@ -206,3 +215,82 @@ def test_the_learned_optimizer_learns(capsys: Say) -> None:
     example("learned_optimizer").main(["--backend", "jax"])
     costs = [float(x) for x in re.findall(r": mean cost (.*)", capsys.readouterr().out)]
     assert costs[-1] < costs[0] / 3
+
+
+def ranks(x: Any) -> Any:
+    return np.argsort(np.argsort(x))
+
+
+def test_data_selection(backend_name: str, capsys: Say) -> None:
+    """The ranking is that of 512 trainings, each without one example, by Newton's method."""
+    module = example("data_selection")
+    found = module.main(["--backend", backend_name, "--quick"])
+    (x, y), (held_x, held_y) = module.data(0)
+    decays = np.full(30, module.DECAY)
+
+    def without(dropped: Any, start: Any = None, iterations: int = 12) -> float:
+        weights = np.ones(512)
+        weights[dropped] = 0
+        w = logistic_minimum(x, y, decays, weights, start, iterations)
+        return float(logistic_loss(held_x @ w, held_y))
+
+    minimum = logistic_minimum(x, y, decays)
+    whole = logistic_loss(held_x @ minimum, held_y)
+    changes = np.array([without(i, minimum, 3) for i in range(512)]) - whole
+    assert np.corrcoef(ranks(found.changes), ranks(changes))[0, 1] > 0.999
+    u = adjoint(minimum, (x, y), (held_x, held_y), decays)
+    slopes = -(sigmoid(x @ minimum) - y) * (x @ u) / 512
+    np.testing.assert_allclose(found.changes, -slopes, rtol=0, atol=1e-4 * abs(slopes).max())
+    np.testing.assert_allclose(found.cost, whole, rtol=1e-5)
+    worst = without(np.argsort(changes)[: module.DROPPED])
+    assert worst < whole
+    np.testing.assert_allclose(found.cost_without, worst, rtol=1e-4)
+    assert f"that harm most: {found.cost_without:.6f}" in capsys.readouterr().out
+
+
+class PolicyByHand:
+    """The policy of the example in NumPy, for complex parameters too."""
+
+    def __init__(self, module: Any) -> None:
+        self.scale, self.rate = module.SCALE, module.INNER_RATE
+
+    def off(self, v: Any, paths: Any) -> tuple[Any, Any, Any]:
+        x, actions = (paths[name].reshape(-1, 2) for name in ("observed", "actions"))
+        mean, hidden = mlp(v, x)
+        return x, hidden, (actions - mean) / self.scale
+
+    def adapt(self, v: Any, paths: Any) -> Any:
+        x, hidden, unit = self.off(v, paths)
+        error = -unit / self.scale * paths["advantages"].reshape(-1, 1) / len(unit)
+        slopes = mlp_slopes(v, x, hidden, error)
+        return tree.map(lambda p, g: p - self.rate * g, v, slopes)
+
+    def outer_cost(self, v: Any, task: Any) -> Any:
+        for k in range(2):
+            v = self.adapt(v, {name: rows[k] for name, rows in task["inner"].items()})
+        squares = (self.off(v, task["outer"])[2] ** 2).sum(-1)
+        return (squares / 2 * task["outer"]["advantages"].ravel()).mean()
+
+
+def test_policy(backend: Backend, capsys: Say) -> None:
+    """A meta-step over two goals, drawn and differentiated in NumPy."""
+    module = example("policy")
+    found = module.main(["--backend", backend.name, "--quick"])
+    start = started(module.POLICY)
+    by_hand, rng = PolicyByHand(module), np.random.default_rng(0)
+    module.mean_action = lambda v, x: mlp(v, x)[0]
+    collected = [module.collected(by_hand.adapt, start, g, rng) for g in module.goals(rng, 2)]
+    returns = np.mean([values for _, values in collected], 0)
+    np.testing.assert_allclose(found.returns, [returns], rtol=1e-9)
+
+    def objective(leaf: Any, place: int) -> Any:
+        leaves = list(tree.leaves(start))
+        leaves[place] = leaf
+        v = tree.unflatten(tree.structure(start), leaves)
+        return sum(by_hand.outer_cost(v, task) for task, _ in collected) / 2
+
+    for place, leaf in enumerate(tree.leaves(start)):
+        slopes = complex_slopes(lambda x, place=place: objective(x, place), leaf)
+        np.testing.assert_allclose(tree.leaves(found.grads)[place], slopes, rtol=1e-8, atol=1e-12)
+    shown = ", ".join(f"{value:.4f}" for value in returns)
+    assert f"inner steps {shown}" in capsys.readouterr().out
