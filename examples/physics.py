@@ -20,7 +20,7 @@ import metaframe
 from metaframe import inner_loop, meta_value_and_grad, nn, ops, optim, tree, value_and_grad
 from metaframe.backend import load_backend
 
-POINTS, STEPS, RATE = 30, 8, 0.02
+POINTS, STEPS, RATE = 30, 8, 0.003
 MODEL = nn.mlp([1, 16, 1], activation=ops.tanh)
 
 
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 def times() -> Any:
     """Where the equation has to hold, (POINTS, 1)."""
-    return np.linspace(0, 4, POINTS)[:, None]
+    return np.linspace(0, 2, POINTS)[:, None]
 
 
 def exact(rate: Any, t: Any) -> Any:
