@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples import complex_slopes, example
+from documents import ROOT
+from examples import EXAMPLES, complex_slopes, example
 from frameworks import require, slow
 from metaframe import nn, ops, tree
 from metaframe.backend import Backend
@@ -440,3 +441,12 @@ def test_lora(capsys: Say) -> None:
         mean = sum(float(after(learned, task, steps).detach()) for task in test) / 2
         assert value == pytest.approx(mean, rel=1e-9)
     assert f"{found.after:.6f} after {module.STEPS} steps" in capsys.readouterr().out
+
+
+def test_every_example_is_listed_and_checked() -> None:
+    """In the page on open loops, and by a test of this module."""
+    others = {"digits", "omniglot", "sinusoid"}  # in test_examples.py
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")} - others
+    page = (ROOT / "docs/open_loop.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)\.py`", page, re.MULTILINE)) == scripts
+    assert {name.removeprefix("test_") for name in globals()} >= scripts
