@@ -5,7 +5,7 @@
 The family is Newton's law of cooling, u' = r (cos t - u) with u(0) = 0: a body with a rate r of its
 own follows the temperature around it. A network minimises the equation's residual, without data
 (Raissi et al. 2019); its start is meta-learned, so that an equation that was not trained on takes
-eight steps. The derivative u' is taken by `value_and_grad` inside the inner cost, which makes the
+ten steps. The derivative u' is taken by `value_and_grad` inside the inner cost, which makes the
 meta-gradient one of third order.
 """
 
@@ -20,7 +20,7 @@ import metaframe
 from metaframe import inner_loop, meta_value_and_grad, nn, ops, optim, tree, value_and_grad
 from metaframe.backend import load_backend
 
-POINTS, STEPS, RATE = 30, 8, 0.003
+POINTS, STEPS, RATE = 30, 10, 0.003
 MODEL = nn.mlp([1, 16, 1], activation=ops.tanh)
 
 

@@ -15,6 +15,10 @@ from metaframe import nn, ops, tree
 from metaframe.backend import Backend
 
 Say = pytest.CaptureFixture[str]
+compiles_on_tensorflow = pytest.mark.parametrize(
+    "backend_name", ["torch", "jax", slow("tensorflow")], indirect=True
+)
+"""All backends, by default those that need no long compilation here."""
 
 
 def sigmoid(z: Any) -> Any:
@@ -171,6 +175,7 @@ def trained_by_adam(knots: Any, start: Any, data: Any, interpolate: Any) -> Any:
     return ((mlp(v, data.held_out_x)[0] - data.held_out_y) ** 2).mean()
 
 
+@compiles_on_tensorflow
 @pytest.mark.parametrize("steps", [100, slow(500)])
 def test_learned_schedule(steps: int, backend: Backend, capsys: Say) -> None:
     """An outer step through so many of Adam, by complex steps through the training."""
@@ -285,6 +290,7 @@ class PolicyByHand:
         return (squares / 2 * task["outer"]["advantages"].ravel()).mean()
 
 
+@compiles_on_tensorflow
 def test_policy(backend: Backend, capsys: Say) -> None:
     """A meta-step over two goals, drawn and differentiated in NumPy."""
     module = example("policy")
@@ -327,6 +333,7 @@ def fitted(v: Any, x: Any, y: Any, rate: Any, steps: int) -> Any:
     return ((siren(v, x)[0] - y) ** 2).mean()
 
 
+@compiles_on_tensorflow
 def test_siren(backend: Backend, capsys: Say) -> None:
     """The meta-gradient on two patches, and the PSNR on two others, by hand."""
     module = example("siren")
@@ -376,6 +383,7 @@ class CoolingByHand:
         return flat
 
 
+@compiles_on_tensorflow
 def test_physics(backend: Backend, capsys: Say) -> None:
     """Errors against the closed form; the meta-gradient by differences along itself."""
     module = example("physics")
