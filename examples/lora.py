@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> Found:
     parser.add_argument("--quick", action="store_true", help="one meta-step on two tasks")
     options = parser.parse_args(argv)
     with metaframe.use_backend("torch", dtype="float64"):
-        return run(options.seed, *((1, 2) if options.quick else (1000, 16)))
+        return run(options.seed, *((1, 2) if options.quick else (300, 16)))
 
 
 def run(seed: int, iterations: int, meta_batch_size: int) -> Found:
