@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from examples import EXAMPLES, example
 from frameworks import BACKENDS, require, slow
 from metaframe import MAML, MetaTrainer, optim
 from metaframe.tasks import SinusoidTaskSampler
 from processes import run
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def example(name: str) -> ModuleType:
-    """The module of an example."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
