@@ -169,7 +169,7 @@ def _fitting(backend: Backend, tasks: Arrays, like: Arrays) -> int | None:
         return None
     count: int = tasks[0].shape[0]
     each = sum(math.prod(x.shape) for x in like) + sum(math.prod(x.shape[1:]) for x in tasks)
-    fitting = backend.chunk_elements // max(each, 1)
+    fitting: int = backend.chunk_elements // max(each, 1)
     if count <= max(FEWEST_AT_ONCE, fitting):
         return None
     chunks = -(-count // max(FEWEST_AT_ONCE, fitting // 2))

@@ -11,8 +11,9 @@ import numpy as np
 from metaframe import arguments, tree
 from metaframe.backend.registry import available_backends, load_backend, owner
 from metaframe.backend.selection import backend_of, use_backend
-from metaframe.core.compile import Compiled, Signature
+from metaframe.core.compile import Compiled
 from metaframe.core.inner_loop import Cost
+from metaframe.core.program_cache import Signature
 from metaframe.errors import InputError, InputTypeError
 from metaframe.tasks import Task, TaskSampler
 from metaframe.testing.differences import components
