@@ -55,7 +55,8 @@ def attention(
         return found
     if scale is not None:
         query = query * (scale * math.sqrt(query.shape[-1]))
-    return nn.attention(query, key, value, attn_mask, causal=is_causal, kernel=kernel)
+    result: Tensor = nn.attention(query, key, value, attn_mask, causal=is_causal, kernel=kernel)
+    return result
 
 
 def _is_boolean(mask: Tensor) -> bool:

@@ -255,7 +255,7 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
         torch.rnn_relu_cell: of_a_cell(torch.rnn_relu_cell, rnn_cell(torch.relu)),
     }
     if exact:
-        forms |= {  # type: ignore[misc]
+        forms |= {
             F.rrelu: rrelu,
             F.embedding_bag: embedding_bag,
             torch.cdist: cdist,
