@@ -41,6 +41,40 @@ def function(value: Any, name: str) -> None:
         raise InputTypeError(f"{name} must be a function, received {type(value).__name__}.")
 
 
+def axes(x: Any) -> tuple[Any, ...] | None:
+    """The lengths of the axes of `x`, () for a number; None where tracing does not know them."""
+    try:
+        return tuple(getattr(x, "shape", ()))
+    except ValueError:
+        return None
+
+
+def leading_axis(x: Any, name: object, what: str) -> int | None:
+    """The length of the first axis of `x`; None if it has no axes.
+
+    Args:
+        x: an array.
+        name: what to call it in an error.
+        what: what the axis counts, for errors.
+
+    Raises:
+        InputError: the length is not known while a function is traced.
+
+    >>> leading_axis(np.ones((3, 2)), "batch", "task"), leading_axis(1.0, "batch", "task")
+    (3, None)
+    """
+    found = axes(x)
+    if found == ():
+        return None
+    if found is None or not isinstance(found[0], (int, np.integer)):
+        raise InputError(
+            f"{name} has shape {x.shape}: the length of its {what} axis is not known while the "
+            "function is traced. Give it one, in the signature of the traced function or, in "
+            "TensorFlow, by tf.ensure_shape."
+        )
+    return int(found[0])
+
+
 def chunk_size(value: Any) -> None:
     """None, or at least one task at a time."""
     if value is not None:

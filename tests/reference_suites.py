@@ -103,7 +103,7 @@ def ivy(backend: str, every: int = 1) -> Counts:
 
 def _run(command: tuple[str, ...], folder: Path, first: Path) -> str:
     """The output of a command, with our sources and before them `first` on the path."""
-    path = os.pathsep.join(map(str, (first, ROOT, ROOT / "backends")))
+    path = os.pathsep.join(map(str, (first, ROOT, ROOT / "backends", ROOT / "tests/support")))
     environment = {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(
         command,

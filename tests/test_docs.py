@@ -57,15 +57,13 @@ RUN_AS_IT_IS = [page for page in pages() if blocks(page) and page not in ELSEWHE
 
 @pytest.mark.parametrize("page", RUN_AS_IT_IS)
 def test_code_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom, in one session; a page about other frameworks than torch needs those."""
+    """From top to bottom, in one session; a page about several frameworks needs all of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", dict(registry.algorithms()))
-    code = "".join(blocks(page))
     require("torch")
-    if "jax" in code:
-        require("jax")
-    if "import tensorflow" in code:
-        require("tensorflow")
+    for name in ("jax", "tensorflow"):
+        if f"import {name}" in "".join(blocks(page)):
+            require(name)
     names: dict[str, object] = {}
     try:
         for block in blocks(page):

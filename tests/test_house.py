@@ -89,6 +89,7 @@ def test_what_to_open_is_there() -> None:
 
 
 ELSEWHERE = {
+    "callers": "test_program_cache.py and test_compile.py",
     "entrance": "test_autograph.py",
     "per_step": "test_unroll.py",
     "moments": "test_optim.py",

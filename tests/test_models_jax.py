@@ -197,9 +197,11 @@ def test_an_equinox_module_is_vectorised_once() -> None:
     mapped = eqx.filter_vmap(mlp)
     for model in (mlp, mapped, eqx.filter_jit(mapped), eqx.filter_checkpoint(mapped)):
         np.testing.assert_allclose(called(model, x), own, rtol=0, atol=1e-14)
-    for function in (jax.vmap(mlp), jax.jit(mlp)):
+    for function in (jax.vmap(mlp), jax.jit(mlp), jax.jit(jax.vmap(mlp)), jax.vmap(jax.jit(mlp))):
         with pytest.raises(InputTypeError, match=r"hides the arrays of MLP\. Pass the module"):
             MAML(function)
+    with pytest.raises(InputTypeError, match=r"hides the arrays of Linear\. Pass the module"):
+        MAML(jax.jit(nnx.Linear(2, 1, rngs=nnx.Rngs(0))))
 
 
 def test_a_module_with_state_comes_with_it() -> None:

@@ -57,6 +57,57 @@ def test_activation_checkpointing_is_refused(task_map: Any) -> None:
     module(X).sum().backward()  # elsewhere it works as before
 
 
+class Attending(nn.Module):
+    """A query, a key and a value for each of the examples, with a scale of its own."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 12).double(), nn.Linear(4, 2).double()
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.body(x).split(4, -1)
+        hidden = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.3, dropout_p=self.dropout
+        )
+        output: Tensor = self.head(hidden)
+        return output
+
+
+@pytest.mark.parametrize("how", zoo_torch.HOWS)
+@pytest.mark.parametrize("first_order", [False, True])
+def test_attention_by_blocks_and_by_another_kernel(
+    how: Any, first_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maml = MAML(Attending(), 0.1, 2, first_order=first_order)
+    _, expected = zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+    calls = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Any, causal: bool) -> Tensor:
+        calls.append(mask is None and causal)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+    with metaframe.nn.use_attention_kernel(kernel):
+        _, by_kernel = zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+    assert calls
+    assert all(calls)
+    monkeypatch.setattr("metaframe.nn.blocks.LONG", 4)
+    monkeypatch.setattr("metaframe.nn.attend.BLOCK", 2)
+    _, by_blocks = zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
+    for found in (by_kernel, by_blocks):
+        for name, g in expected.items():
+            torch.testing.assert_close(found[name], g, rtol=1e-12, atol=1e-14)
+
+
+def test_a_kernel_takes_no_dropout() -> None:
+    maml = MAML(Attending(dropout=0.5), 0.1)
+    refused = pytest.raises(InputError, match=r"use_attention_kernel: .* with dropout")
+    with metaframe.nn.use_attention_kernel(lambda query, key, value, mask, causal: value), refused:
+        maml.meta_value_and_grad(F.mse_loss, TASKS)
+
+
 BATCH_NORM = nn.Sequential(nn.BatchNorm1d(3)).double()
 BAD_INPUTS = [
     pytest.param((1, 3), {}, "more than 1 value per channel", id="batch of one"),
@@ -382,6 +433,13 @@ class Once(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 2 * g * x
+
+
+@pytest.mark.parametrize("how", zoo_torch.HOWS)
+def test_get_parameter_is_refused(how: Any) -> None:
+    maml = MAML(Layer(lambda module, x: x @ module.get_parameter("layer.weight").T), 0.1)
+    with pytest.raises(BackendError, match=r"get_parameter\(\) finds .*as an attribute"):
+        zoo_torch.meta_gradient(maml, F.mse_loss, TASKS, how)
 
 
 @pytest.mark.parametrize("how", zoo_torch.HOWS)

@@ -156,6 +156,28 @@ def test_another_kernel(arr: Call, to_np: Call) -> None:
         nn.attention(x, x, x, kernel=lambda query, key, value, mask, causal: value[:2])
 
 
+def test_a_chosen_kernel(arr: Call, to_np: Call) -> None:
+    """Compiled functions are told apart by it, and one of a call's own counts first."""
+    x = arr(X)
+
+    def doubled(query: Any, key: Any, value: Any, *, mask: Any, causal: bool) -> Any:
+        return 2 * nn.attention(query, key, value, kernel=plain)
+
+    def plain(query: Any, key: Any, value: Any, *, mask: Any, causal: bool) -> Any:
+        return nn.softmax(query @ ops.transpose(key, [1, 0]) / np.sqrt(WIDTH)) @ value
+
+    compiled = compile_whole(lambda x: nn.attention(x, x, x))
+    expected = to_np(compiled(x))
+    with nn.use_attention_kernel(doubled):
+        np.testing.assert_allclose(to_np(compiled(x)), 2 * expected, rtol=1e-12)
+        np.testing.assert_allclose(to_np(nn.attention(x, x, x)), 2 * expected, rtol=1e-12)
+    np.testing.assert_allclose(to_np(compiled(x)), expected, rtol=1e-12)
+    assert compiled.traces == 2
+    refused = pytest.raises(InputTypeError, match="kernel must be a function, received int")
+    with refused, nn.use_attention_kernel(3):  # type: ignore[arg-type]
+        pass
+
+
 def test_causal_is_a_mask(arr: Call, to_np: Call) -> None:
     x, mask = arr(X), arr(np.tri(LENGTH, LENGTH - 9, dtype=bool))
     expected = nn.attention(x, x[:-9], x[:-9], mask)

@@ -28,6 +28,7 @@ from metaframe.tasks import (
     FewShotSampler,
     LabelledImages,
     LazyImages,
+    _files,
     load_image_dataset,
     load_image_folder,
 )
@@ -113,8 +114,8 @@ def test_nothing_is_decoded_before_it_is_asked_for(
 ) -> None:
     data = load_image_folder(animals, size=12)
     opened: list[str] = []
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.name) or read(self))
+    read = _files.contents
+    monkeypatch.setattr(_files, "contents", lambda p, most: opened.append(p.name) or read(p, most))
     classes = ClassSplit(train=(0, 1))
     sampler = FewShotSampler(data.images, data.labels, ways=2, queries=1, classes=classes)
     assert opened == []

@@ -423,16 +423,43 @@ def test_float32_in_float64_out(arr: Call, backend: Any) -> None:
     assert check_meta_gradient(cost, *given, TWO_STEPS, executions=()).ok
 
 
-def test_kinks_are_left_open(torch_arr: Call) -> None:
-    report = check_meta_gradient(
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(
+    "kinked",
+    [
         lambda task, v: ops.sum(ops.abs(v["w"]) * task["x"]),
-        torch_arr({"w": np.zeros(2)}),
+        lambda task, v: ops.sum(ops.relu(v["w"] * task["x"]) * (v["b"] - 0.5)) + ops.sum(v["b"]),
+        lambda task, v: ops.max(v["w"]) * ops.sum(task["x"]) + ops.sum(v["b"] ** 2),
+        lambda task, v: ops.sum(ops.maximum(v["w"], v["b"] * 0.0) * task["x"]),
+        lambda task, v: ops.sum(ops.relu(v["w"] - v["b"] * 0.0) ** 2 * task["x"]) + ops.sum(v["b"]),
+    ],
+)
+def test_a_kink_is_a_note(backend: Any, arr: Call, kinked: Call, steps: int) -> None:
+    variables = arr({"b": np.array([0.3, -0.2]), "w": np.zeros(2)})
+    report = check_meta_gradient(
+        kinked, variables, arr(BATCH), Adaptation(steps=steps, lr=0.1), executions=()
+    )
+    assert report.ok, str(report)
+    assert set(report.kinds()) <= {"kink", "unused variable"}
+
+
+def test_a_wrong_derivative_at_one_point_is_no_kink(torch_arr: Call) -> None:
+    """The cost is smooth there: the double-where trick with the wrong branch."""
+
+    def planted(task: Any, v: Any) -> Any:
+        zero = v["w"] == 0.0
+        safe = ops.where(zero, 1.0, v["w"])
+        return ops.sum(ops.where(zero, 0.0, safe**2 / safe) * task["x"]) + ops.sum(v["b"] ** 2)
+
+    report = check_meta_gradient(
+        planted,
+        torch_arr({**V, "w": np.zeros(2)}),
         torch_arr(BATCH),
         Adaptation(steps=0),
         executions=(),
     )
     assert not report.ok
-    assert "not checked: finite differences in 'w': the cost is not smooth" in str(report)
+    assert "'w'" in report.findings[0].where
 
 
 def test_bad_input(torch_arr: Call) -> None:

@@ -560,6 +560,27 @@ def test_a_loss_that_is_not_finite_names_step_and_task(backend: Backend) -> None
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "advice"),
+    [
+        ({"query_y": np.array([0, 7])}, r"query_y has labels from 0 to 7, .* 3 outputs"),
+        ({"query_x": np.full((2, 4), np.inf)}, r"query_x has 8 values that are not finite"),
+    ],
+)
+def test_the_advice_about_a_loss_is_of_its_cause(
+    backend: Backend, spoilt: dict[str, Any], advice: str
+) -> None:
+    model = nn.mlp([4, 3])
+    data = {"support_x": np.ones((2, 4)), "support_y": np.array([0, 2])}
+    data |= {"query_x": np.ones((2, 4)), "query_y": np.array([1, 2])}
+    maml = MAML((model.apply, model.init(0)), 0.1, 1)
+    settings = StepSettings(compiled=False)
+    runner = MetaTrainer(maml, optim.sgd(0.1), nn.cross_entropy, zoo.Fixed(), settings=settings)
+    with pytest.raises(NonFiniteError, match=f"task 1 of the batch is .*{advice}") as caught:
+        runner.meta_step([Task(**data), Task(**{**data, **spoilt})])
+    assert "Lower" not in str(caught.value)
+
+
 class SpoiltLater(SinusoidTaskSampler):
     """The third batch of three tasks, and all after it, have targets that are no numbers."""
 

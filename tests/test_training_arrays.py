@@ -16,8 +16,9 @@ import pytest
 from metaframe import Container, load_arrays, ops, optim, save_arrays, unroll
 from metaframe import compile as compile_whole
 from metaframe.errors import CheckpointError, InputError, InputTypeError
+from metaframe.files.write import HERE, UNFINISHED, clear_unfinished
 from metaframe.training import read_checkpoint
-from metaframe.training.array_file import _HERE, _UNFINISHED, clear_unfinished, encoded
+from metaframe.training.array_file import encoded
 
 Call = Callable[..., Any]
 
@@ -200,8 +201,8 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
 def test_what_a_dead_process_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = {n: f".{_HERE}-{n}-0123{_UNFINISHED}" for n in (dead.pid, os.getpid())}
-    others = (f".00000000-{dead.pid}-0123{_UNFINISHED}", ".notes.tmp", f".{_HERE}-x{_UNFINISHED}")
+    names = {n: f".{HERE}-{n}-0123{UNFINISHED}" for n in (dead.pid, os.getpid())}
+    others = (f".00000000-{dead.pid}-0123{UNFINISHED}", ".notes.tmp", f".{HERE}-x{UNFINISHED}")
     for name in (*names.values(), *others):
         (tmp_path / name).write_bytes(b"")
     clear_unfinished(tmp_path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -607,59 +608,39 @@ def test_a_signal_that_is_not_ours_is_left_alone(signum: int, handler: Any) -> N
     assert (len(history.meta_loss), history.stopped) == (4, None)
 
 
-PROGRAM = """
-import sys
-import torch
-import metaframe
-from metaframe import MAML, nn, ops, optim
-from metaframe.tasks import SinusoidTaskSampler
-from metaframe.training import Checkpoints, MetaTrainer, load_checkpoint
-from metaframe.training.checkpoint import checkpoint_files
-
-folder, steps = sys.argv[1], int(sys.argv[2])
-metaframe.set_backend("torch")
-torch.manual_seed(0)  # its state is saved too, and differs from process to process
-model = nn.mlp([1, 32, 1], activation=ops.tanh)
-maml = MAML((model, model.init(0)), 0.01)
-trainer = MetaTrainer(maml, optim.adam(1e-2), nn.mse, SinusoidTaskSampler(seed=0))
-saver = Checkpoints(folder, every=1, keep=2)
-if files := checkpoint_files(folder):
-    load_checkpoint(files[-1], trainer)
-print("ready", flush=True)
-trainer.fit(steps - trainer.step, 2, callbacks=[saver])
-print("done", flush=True)
-"""
-
-
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill -9 at 50 random moments, most of them in a save: every file is readable.
 
     A run that was killed again and again ends with the bits of one that was not.
     """
     require("torch")
     rng = random.Random(0)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which the server does not take
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["killed_training"])
 
-    def start(folder: Path, steps: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, str(folder), str(steps)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def start(folder: str, steps: int) -> BaseProcess:
+        """A process that trains, after its first step."""
+        from killed_training import train
 
-    kills = 0
-    steps = 0
-    while kills < 50:
-        steps += 400  # more than there is time for, so that it is always killed at work
-        with start(tmp_path / "killed", steps) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0.02, 0.6))
-            process.kill()
-        kills += 1
+        here, there = processes.Pipe()
+        process = processes.Process(target=train, args=(tmp_path / folder, steps, there))
+        process.start()
+        assert here.recv() == "ready"
+        return process
+
+    for kill in range(50):
+        # More steps than there is time for, so that it is always killed at work.
+        process = start("killed", 1_000 * (kill + 1))
+        time.sleep(rng.uniform(0.0, 0.6))
+        process.kill()
+        process.join()
         for file in checkpoint_files(tmp_path / "killed"):
             read_checkpoint(file)
     reached = read_checkpoint(latest_checkpoint(tmp_path / "killed")).step
     for folder in ("killed", "whole"):
-        with start(tmp_path / folder, reached + 5) as process:
-            process.wait()
+        start(folder, reached + 5).join()
     killed, whole = (
         read_checkpoint(latest_checkpoint(tmp_path / folder)) for folder in ("killed", "whole")
     )

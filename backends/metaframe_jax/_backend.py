@@ -14,6 +14,7 @@ import numpy as np
 
 from metaframe.backend.contract import Backend
 from metaframe.backend.model import ModelAdapter
+from metaframe.backend.neutral import plain
 from metaframe.backend.types import (
     Array,
     Arrays,
@@ -51,6 +52,7 @@ class JaxBackend(Backend):
 
     name = "jax"
     loops_in_programs = True
+    chunk_elements = 2**20
 
     def __init__(self) -> None:
         self.ops = JaxOps()
@@ -65,6 +67,7 @@ class JaxBackend(Backend):
                 "JAX has 64-bit types switched off and would return float32. Before any other "
                 'use of JAX: jax.config.update("jax_enable_x64", True).'
             )
+        x = plain(x)
         if isinstance(x, np.ndarray):  # converted here it need not be by an operation of JAX
             x = x.astype(jax.dtypes.canonicalize_dtype(dtype or x.dtype), copy=False)
         array = jnp.asarray(x, dtype)

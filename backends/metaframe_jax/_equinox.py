@@ -19,7 +19,7 @@ from jax import Array
 
 from metaframe.backend.contract import Backend
 from metaframe.backend.model import Inputs, ModelAdapter
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import InputError
 from metaframe_jax._names import filled, named
 
 Params = dict[str, Array]
@@ -30,7 +30,6 @@ def find_equinox_adapter(model: object, backend: Backend) -> ModelAdapter | None
     """The adapter of an Equinox module, alone, with a function or with its state; None for others.
 
     Raises:
-        InputTypeError: a function that JAX made of a module.
         InputError: a module that needs its state.
     """
     equinox = sys.modules.get("equinox")
@@ -44,12 +43,6 @@ def find_equinox_adapter(model: object, backend: Backend) -> ModelAdapter | None
                 "them, or say how it is called: (function, module)."
             )
         return EquinoxAdapter(None, model, backend)
-    if isinstance(inside := getattr(model, "__wrapped__", None), equinox.Module):
-        raise InputTypeError(
-            f"a function such as jax.vmap(module) hides the arrays of {type(inside).__qualname__}. "
-            "Pass the module itself, which is vectorised over examples, or say how it is called: "
-            "(lambda module, x: jax.vmap(module)(x), module)."
-        )
     if not (isinstance(model, tuple) and len(model) == 2):
         return None
     first, second = model

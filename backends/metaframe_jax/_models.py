@@ -6,6 +6,7 @@ The libraries are looked at only once the user has imported them. Names are path
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
@@ -28,7 +29,12 @@ REFERENCES = ("hijax", "ref")
 
 
 def find_adapter(model: object, backend: Backend) -> ModelAdapter | None:
-    """The adapter of a Flax or Equinox model; None for anything else."""
+    """The adapter of a Flax or Equinox model; None for anything else.
+
+    Raises:
+        InputTypeError: a function that JAX made of a module.
+        InputError: a linen module without its variables, an Equinox one without its state.
+    """
     nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
     if linen is not None and isinstance(model, linen.Module):
         if model.scope is None:
@@ -42,7 +48,20 @@ def find_adapter(model: object, backend: Backend) -> ModelAdapter | None:
         return NnxAdapter(function, values, backend)
     if linen is not None and isinstance(function, linen.Module):
         return LinenAdapter(function, values, backend)
-    return find_equinox_adapter(model, backend)
+    if (found := find_equinox_adapter(model, backend)) is None:
+        _refuse_hidden(inspect.unwrap(model) if callable(model) else model)
+    return found
+
+
+def _refuse_hidden(inside: object) -> None:
+    modules = (("equinox", "Module"), ("flax.nnx", "Module"), ("flax.linen", "Module"))
+    kinds = [getattr(sys.modules[name], kind) for name, kind in modules if name in sys.modules]
+    if isinstance(inside, tuple(kinds)):
+        raise InputTypeError(
+            f"a function such as jax.vmap(module) hides the arrays of {type(inside).__qualname__}. "
+            "Pass the module itself, which is vectorised over examples, or say how it is called: "
+            "(lambda module, x: jax.vmap(module)(x), module)."
+        )
 
 
 def _call(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.neutral import plain
 from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
@@ -85,7 +86,7 @@ class TensorFlowBackend(Backend):
             array = tf.convert_to_tensor(x)
             return array if dtype is None else tf.cast(array, dtype)
         # Through NumPy, because tf.cast of a Python float goes through float32.
-        return tf.constant(np.asarray(x, dtype))
+        return tf.constant(np.asarray(plain(x), dtype))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x.numpy())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,8 +59,7 @@ def compile_graph(fn: ArraysFn, examples: Arrays) -> ArraysFn:
         return _tried(plain, lambda xs: unfused()(xs))
     if not _suits_xla(operations(graph)):
         return plain
-    fused = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
-    return _tried(_caller(fused), plain)
+    return _tried(_caller(_fused(graph, specs)), plain)
 
 
 def unit(fn: ArraysFn, examples: Arrays) -> Any:
@@ -70,7 +70,48 @@ def unit(fn: ArraysFn, examples: Arrays) -> Any:
     if noted is None or not _suits_xla(operations(graph)):
         return graph
     noted.append(graph)
-    return tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
+    return _fused(graph, specs)
+
+
+def _fused(graph: Any, specs: list[Any]) -> Any:
+    """`graph` for XLA: the same function for every graph that says the same.
+
+    TensorFlow keeps what XLA makes of a function for as long as the process lives, a third of a
+    megabyte for the smallest. A function that is made anew, as in a search or a cell of a notebook
+    that is run again, finds what was made of it before.
+    """
+    text = None if graph.captured_inputs else _text(graph)
+    known = None if text is None else _fused_graphs.pop(text, None)
+    if known is None:
+        known = tf.function(graph, jit_compile=True, autograph=False).get_concrete_function(*specs)
+    if text is not None:
+        _fused_graphs[text] = known
+        for old in list(_fused_graphs)[:-GRAPHS_KEPT]:
+            _fused_graphs.pop(old, None)
+    return known
+
+
+GRAPHS_KEPT = 64
+_fused_graphs: dict[bytes, Any] = {}
+"""Functions for XLA by a digest of their graphs, the one used last at the end."""
+
+
+def _text(graph: Any) -> bytes | None:
+    """A digest of all that `graph` computes; None if its text does not tell.
+
+    That is, where it calls functions, whose names are new each time, or has gradients of its own.
+    """
+    definition = graph.graph.as_graph_def()
+    if definition.library.function or any(_GRADIENT in node.attr for node in definition.node):
+        return None
+    ends = [x.name for x in (*graph.inputs, *graph.outputs)]
+    state = tf.config.experimental.tensor_float_32_execution_enabled()
+    whole = definition.SerializeToString(deterministic=True) + repr((ends, state)).encode()
+    return hashlib.blake2b(whole).digest()
+
+
+_GRADIENT = "_gradient_op_type"
+"""The attribute by which an operation names a gradient that was registered for it."""
 
 
 def _traced(fn: Callable[..., Any], specs: list[Any]) -> Any:

@@ -30,7 +30,7 @@ INFERENCE = PrivateName(
 )
 RECORDS = PrivateName(
     "tensorflow.python.eager.record:should_record_backprop",
-    'on TensorFlow a mode that runs steps again, every one but "reverse",',
+    "`implicit_loop` on TensorFlow, where a cost closes over a tensor,",
     SEEN,
     "error",
 )
@@ -75,13 +75,13 @@ CONVERT = PrivateName(
     "tensorflow:__internal__.autograph.tf_convert",
     "a branch on a tensor in a function that metaframe calls within a `tf.function`",
     SEEN,
-    "error",
+    "theirs",
 )
 CONVERSION = PrivateName(
     "tensorflow:__internal__.autograph.control_status_ctx",
     "a branch on a tensor in a function that metaframe calls within a `tf.function`",
     SEEN,
-    "error",
+    "theirs",
 )
 
 

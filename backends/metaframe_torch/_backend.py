@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.dlpack import from_dlpack
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.neutral import plain
 from metaframe.backend.types import (
     Array,
     Arrays,
@@ -41,6 +42,7 @@ from metaframe_torch._ops import TorchOps
 from metaframe_torch._optim import TorchOptimizer
 from metaframe_torch._refusals import in_our_words
 from metaframe_torch._roots import with_finite_roots
+from metaframe_torch._threads import threads_for
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class TorchBackend(Backend):
     name = "torch"
     module_base = torch.nn.Module
     compiles_quickly = False
+    chunk_elements = 2**20
     signature = operator.attrgetter("shape", "dtype", "device", "layout")
     # Some operations, such as mse_loss, fail where one input has a tangent and another has none.
     forward_needs_tangents = True
@@ -63,18 +66,29 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
+        x = plain(x)
         if isinstance(x, np.ndarray):
             x = _readable(x)
         kind = None if dtype is None else getattr(torch, dtype)
         try:
             if isinstance(x, torch.Tensor):  # as_tensor would take it to the default device
                 return x.to(device or x.device, kind or x.dtype)
-            return torch.as_tensor(x, dtype=kind, device=device)
+            array = torch.as_tensor(x, dtype=kind, device=device)
         except (RuntimeError, AssertionError) as error:
             if device is None:
                 raise
             known = ", ".join(self.devices())
             raise BackendError(f"torch has no device {device!r} here. Known: {known}.") from error
+        self.check_values((array,))
+        return array
+
+    def check_values(self, xs: Arrays) -> None:
+        if any(x.is_meta for x in xs):
+            raise BackendError(
+                "tensors on the device 'meta' have no values, and so would the results. Choose "
+                'another device: torch.set_default_device("cpu"), or module.to_empty(device="cpu") '
+                "and load the parameters."
+            )
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         x = x.detach().cpu().resolve_conj().resolve_neg()
@@ -220,7 +234,8 @@ class TorchBackend(Backend):
         return with_finite_roots(fn)
 
     def vmap(self, fn: ArraysFn) -> ArraysFn:
-        return _tape.recordable(_mapped(fn), _one_by_one(fn))
+        each = _one_by_one(fn)
+        return lambda xs: _tape.recordable(each if _is_alone(xs) else _mapped(fn), each)(xs)
 
     def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         def call(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
@@ -238,7 +253,9 @@ class TorchBackend(Backend):
 
                 return run
 
-            out = _tape.recordable(by(_mapped), by(_one_by_one))((*xs, *held, *tasks))
+            each = by(_one_by_one)
+            quick = each if _is_alone(tasks) else by(_mapped)
+            out = _tape.recordable(quick, each)((*xs, *held, *tasks))
             return out[count], out[count + 1 :], out[:count]
 
         return call
@@ -250,6 +267,9 @@ class TorchBackend(Backend):
 
     def ambient(self) -> Hashable:
         return Ambient.now()
+
+    def threads_for(self, elements: int) -> AbstractContextManager[object]:
+        return threads_for(elements)
 
     def runs_inline(self, xs: Sequence[Array]) -> bool:
         return (
@@ -402,6 +422,11 @@ class _Rule(torch.autograd.Function):
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped: ArraysFn = torch.func.vmap(fn, randomness="different")
     return in_our_words(mapped=True)(mapped)
+
+
+def _is_alone(tasks: Arrays) -> bool:
+    """True for a single task, which `vmap` would only make slower."""
+    return bool(tasks) and tasks[0].shape[0] == 1
 
 
 def _one_by_one(fn: ArraysFn) -> ArraysFn:

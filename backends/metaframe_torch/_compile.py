@@ -22,6 +22,7 @@ from metaframe.backend.types import Array, Arrays, ArraysFn
 from metaframe.errors import CompileError, MetaframeError
 from metaframe_torch import _private, _tape
 from metaframe_torch._ambient import Ambient, Streams, without_autocast
+from metaframe_torch._release import leaving_nothing
 from metaframe_torch._trace import Traced, traced
 
 _one_at_a_time = threading.RLock()  # inductor's state is the process's
@@ -32,7 +33,7 @@ def compile_traced(fn: ArraysFn, examples: Arrays) -> ArraysFn:
     if any(x.layout is not torch.strided or x.is_meta for x in examples):
         return fn  # inductor knows no other layouts, and without memory there is nothing to run
     streams = Streams.now()
-    with _one_at_a_time, _collection_paused():
+    with _one_at_a_time, _collection_paused(), leaving_nothing():
         found = traced(fn, [_plain(x.detach()) for x in examples])
         drawn = Streams.now() != streams
         if found.recorded:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metaframe.backend.attention import chosen_kernel
 from metaframe_torch import _private, _tape
+from metaframe_torch._attention import attention, by_the_plain_kernel
 from metaframe_torch._losses import ctc_loss, multi_margin_loss, multilabel_margin_loss
 from metaframe_torch._recurrent import (
     gru_cell,
@@ -216,19 +217,12 @@ def _rows(
 # -- which there are ---
 
 
-def without_fused_attention(func: Function) -> Function:
-    """An attention by torch's plain kernel, the one with a second derivative."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return func(*args, **kwargs)
-
-    return run
-
-
 def always() -> Forms:
     """The forms that compute what torch does at next to no cost."""
-    return _forms(False, *(name.found for name in _NAMES))
+    forms = _forms(False, *(name.found for name in _NAMES))
+    if chosen_kernel() is not None:
+        return {**forms, F.scaled_dot_product_attention: attention}
+    return forms
 
 
 def exact() -> Forms:
@@ -260,7 +254,6 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
         torch.rnn_tanh_cell: of_a_cell(torch.rnn_tanh_cell, rnn_cell(torch.tanh)),
         torch.rnn_relu_cell: of_a_cell(torch.rnn_relu_cell, rnn_cell(torch.relu)),
     }
-    attentions = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     if exact:
         forms |= {  # type: ignore[misc]
             F.rrelu: rrelu,
@@ -270,6 +263,7 @@ def _forms(exact: bool, *private: Function | None) -> Forms:
             F.multi_margin_loss: multi_margin_loss,
             F.multilabel_margin_loss: multilabel_margin_loss,
             F.ctc_loss: ctc_loss,
-            **{f: without_fused_attention(f) for f in attentions},
+            F.scaled_dot_product_attention: attention,
+            F.multi_head_attention_forward: by_the_plain_kernel(F.multi_head_attention_forward),
         }
     return forms

@@ -115,7 +115,7 @@ class TorchAdapter(ModelAdapter):
                 if buffer.name in self._written:
                     raise
                 self._written |= {buffer.name}
-            except RuntimeError as error:
+            except (RuntimeError, AttributeError) as error:
                 if (ours := explained(error, self.model)) is None:
                     raise
                 raise ours from error

@@ -128,6 +128,14 @@ STORAGE = PrivateName("torch:UntypedStorage._cdata", "`metaframe.compile` on tor
 # These two keep a program for later processes.
 TRACING = PrivateName("torch._guards:tracing", "the program cache", SEEN, "slower")
 TRACING_CONTEXT = PrivateName("torch._guards:TracingContext", "the program cache", SEEN, "slower")
+FREED = "freeing a compiled program that is dropped"
+GRAPH_SOURCES = PrivateName("torch.fx.graph_module:_loader.eval_cache", FREED, SEEN, "slower")
+PROGRAM_MODULES = PrivateName(
+    "torch._inductor.codecache:PyCodeCache.modules", FREED, SEEN, "slower"
+)
+SHARED_MODULES = PrivateName(
+    "torch._inductor.codecache:PyCodeCache.modules_no_attr", FREED, SEEN, "slower"
+)
 
 # Models.
 PARAMETERS = OfModules("torch.nn:Module._parameters", "running a model", SEEN, "error")
@@ -159,16 +167,16 @@ BATCH_NORM_BACKWARD = PrivateName(
     "torch:ops.aten.native_batch_norm_backward", "the fused batch normalisation", SEEN, "slower"
 )
 PACK_PADDED = PrivateName(
-    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "error"
+    "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "slower"
 )
 PAD_PACKED = PrivateName(
-    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "error"
+    "torch:_pad_packed_sequence", "unpacking sequences under `vmap`", SEEN, "slower"
 )
 LEFT_ALIGNED = PrivateName(
     "torch:_nested_tensor_from_mask_left_aligned",
     "a transformer in eval mode with a padding mask under `vmap`",
     SEEN,
-    "error",
+    "theirs",
 )
 CACHED_PARAMETRIZATIONS = PrivateName(
     "torch.nn.utils.parametrize:_cache",

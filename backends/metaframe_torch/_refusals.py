@@ -54,6 +54,11 @@ def explained(
     where = "" if model is None else _layer_among(reversed(frames), model)
     where = f"{where or 'the model or the loss'} uses"
     text = str(error)
+    if text.endswith("is not an nn.Parameter"):
+        return BackendError(
+            "get_parameter() finds parameters alone, and a model that is adapted runs with other "
+            f"tensors in their place: {_first(text)} Read it as an attribute, self.layer.weight."
+        )
     if (found := _among(NOT_TWICE, text)) is not None:
         return BackendError(
             f"torch has no second derivative of {_operation(found)}, which {where}: "

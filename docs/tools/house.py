@@ -30,6 +30,7 @@ ROOMS = {
     "metaframe.interop": "ivy",
     "metaframe.backend": "the contract, the registry, the selection",
     "metaframe.tree": "nested structures",
+    "metaframe.files": "reading by schema, writing, locks",
     "metaframe.arguments": "checks of arguments",
     "metaframe.errors": "every error",
 }

@@ -75,6 +75,9 @@ class Backend(Required):
     """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
     loops_in_programs: bool = False
     """True if a compiled program that loops over outer steps beats calling a program for each."""
+    chunk_elements: int | None = None
+    """On a CPU, how many elements tasks may have to be vectorised at once: their data, and a copy
+    of the variables for each. More go in chunks of half of it. None if many cost no more each."""
     forward_needs_tangents: bool = False
     """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
@@ -117,6 +120,9 @@ class Backend(Required):
     @abc.abstractmethod
     def is_traced(self, x: Array) -> bool:
         """Whether `x` is inside a transform or a compilation, and so has no value to look at."""
+
+    def check_values(self, xs: Arrays) -> None:
+        """Raise `BackendError` if an array of `xs` is one that never has values."""
 
     @abc.abstractmethod
     def devices(self) -> tuple[str, ...]:
@@ -286,6 +292,15 @@ class Backend(Required):
         compiled function asks for it. The default says that there is none.
         """
         return None
+
+    def threads_for(self, elements: int) -> AbstractContextManager[object]:
+        """A training loop on a CPU, whose steps have so many elements in tasks and variables.
+
+        For a framework whose threads would wait for each other in small programs. A number of
+        threads that the user chose stays as it is.
+        """
+        del elements
+        return nullcontext()
 
     def runs_inline(self, xs: Sequence[Array]) -> bool:
         """True where a compiled function of `xs` has to run as it is.

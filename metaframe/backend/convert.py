@@ -13,8 +13,8 @@ import numpy as np
 
 from metaframe import tree
 from metaframe.backend.contract import Backend
+from metaframe.backend.neutral import numbers
 from metaframe.backend.registry import load_backend, owner
-from metaframe.backend.selection import native_order
 from metaframe.backend.types import Array
 from metaframe.errors import InputError, InputTypeError, MetaframeError
 
@@ -89,7 +89,7 @@ def _converted(
     dtype = x.dtype.name if source is None else source.dtype_name(x)
     try:
         if source is None:
-            return _from_numpy(native_order(x), name, dtype, target, device)
+            return _from_numpy(numbers(x, repr(name)), name, dtype, target, device)
         shared = target.from_dlpack(source.to_dlpack(x))
         if shared is not None and target.dtype_name(shared) == dtype:
             return shared if device is None else target.asarray(shared, device=device)

@@ -186,10 +186,11 @@ def _info(name: str, source: _Source) -> BackendInfo:
     if importlib.util.find_spec(name) is None:
         return BackendInfo(name, None, (), source.install)
     backend = _unless_broken(name)
-    return BackendInfo(name, _version(name), backend.devices() if backend else (), source.install)
+    return BackendInfo(name, version_of(name), backend.devices() if backend else (), source.install)
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of a package, "unknown" if it does not say."""
     import importlib.metadata
 
     if (version := getattr(sys.modules.get(name), "__version__", None)) is not None:

@@ -7,6 +7,7 @@ selected backend also converts neutral inputs: NumPy arrays and Python numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from metaframe.backend.contract import Backend
+from metaframe.backend.neutral import at_most_64_bits, numbers
 from metaframe.backend.registry import backends_in_use, known_backends, load_backend, owner
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import BackendError, InputError, InputTypeError
@@ -129,15 +131,18 @@ def _mixed(found: Backend, other: Backend, selection: Selection | None = None) -
     )
 
 
-def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
+def convert_neutral(
+    arrays: Sequence[Any], backend: Backend, name: Callable[[int], str] | None = None
+) -> Arrays:
     """`arrays` with neutral ones converted as the selection says, others untouched.
 
     Floating inputs become the selected dtype, "float32" unless chosen otherwise; integers and
-    booleans keep theirs. Without a selection a neutral input is an error.
+    booleans keep theirs. Without a selection a neutral input is an error. `name(i)` says what the
+    array at `i` is, for errors.
     """
     selection = current_selection()
     result = []
-    for x in arrays:
+    for i, x in enumerate(arrays):
         if not is_neutral(x):
             result.append(x)
         elif selection is None:
@@ -146,37 +151,25 @@ def convert_neutral(arrays: Sequence[Any], backend: Backend) -> Arrays:
                 f'select the backend, which then converts: metaframe.set_backend("{backend.name}").'
             )
         else:
-            result.append(_converted(x, backend, selection))
+            what = functools.partial(name, i) if name else str
+            result.append(_converted(x, backend, selection, what))
     return tuple(result)
 
 
-def _converted(x: Any, backend: Backend, selection: Selection) -> Array:
+def _converted(x: Any, backend: Backend, selection: Selection, name: Callable[[], str]) -> Array:
+    if type(x) is int and not -(2**63) <= x < 2**64:
+        what = f"{name()} is" if name() else "received"
+        raise InputError(f"{what} {x}, which no integer type of {backend.name} can hold.")
     try:
-        values = native_order(np.asarray(x))
-    except TypeError as error:
-        raise InputTypeError(
-            f"received a NumPy array of {x.dtype}, which holds no numbers. Convert it, as in "
-            "x.astype(numpy.float32), or leave it out."
-        ) from error
-    if values.dtype.itemsize > 8 and values.dtype.kind == "f":
-        x = values.astype(np.float64)  # more digits than any framework has
-    elif isinstance(x, np.ndarray):
+        values = numbers(x)
+    except InputTypeError:
+        values = numbers(x, name())  # which says what it is
+    values = at_most_64_bits(values)
+    if isinstance(x, np.ndarray):
         x = values
     if values.dtype.kind == "f":
         return backend.asarray(x, selection.dtype, selection.device)
     return _kept(values, backend.asarray(x, None, selection.device), backend)
-
-
-def native_order(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`x` in the byte order of this machine.
-
-    Raises:
-        TypeError: it holds no numbers.
-    """
-    # The number types that other packages add have a kind of their own, and no fields.
-    if x.dtype.kind not in "biufc" and (x.dtype.kind != "V" or x.dtype.type is np.void):
-        raise TypeError(f"no numbers: {x.dtype}")
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _kept(values: np.ndarray[Any, Any], array: Array, backend: Backend) -> Array:

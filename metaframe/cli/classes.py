@@ -14,10 +14,15 @@ from metaframe.cli import datasets
 from metaframe.cli.errors import UsageError
 from metaframe.cli.run_config import RunConfig
 from metaframe.errors import InputError
+from metaframe.files.read import contents, parsed, reason
+from metaframe.files.schema import many, table, text
+from metaframe.files.write import write_atomically
 from metaframe.tasks.sampling import Split
-from metaframe.training.array_file import write_atomically
 
 CLASSES = "classes.json"
+
+_MOST = 2**26
+_SCHEMA = table(many(text))
 
 Names = Mapping[str, Sequence[str]]
 """The classes of each split."""
@@ -55,10 +60,12 @@ def _recorded(path: Path) -> Names | None:
     if not path.exists():
         return None
     try:
-        return {split: list(names) for split, names in json.loads(path.read_bytes()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        found: Names = parsed(contents(path, _MOST))
+        _SCHEMA(found, "it")
+        return found
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged: {error}. Remove it if the data is as it was."
+            f"{path} is damaged: {reason(error)}. Remove it if the data is as it was."
         ) from error
 
 

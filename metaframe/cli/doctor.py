@@ -47,7 +47,8 @@ def _loaded(target: str) -> Any:
             raise
         raise UsageError(f"there is no module {name!r} here or among what is installed.") from None
     if not hasattr(module, attribute):
-        raise UsageError(f"{name} has no {attribute!r}. {nearest(attribute, dir(module))}")
+        own = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
+        raise UsageError(f"{name} has no {attribute!r}. {nearest(attribute, own)}")
     found = getattr(module, attribute)
     if not callable(found):
         raise UsageError(f"{target} is no function, but of type {type(found).__name__}.")

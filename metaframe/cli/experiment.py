@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from metaframe import nn, optim
+import numpy as np
+
+from metaframe import nn, optim, tree
 from metaframe.backend.registry import known_backends, load_backend
 from metaframe.backend.selection import use_backend
 from metaframe.cli import datasets
@@ -20,8 +23,9 @@ from metaframe.cli.errors import UsageError, suggestion
 from metaframe.cli.run_config import RunConfig, check_keys, read_toml
 from metaframe.distributed import Workers, place, session
 from metaframe.models.precision import mixed_precision
-from metaframe.tasks import IndexedSampler
+from metaframe.tasks import IndexedSampler, Task
 from metaframe.training import Evaluation, MetaTrainer, Schedule, StepSettings, evaluate, schedules
+from metaframe.training.report import on_host
 
 PREFERRED = ("jax", "torch", "tensorflow")
 """The order in which an installed backend is chosen if none is named."""
@@ -53,7 +57,7 @@ def resolve(
         config = dataclasses.replace(config, eval_steps=steps)
     check_fit(config, own)
     if config.data is not None:  # found again from wherever the run is continued
-        config = dataclasses.replace(config, data=os.path.abspath(Path(config.data).expanduser()))
+        config = dataclasses.replace(config, data=os.path.abspath(os.path.expanduser(config.data)))
     backend = config.backend or _installed()
     if backend not in known_backends():
         raise UsageError(f"no backend called {backend!r}. {suggestion(backend, known_backends())}")
@@ -104,11 +108,21 @@ class Experiment:
             settings=self.settings,
         )
 
-    def check(self) -> None:
-        """Make what else can fail before the first step: the trainer, and a task of each split."""
+    def check(self) -> dict[str, str]:
+        """Make what else can fail before the first step: the trainer, and a task of each split.
+
+        Returns:
+            A digest of each of these tasks, by which processes find that their data differs.
+        """
         _ = self.trainer
-        for split in ("train", *(["validation"] if self.config.eval_every else [])):
-            self.sampler(split).task(0)
+        splits = ("train", *(["validation"] if self.config.eval_every else []))
+        return {split: self._digest(self.sampler(split).task(0)) for split in splits}
+
+    def _digest(self, task: Task) -> str:
+        whole, backend = hashlib.sha256(), self.learner.backend
+        for x in tree.leaves(task):
+            whole.update(np.ascontiguousarray(on_host(x, backend)).tobytes())
+        return whole.hexdigest()
 
     def sampler(self, split: Any) -> IndexedSampler:
         """The tasks of a split; those that are measured on have a seed of their own."""

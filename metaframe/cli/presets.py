@@ -11,7 +11,7 @@ from metaframe.cli.errors import UsageError
 from metaframe.cli.options import GROUPS
 from metaframe.cli.output import described
 from metaframe.cli.run_folder import read_result
-from metaframe.errors import nearest
+from metaframe.errors import InputError, nearest
 
 FREE = ("data", "iterations", "seed", "eval_tasks", "eval_seed", *GROUPS["Execution"])
 """The settings that may differ from a preset's when its number is reproduced."""
@@ -234,7 +234,10 @@ def judge(chosen: Preset, folder: Path) -> Verdict:
     if result is None:
         raise UsageError(f"{folder} has no result yet.")
     found = result["evaluation"]
-    point = found["curve"][-1 if chosen.step is None else chosen.step]
+    curve = found["curve"]
+    point = curve[-1] if chosen.step is None else dict(enumerate(curve)).get(chosen.step)
     if chosen.inductive:
         point = found["inductive"]
+    if point is None:
+        raise InputError(f"{folder} has a result without the figure that {chosen.about!r} needs.")
     return Verdict(chosen, result["metric"], point["mean"], result["evaluation"])

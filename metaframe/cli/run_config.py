@@ -9,6 +9,9 @@ data set's, the default below.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 import tomllib
 import types
 import typing
@@ -21,11 +24,20 @@ from metaframe.cli.errors import UsageError
 from metaframe.core.inner_loop import Mode
 from metaframe.core.task_map import TaskMap
 from metaframe.errors import nearest
+from metaframe.files.read import contents, shown
+from metaframe.files.schema import LARGEST
 from metaframe.learners.norms import Norm
 
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
 Protocol = Literal["random", "runs"]
+
+_MOST = 2**20
+"""Bytes of a file of settings."""
+_QUOTES = "'"
+_PARTS = re.compile(r"[\n=,/\[\]{}#]")
+_MOST_DOTS = 100
+"""In what may be a dotted key: with their square grows the time that tomllib takes."""
 
 
 def setting(
@@ -125,25 +137,48 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in options:
         return None
+    for item in value if isinstance(value, list | tuple) else [value]:
+        _check_plain(name, item)
     base = next(option for option in options if option is not types.NoneType)
     if typing.get_origin(base) is Literal:
         choices = typing.get_args(base)
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
         raise UsageError(
-            f"{name} must be one of {', '.join(choices)}, received {value!r}. "
-            f"{nearest(str(value), choices)}"
+            f"{name} must be one of {', '.join(choices)}, received {shown(value)}. "
+            f"{nearest(shown(value).strip(_QUOTES), choices)}"
         )
     if base == tuple[str, ...]:
         items = value.split(",") if isinstance(value, str) else value
         if isinstance(items, Sequence) and all(isinstance(item, str) for item in items):
             return tuple(item.strip() for item in items if item.strip())
-        raise UsageError(f"{name} must be a list of texts, received {value!r}.")
+        raise UsageError(f"{name} must be a list of texts, received {shown(value)}.")
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, base) and not (base is int and isinstance(value, bool)):
         return value
-    raise UsageError(f"{name} must be {_NAMES[base]}, received {value!r}.")
+    raise UsageError(f"{name} must be {_NAMES[base]}, received {shown(value)}.")
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """A text can be written into a file and name one; a number is one that machines count with.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{name} is {shown(value)}, which is no Unicode text. Rename it."
+            ) from None
+        if "\0" in value:
+            raise UsageError(f"{name} is {shown(value)}, which holds a NUL character.")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UsageError(f"{name} must be below 2**63, received {shown(value)}.")
+    if isinstance(value, float) and math.isinf(value):
+        raise UsageError(f"{name} must be finite, received {value}.")
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -174,10 +209,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         UsageError: no such file, no TOML, a table, or an unknown key.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = contents(path, _MOST).decode()
+        if any(part.count(".") > _MOST_DOTS for part in _PARTS.split(text)):
+            raise ValueError(f"it has over {_MOST_DOTS} dots in a row of names")
+        values = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML file: {error}.") from error
     check_keys(values, str(path))
     return values
@@ -189,6 +227,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, except that it leaves this character as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

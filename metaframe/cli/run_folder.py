@@ -11,10 +11,10 @@ tensorboard/    the metrics once more, if asked for
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,40 @@ from metaframe.cli.experiment import resolve
 from metaframe.cli.output import to_json
 from metaframe.cli.run_config import RunConfig, read_toml
 from metaframe.errors import InputError
-from metaframe.training.array_file import write_atomically
+from metaframe.files.lock import locked
+from metaframe.files.read import contents, parsed, reason, shown
+from metaframe.files.schema import integer, many, number, optional, record, refused, text
+from metaframe.files.write import clear_unfinished, write_atomically
 from metaframe.training.checkpoint import checkpoint_files
 
 CONFIG, RESULT = "config.toml", "result.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 FILES = (RESULT, "metrics.jsonl", "metrics.csv")
 """What a run measures."""
+_MOST = 2**26
+"""Bytes of result.json, which holds three numbers for each task of the evaluation."""
+
+
+def _margin(value: Any, where: str) -> None:
+    number(value, where)
+    if value < 0:
+        raise refused(value, where, "at least 0")
+
+
+_ESTIMATE = record({"mean": optional(number), "ci95": optional(_margin)})
+_SCHEMA = record(
+    {
+        "metric": text,
+        "evaluation": record(
+            {
+                "tasks": integer,
+                "transductive": _ESTIMATE,
+                "inductive": optional(_ESTIMATE),
+                "curve": many(_ESTIMATE, at_least=1),
+            }
+        ),
+    }
+)
 PICTURES = ("learning_curve.png", "adaptation.png", "predictions.png")
 
 
@@ -50,8 +77,14 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """There is no run in `folder`, or it may go.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is one, or the folder has a name that cannot be printed.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"--out is {shown(str(folder))}, which is no Unicode text. Choose another name."
+        ) from None
     if overwrite:
         return
     if (folder / CONFIG).exists():
@@ -65,6 +98,26 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
             f"{found[0]} is of another run, which has no {CONFIG}. Choose another folder with "
             "--out, or start anew with --overwrite."
         )
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Hold the lock on a run folder, which is made if there is none.
+
+    Raises:
+        InputError: another process holds it.
+        OSError: the folder cannot be made or written.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            clear_unfinished(folder)
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # which holds something by now
+                folder.rmdir()
 
 
 def begin(config: RunConfig, folder: Path, *, overwrite: bool) -> None:
@@ -138,12 +191,12 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        _ = result["evaluation"]["curve"], result["metric"]
-    except (ValueError, LookupError, TypeError) as error:
+        result = parsed(contents(path, _MOST))
+        _SCHEMA(result, "it")
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged: {error}. Remove it, and `metaframe resume {quoted(folder)}` "
-            "writes it again."
+            f"{path} is damaged: {reason(error)}. Remove it, and `metaframe resume "
+            f"{quoted(folder)}` writes it again."
         ) from error
     found: dict[str, Any] = result
     return found

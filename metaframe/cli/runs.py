@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from metaframe.cli.run_folder import (
     CONFIG,
     begin,
     check_free,
+    in_use,
     is_of,
     opened,
     write_result,
@@ -30,7 +32,7 @@ from metaframe.distributed import Workers
 from metaframe.distributed.agreement import agree
 from metaframe.distributed.session import is_restarted
 from metaframe.errors import CheckpointError, MissingDependencyError, nearest
-from metaframe.training.array_file import write_atomically
+from metaframe.files.write import write_atomically
 from metaframe.training.callbacks import Callback, EarlyStopping
 from metaframe.training.checkpoint import (
     BEST,
@@ -115,23 +117,25 @@ def _trained(
     if extras.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise MissingDependencyError("TensorBoard", "tensorboardX", "pip install tensorboardX")
     with selected(config) as workers:
-        agree(load_backend(config.backend or ""), config=config.as_dict())
+        backend = load_backend(config.backend or "")
+        agree(backend, config=config.as_dict())
         experiment = Experiment(config)
-        experiment.check()
-        start(experiment, workers)
-        stopped = _fit(experiment, folder, output, extras)
-        workers.tell("trained")  # and the first one has written its last checkpoint
-        chosen = _choose(experiment, folder)
-        result = {
-            "stopped": stopped,
-            "steps": experiment.trainer.step,
-            "seconds": round(time.perf_counter() - started, 1),
-            **_measured(experiment, chosen, output),
-        }
-        if workers.is_first:
-            write_result(folder, result)
-        if extras.plots and workers.is_first:
-            draw(experiment, folder, output)
+        agree(backend, first_tasks=experiment.check())
+        with in_use(folder) if workers.is_first else nullcontext():
+            start(experiment, workers)
+            stopped = _fit(experiment, folder, output, extras)
+            workers.tell("trained")  # and the first one has written its last checkpoint
+            chosen = _choose(experiment, folder)
+            result = {
+                "stopped": stopped,
+                "steps": experiment.trainer.step,
+                "seconds": round(time.perf_counter() - started, 1),
+                **_measured(experiment, chosen, output),
+            }
+            if workers.is_first:
+                write_result(folder, result)
+            if extras.plots and workers.is_first:
+                draw(experiment, folder, output)
     return result
 
 

@@ -103,7 +103,9 @@ class Layout:
         return [self._part(each, keep, name) for each in choice]
 
     def _part(self, choice: Any, keep: bool, name: str) -> tree.Part:
-        part = tree.Part(self.variables.spec, tree.flags(self.variables.spec, choice, keep))
+        part = tree.Part(
+            self.variables.spec, tree.flags(self.variables.spec, choice, keep, name=name)
+        )
         checks.variables(self.variables.arrays, part, self.backend, name)
         return part
 

@@ -177,7 +177,7 @@ def _decayed(
 ) -> tuple[Grads, State]:
     leaves, spec = tree.flatten(parameters_given(params))
     slopes = tree.same_structure(grads, spec, what="the gradients")
-    flags = tree.flags(spec, mask, True)
+    flags = tree.flags(spec, mask, name="mask")
     number = owner(weight_decay) is None
 
     def decayed(g: Any, w: Any) -> Any:

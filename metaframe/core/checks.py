@@ -11,14 +11,15 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend import neutral
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
-from metaframe.backend.selection import is_neutral
+from metaframe.backend.selection import convert_neutral, is_neutral
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError, InputTypeError, NonFiniteError
 
@@ -43,6 +44,8 @@ def learning_rate(lr: Any, name: str = "lr") -> Any:
     if isinstance(lr, Mapping) and tree.is_leaf(lr):
         lr = dict(lr)
     for i, rate in enumerate(tree.leaves(lr)):
+        if isinstance(rate, np.ndarray):
+            neutral.numbers(rate, _rate_name(lr, i, name))
         if not _is_real(rate):
             kind = owner(rate)
             found = f"an array of {kind.dtype_name(rate)}" if kind else repr(rate)
@@ -105,10 +108,16 @@ def variables(leaves: Arrays, part: tree.Part, backend: Backend, name: str) -> N
     """
     if not leaves:
         raise InputError("variables holds no arrays.")
+    backend.check_values(leaves)
     if not any(part.flags):
         known = list(tree.chains(part.spec))
         raise InputError(f"{name} chooses none of the variables {known}. Choose at least one.")
     for i, (leaf, flag) in enumerate(zip(leaves, part.flags, strict=True)):
+        if arguments.axes(leaf) is None:
+            raise InputError(
+                f"variable {tree.chains(part.spec)[i]!r} has a shape of unknown rank. Give it the "
+                "number of its axes, by tf.ensure_shape."
+            )
         if flag and not is_learnable(leaf, backend):
             raise InputTypeError(
                 f"variable {tree.chains(part.spec)[i]!r} is {backend.dtype_name(leaf)}; gradients "
@@ -136,25 +145,57 @@ def learnable(params: Mapping[str, Array], names: Iterable[str], backend: Backen
             )
 
 
+def converted(
+    given: tree.Flat, backend: Backend, name: str, which: Callable[[Any], bool] | None = None
+) -> tree.Flat:
+    """The argument `name` with its neutral arrays as the backend's.
+
+    With `which`, those alone that it says.
+    """
+    if not any(map(is_neutral, given.arrays)):
+        return given
+    places = [i for i, x in enumerate(given.arrays) if which is None or which(x)]
+    arrays = [given.arrays[i] for i in places]
+
+    def label(i: int) -> str:
+        return str(_Label(name, given.spec, places[i]))
+
+    found = dict(zip(places, convert_neutral(arrays, backend, label), strict=True))
+    return given._replace(arrays=tuple(found.get(i, x) for i, x in enumerate(given.arrays)))
+
+
+class _Label(NamedTuple):
+    """A leaf of an argument, as an error names it."""
+
+    argument: str
+    spec: tree.TreeSpec
+    leaf: int
+
+    def __str__(self) -> str:
+        chain = tree.chains(self.spec)[self.leaf]
+        return f"{self.argument}[{chain!r}]" if chain else self.argument
+
+
 def tasks(batch: tree.Flat, num_tasks: int | None) -> int:
     """The number of tasks to use, after checking that all leaves of `batch` have that many."""
     leaves = batch.arrays
     if not leaves:
         raise InputError("batch holds no arrays, so no tasks.")
+    sizes = []
     for i, leaf in enumerate(leaves):
-        if len(getattr(leaf, "shape", ())) == 0:  # a Python number has no shape
+        size = arguments.leading_axis(leaf, _Label("batch", batch.spec, i), "task")
+        if size is None:
             raise InputError(
-                f"batch[{tree.chains(batch.spec)[i]!r}] is a scalar; every leaf needs a leading "
-                "task axis. A list is a structure: for an array of its numbers write "
-                "numpy.array(...)."
+                f"{_Label('batch', batch.spec, i)} is a scalar; every leaf needs a leading task "
+                "axis. A list is a structure: for an array of its numbers write numpy.array(...)."
             )
-    size = int(leaves[0].shape[0])
-    for i, leaf in enumerate(leaves):
-        if leaf.shape[0] != size:
-            chains = tree.chains(batch.spec)
+        sizes.append(size)
+    size = sizes[0]
+    for i, other in enumerate(sizes):
+        if other != size:
             raise InputError(
-                f"task axis differs: batch[{chains[0]!r}] has {size}, "
-                f"batch[{chains[i]!r}] has {leaf.shape[0]}."
+                f"task axis differs: {_Label('batch', batch.spec, 0)} has {size}, "
+                f"{_Label('batch', batch.spec, i)} has {other}."
             )
     if size == 0:
         raise InputError("batch holds no tasks: its leading axis has length 0.")

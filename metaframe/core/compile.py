@@ -4,8 +4,8 @@ The function's arguments are flattened once; arrays become the inputs of the com
 everything else (numbers, strings, functions, the structure itself) is part of it. A call whose
 arrays differ in shape, dtype or device, whose constants differ (see `metaframe.constants`), under
 another selection of backend and dtype, or in another state of the framework (`Backend.ambient`)
-compiles another program; every one is kept, counted in `traces`, and reported to the logger
-"metaframe.compile" at debug level.
+compiles another program; each is counted in `traces` and reported to the logger "metaframe.compile"
+at debug level. The 64 programs used last are kept, and a warning names what keeps changing.
 
 Under a transform or trace of the user's in which the framework cannot call a compiled program, the
 function runs as it is.
@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import sysconfig
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.attention import chosen_kernel
 from metaframe.backend.contract import Backend
 from metaframe.backend.registry import owner
 from metaframe.backend.selection import (
@@ -35,9 +34,11 @@ from metaframe.backend.selection import (
     is_neutral,
 )
 from metaframe.backend.types import Arrays
+from metaframe.core.callers import is_library
 from metaframe.core.constants import Same, Settled, arrays_in, constant
 from metaframe.core.entrance import entrance
 from metaframe.core.keras_settings import keras_settings
+from metaframe.core.program_cache import ProgramCache, Signature, name_of
 from metaframe.errors import CompileError, InputError, InputTypeError
 
 P = ParamSpec("P")
@@ -76,39 +77,25 @@ def compile(fn: Callable[P, R]) -> Compiled[P, R]:
     return Compiled(fn)
 
 
-class Signature(NamedTuple):
-    """The inputs that a program was made for."""
-
-    structure: tree.TreeSpec
-    """Of the arguments."""
-    selection: Any
-    ambient: Hashable
-    """`Backend.ambient` of the arrays' framework, and the settings of Keras."""
-    leaves: tuple[Hashable, ...]
-    keys: str = ""
-    """The structure in words where it has keys that are no strings: 1 and True are equal."""
-
-
 class Compiled(Settled, Generic[P, R]):
     """A compiled function; `traces` counts the programs made so far."""
 
     def __init__(self, fn: Callable[P, R]) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
-        self._programs: dict[Signature, _Program] = {}
-        self._signatures: list[Signature] = []
+        self._programs: ProgramCache[_Program] = ProgramCache(fn)
         self._unnamed: set[tree.TreeSpec] = set()
         self._changing: dict[int, object] = {}
 
     @property
     def traces(self) -> int:
         """How many programs have been traced and compiled."""
-        return len(self._signatures)
+        return self._programs.traces
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
-        """The signature of each program."""
-        return tuple(self._signatures)
+        """The signature of each program that is kept."""
+        return self._programs.signatures
 
     @entrance
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -150,16 +137,22 @@ class Compiled(Settled, Generic[P, R]):
         made = _Program(self._fn, args, kwargs)
         if made.serves_again:
             self._changing.update({id(x): x for x in made.changed})
-            self._signatures.append(signature)
-            for known in (signature, self._signature(leaves, spec, backend)):
-                self._programs[known] = made
-            logger.debug("program %d of %s: %s", self.traces, _name(self._fn), tuple(signature))
+            known = (signature, self._signature(leaves, spec, backend))
+            self._programs.add(made, known, leaves)
+            self._forget()
+            logger.debug("program %d of %s: %s", self.traces, name_of(self._fn), tuple(signature))
         return made
+
+    def _forget(self) -> None:
+        """Let go of what only programs need that are not kept any more."""
+        kept = self._programs
+        self._changing = {id(x): x for program in kept.programs for x in program.changed}
+        self._unnamed &= {signature.structure for signature in kept.signatures}
 
     def _signature(self, leaves: Arrays, spec: tree.TreeSpec, backend: Backend) -> Signature:
         keys = repr(spec) if spec in self._unnamed else ""
         kinds = tuple(map(self._kind, leaves))
-        ambient = (backend.ambient(), keras_settings())
+        ambient = (backend.ambient(), keras_settings(), Same(chosen_kernel()))
         return Signature(spec, current_selection(), ambient, kinds, keys)
 
     def _kind(self, leaf: Any) -> Hashable:
@@ -237,24 +230,13 @@ def _naming_the_line(fn: Callable[..., Any], backend: Backend) -> Iterator[None]
 
 def _untraceable(fn: Callable[..., Any], error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if not _is_library(frame.filename)] or list(frames)
+    ours = [frame for frame in frames if not is_library(frame.filename)] or list(frames)
     return (
-        f"{_name(fn)} cannot be compiled: {ours[-1].filename}:{ours[-1].lineno} needs the value of "
-        f"an array, which a compiled function does not know yet: `{ours[-1].line}`. Compute both "
-        "sides and choose with ops.where, pass the value as a Python number, or call the function "
-        "without compile."
+        f"{name_of(fn)} cannot be compiled: {ours[-1].filename}:{ours[-1].lineno} needs the value "
+        f"of an array, which a compiled function does not know yet: `{ours[-1].line}`. Compute "
+        "both sides and choose with ops.where, pass the value as a Python number, or call the "
+        "function without compile."
     )
-
-
-def _is_library(filename: str) -> bool:
-    here = Path(__file__).parents[1]
-    standard = sysconfig.get_paths()["stdlib"]
-    libraries = (str(here), str(here.parent / "backends"), "<frozen", standard)
-    return filename.startswith(libraries) or "site-packages" in filename
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return str(getattr(fn, "__name__", repr(fn)))
 
 
 def _check_constants(leaves: Arrays) -> None:
@@ -276,7 +258,7 @@ def _check_unchanged(
     for x, was in zip(constants, before, strict=True):
         if not any(x is other for other in changing) and constant(x) != was:
             raise InputError(
-                f"{_name(fn)} is differentiated after an argument of it, a "
+                f"{name_of(fn)} is differentiated after an argument of it, a "
                 f"{type(x).__qualname__}, was changed. Change it after the backward pass, or make "
                 "another one."
             )

@@ -128,7 +128,10 @@ class Container(dict[str, Any]):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As `dict.update`, converting nested dicts."""
-        for key, value in dict(*args, **kwargs).items():
+        tree.bounded(self._put, "the Container")(dict(*args, **kwargs))
+
+    def _put(self, entries: Mapping[str, Any]) -> None:
+        for key, value in entries.items():
             self[key] = value
 
     def setdefault(self, key: str, default: Any = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.selection import backend_of, convert_neutral, following
+from metaframe.backend.selection import backend_of, following
 from metaframe.backend.types import Array, Arrays
 from metaframe.backend.workers import Share
 from metaframe.core import checks
@@ -63,7 +63,8 @@ def meta_value_and_grad(
             memory of one task; "loop" the same in Python; "auto" see `strategy`. On torch,
             variables that require grad keep the record of every task for whoever differentiates
             the result: detach them, or work under `torch.no_grad()`, for the memory of one.
-        chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all.
+        chunk_size: with "vmap", how many tasks at once; bounds the memory. Default: all, and on a
+            CPU no more than pays.
         has_aux: `task_cost` returns something besides, a structure of arrays.
         outer_v: which variables to differentiate, as for `maml_step`; all by default.
         keep_outer_v: False inverts `outer_v`.
@@ -98,7 +99,9 @@ def meta_value_and_grad(
     @entrance
     def call(v: tree.Tree, tasks: tree.Tree, num_tasks: int | None = None) -> MetaResult:
         variables, batch, count, backend = taken_apart(v, tasks, num_tasks)
-        part = tree.Part(variables.spec, tree.flags(variables.spec, outer_v, keep_outer_v))
+        part = tree.Part(
+            variables.spec, tree.flags(variables.spec, outer_v, keep_outer_v, name="outer_v")
+        )
         checks.variables(variables.arrays, part, backend, "outer_v")
         wanted, held = part.divide(variables.arrays)
         aux_of = tree.Returned()
@@ -186,12 +189,12 @@ def taken_apart(
     v: tree.Tree, tasks: tree.Tree, num_tasks: int | None
 ) -> tuple[tree.Flat, tree.Flat, int, Backend]:
     """The variables and the tasks, how many tasks to use, and the backend of all arrays."""
-    variables, batch = tree.Flat.of(v), tree.Flat.of(tasks)
+    variables, batch = tree.Flat.of(v, "variables"), tree.Flat.of(tasks, "batch")
     count = checks.tasks(batch, num_tasks)
     with following(tree.node_types(variables.spec, batch.spec)):
         backend = backend_of(*variables.arrays, *batch.arrays)
-        variables = variables._replace(arrays=convert_neutral(variables.arrays, backend))
-        batch = batch._replace(arrays=convert_neutral(batch.arrays, backend))
+        variables = checks.converted(variables, backend, "variables")
+        batch = checks.converted(batch, backend, "batch")
     return variables, batch, count, backend
 
 

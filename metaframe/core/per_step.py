@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from metaframe import tree
+from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError
@@ -164,13 +164,13 @@ def _length(content: tree.Tree, flags: tuple[bool, ...], name: str) -> int:
         if not flag:
             continue
         label = f"{name}[{chain!r}]" if chain else name
-        shape: tuple[int, ...] = getattr(leaf, "shape", ())
-        if len(shape) == 0:
+        length = arguments.leading_axis(leaf, label, "step")
+        if length is None:
             raise InputError(
                 f"{label} is marked by per_step and has no step axis. A list is a structure: for "
                 "an array of its numbers write numpy.array(...)."
             )
-        found[label] = int(shape[0])
+        found[label] = length
     if len(set(found.values())) > 1:
         raise InputError(f"the step axis of what per_step marks differs: {found}.")
     return next(iter(found.values()), 0)

@@ -55,7 +55,8 @@ def spread(
     if single:
         rates = [tree.unwrapped(rate)] * len(leaves)
     else:
-        rates = matched(rate, tree.key_chains(variables), name=name, known=known)
+        chains, above = tree.key_chains(variables), tree.parts(spec)
+        rates = matched(rate, chains, name=name, known=known, above=above)
     fitted = [
         fit(r, x, lambda i=i: label(name, tree.key_chains(variables)[i]))
         for i, (r, x) in enumerate(zip(rates, leaves, strict=True))
@@ -81,6 +82,7 @@ def matched(
     name: str = "lr",
     known: Sequence[str] | None = (),
     noun: str = "variable",
+    above: Sequence[Sequence[str]] | None = None,
 ) -> list[Rate]:
     """The rate of each variable, by key chain, from a structure of rates.
 
@@ -90,17 +92,27 @@ def matched(
         name: see `spread`.
         known: see `spread`; None for any others.
         noun: what `chains` name.
+        above: for each of `chains` it and everything that it is a part of, the nearest first;
+            default: as its dots and slashes say.
     """
     if isinstance(rate, Mapping) and tree.is_leaf(rate):
         rate = dict(rate)
     given = dict(zip(map(_path, tree.key_chains(rate)), tree.leaves(rate), strict=True))
+    if len(given) < len(tree.leaves(rate)):
+        raise InputError(
+            f"{name} has two rates for one {noun}: dots and slashes in {tree.key_chains(rate)} "
+            "mean the same. Leave out one."
+        )
+    ways = map(_parts, chains) if above is None else (map(_path, way) for way in above)
+    parts = {chain: tuple(way) for chain, way in zip(chains, ways, strict=True)}
     if known is not None:
-        reached = {part for chain in (*chains, *known) for part in _parts(chain)}
+        reached = {part for up in parts.values() for part in up}
+        reached |= {part for chain in known for part in _parts(chain)}
         for chain in tree.key_chains(rate):
             if _path(chain) not in reached:
                 near = nearest(chain, {*chains, *known})
                 raise InputError(f"{name} has {chain!r}, which is no {noun}. {near}")
-    found = {c: next((p for p in _parts(c) if p in given), None) for c in chains}
+    found = {c: next((p for p in up if p in given), None) for c, up in parts.items()}
     if missing := [chain for chain, part in found.items() if part is None]:
         raise InputError(
             f"{name} has no rate for the adapted {noun}s {missing}. Give each of them one, or all "
@@ -153,7 +165,7 @@ def fit(rate: Rate, variable: Array, name: Any) -> Rate:
     shape, given = tuple(variable.shape), tuple(rate.shape)
     if broadcasts(given, shape):
         return rate
-    if math.prod(given) == 1:
+    if None not in given and math.prod(given) == 1:
         return backend.ops.reshape(rate, ())
     raise InputError(
         f"{name()} has shape {given}, and its variable shape {shape}, which it would widen. Give "

@@ -7,6 +7,7 @@ scan or a Python loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,6 +107,8 @@ def averaged(backend: Backend, run: TaskFn, tasks: Arrays, like: Arrays, how: Ex
         like: the shapes and dtypes of what is averaged.
     """
     summed = _SUMS[how.task_map]
+    if how.task_map == "vmap" and how.chunk_size is None:
+        how = replace(how, chunk_size=_fitting(backend, tasks, like))
     if how.distributed and (workers := backend.workers()).count > 1:
 
         def sum_over(tasks: Arrays) -> tuple[Arrays, Arrays]:
@@ -152,6 +155,27 @@ def _in_a_scan(
 
     sums, rows = backend.scan(body, tuple(map(backend.ops.zeros_like, like)), tasks)
     return rows[0], rows[1:], sums
+
+
+FEWEST_AT_ONCE = 128
+"""Tasks that are enough to vectorise over, whatever the size of the model."""
+UNROLLED_AT_MOST = 4
+"""Chunks of a framework whose compiled programs have no loops: each is compiled again."""
+
+
+def _fitting(backend: Backend, tasks: Arrays, like: Arrays) -> int | None:
+    """How many tasks to take at once where all of them would outgrow the caches of a CPU."""
+    if backend.chunk_elements is None or not backend.on_cpu(tasks[0]):
+        return None
+    count: int = tasks[0].shape[0]
+    each = sum(math.prod(x.shape) for x in like) + sum(math.prod(x.shape[1:]) for x in tasks)
+    fitting = backend.chunk_elements // max(each, 1)
+    if count <= max(FEWEST_AT_ONCE, fitting):
+        return None
+    chunks = -(-count // max(FEWEST_AT_ONCE, fitting // 2))
+    if not backend.loops_in_programs:
+        chunks = min(chunks, UNROLLED_AT_MOST)
+    return -(-count // chunks)
 
 
 def _in_chunks(

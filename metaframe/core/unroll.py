@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from metaframe import arguments, tree
 from metaframe.backend.contract import Backend
-from metaframe.backend.selection import backend_of, convert_neutral, following, is_array
+from metaframe.backend.selection import backend_of, following, is_array
 from metaframe.backend.types import Array, Arrays
 from metaframe.core import checks, optim, rates
 from metaframe.core.entrance import entrance
@@ -200,24 +200,20 @@ class Problem(NamedTuple):
         """The arguments of `unroll`, checked and converted."""
         rate = Stepwise.of(lr, is_array, "lr")
         checks.learning_rate(rate.data.unpack(rate.data.arrays))
-        leaves, spec = tree.flatten(v)
+        leaves, spec = variables = tree.Flat.of(v, "v")
         if contains_marks(spec):
             refuse_marks(v, "v", "Variables are where a loop begins; mark the batch or lr.")
-        batch_leaves, batch_spec = tree.flatten(batch)
-        with following(tree.node_types(spec, batch_spec)):
-            backend = backend_of(*leaves, *batch_leaves)
-            leaves = convert_neutral(leaves, backend)
+        given = tree.Flat.of(batch, "batch")
+        with following(tree.node_types(spec, given.spec)):
+            backend = backend_of(*leaves, *given.arrays)
+            leaves = checks.converted(variables, backend, "v").arrays
             # Python numbers in the batch stay what they are.
-            arrays = [x for x in batch_leaves if is_array(x)]
-            converted = iter(convert_neutral(arrays, backend))
-            batch = tree.unflatten(
-                batch_spec, [next(converted) if is_array(x) else x for x in batch_leaves]
-            )
-        data = Stepwise.of(batch, backend.owns, "batch")
+            given = checks.converted(given, backend, "batch", is_array)
+        data = Stepwise.of(given.build(given.arrays), backend.owns, "batch")
         if steps is not None:
             arguments.integer(steps, "steps", at_least=0)
         count = number_of_steps(steps, {"batch": data.steps, "lr": rate.steps})
-        part = tree.Part(spec, tree.flags(spec, inner_v, keep_inner_v))
+        part = tree.Part(spec, tree.flags(spec, inner_v, keep_inner_v, name="inner_v"))
         checks.variables(leaves, part, backend, "inner_v")
         params, others = part.divide(leaves)
         rows, first = _rows(rate, data, params[0], backend)

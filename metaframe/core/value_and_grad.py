@@ -56,7 +56,7 @@ def value_and_grad(
     @entrance
     def call(v: tree.Tree, *args: Any) -> MetaResult:
         at = _Arguments.of(v, args)
-        part = tree.Part(at.spec, tree.flags(at.spec, outer_v, keep_outer_v))
+        part = tree.Part(at.spec, tree.flags(at.spec, outer_v, keep_outer_v, name="outer_v"))
         checks.variables(at.leaves, part, at.backend, "outer_v")
         wanted, held = part.divide(at.leaves)
         aux_of = tree.Returned()
@@ -132,14 +132,19 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def of(v: tree.Tree, args: tuple[Any, ...]) -> _Arguments:
-        leaves, spec = tree.flatten(v)
-        packed = tree.Packed(args, is_array)
+        variables = tree.Flat.of(v, "v")
+        leaves, spec = variables
+        packed = tree.Packed(args, is_array, "the arguments")
         with following(tree.node_types(spec, packed.spec)):
             backend = backend_of(*leaves, *packed.arrays)
-            arrays = convert_neutral(packed.arrays, backend)
+            arrays = convert_neutral(
+                packed.arrays,
+                backend,
+                lambda i: f"args[{tree.chains(packed.spec)[packed.places[i]]!r}]",
+            )
             return _Arguments(
                 backend,
-                convert_neutral(leaves, backend),
+                checks.converted(variables, backend, "v").arrays,
                 spec,
                 tree.Packed(packed.unpack(arrays), is_array),
             )

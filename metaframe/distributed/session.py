@@ -8,13 +8,15 @@ middle of an exchange and look for that word.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from metaframe.backend.contract import Backend
-from metaframe.backend.registry import load_backend
+from metaframe.backend.registry import load_backend, version_of
 from metaframe.backend.selection import current_selection
 from metaframe.backend.workers import ALONE, Place, Workers
+from metaframe.distributed.agreement import agree
 from metaframe.errors import BackendError, DistributedError
 
 TIMEOUT = 300.0
@@ -91,7 +93,8 @@ def session(backend: str | None = None, *, timeout: float = TIMEOUT) -> Iterator
         The workers.
 
     Raises:
-        DistributedError: another process failed, is gone or does not answer.
+        DistributedError: another process failed, is gone, does not answer, or has another version
+            of metaframe, the framework, NumPy or Python.
         BackendError: no backend, or one without an engine; or an incomplete environment.
 
     >>> with session("torch") as workers:
@@ -107,10 +110,19 @@ def session(backend: str | None = None, *, timeout: float = TIMEOUT) -> Iterator
     with chosen.join(here):
         workers = chosen.workers()
         try:
+            agree(chosen, versions=_versions(chosen.name))
             yield workers
             workers.tell("done")  # nobody leaves while others still need the engine
         except Exception as error:
             raise _for_everyone(error, chosen, workers, timeout) from error
+
+
+def _versions(framework: str) -> dict[str, str]:
+    """What has to be the same everywhere, up to how it was built."""
+    names = ("metaframe", framework, "numpy")
+    return {"python": platform.python_version()} | {
+        name: version_of(name).partition("+")[0] for name in names
+    }
 
 
 def _chosen(name: str | None) -> Backend | None:

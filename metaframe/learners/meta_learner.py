@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 Program = Callable[..., Any]
 """A pure function of meta-parameters, constants and a stacked task, and weights of tasks."""
-PROGRAMS_KEPT = 16
-"""Compiled programs of one wrapper; a loss function made anew for each call would pile them up."""
 
 
 class Phase(NamedTuple):
@@ -76,7 +74,7 @@ class MetaLearner(Wrapper):
         self._schedule: Mapping[str, np.ndarray[Any, Any]] = {}
         self._epoch = 0
         self._phase_of: Callable[[int], Phase] | None = None
-        self._programs: dict[Program, Program] = {}
+        self._compiled: Program | None = None
         self._narrowed: tuple[AdaptConfig, AdaptConfig] | None = None
 
     def _learn(self, values: Params) -> Any:
@@ -451,18 +449,21 @@ class MetaLearner(Wrapper):
         like = self.meta_parameters()
         batch, backend = as_batch(tasks, like, self.backend), self.backend
         more = () if weights is None else (task_weights(weights, batch, like, backend),)
+        run: Program = _called
         if self.backend.compiles_quickly if compiled is None else compiled:
-            fn = self._compiled(fn)
-        return fn(self.meta_arrays(), self.constants(), batch, *more)
-
-    def _compiled(self, fn: Program) -> Program:
-        if fn not in self._programs and len(self._programs) == PROGRAMS_KEPT:
-            del self._programs[next(iter(self._programs))]
-        return self._programs.setdefault(fn, compile(fn))
+            run = self._compiled = self._compiled or compile(_called)
+        return run(fn, self.meta_arrays(), self.constants(), batch, *more)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the compiled programs, which a copy makes anew."""
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_compiled": None}
 
     def _divided(self, values: Mapping[str, Array]) -> Meta:
         return divided(values, self._learned is not None)
+
+
+def _called(fn: Program, *arguments: Any) -> Any:
+    return fn(*arguments)
+
+
+_called.__name__ = "a learner's meta-gradient"

@@ -301,6 +301,7 @@ def as_batch(tasks: Task | Sequence[Task], like: Params, backend: Backend) -> Ta
         )
 
     batch: Task = tree.map(convert, stacked)
+    backend.check_values((*like.values(), *tree.leaves(batch)))
     return batch
 
 

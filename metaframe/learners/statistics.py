@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from metaframe import ops, tree
 from metaframe.backend.types import Array, Arrays
+from metaframe.core.constants import Settled
 from metaframe.core.inner_loop import StepView
 from metaframe.core.meta_gradient import map_tasks
 from metaframe.core.task_map import Strategy
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StatisticsOfTasks:
+class StatisticsOfTasks(Settled):
     """`(meta, constants, batch) -> statistics`: tables of means over tasks, a row for each step.
 
     Two of them are equal, and have the same hash, if one program serves for both.

@@ -5,11 +5,12 @@ derivatives everywhere. The examples assume `from metaframe import nn, ops` and 
 backend, whichever it is.
 """
 
+from metaframe.backend.attention import AttentionKernel as AttentionKernel
+from metaframe.backend.attention import use_attention_kernel as use_attention_kernel
 from metaframe.nn.activations import gelu as gelu
 from metaframe.nn.activations import log_softmax as log_softmax
 from metaframe.nn.activations import relu as relu
 from metaframe.nn.activations import softmax as softmax
-from metaframe.nn.attend import AttentionKernel as AttentionKernel
 from metaframe.nn.attend import attention as attention
 from metaframe.nn.init import Initializer as Initializer
 from metaframe.nn.init import dropout_mask as dropout_mask
@@ -66,5 +67,6 @@ __all__ = [
     "softmax",
     "softplus",
     "truncated_normal",
+    "use_attention_kernel",
     "zeros",
 ]

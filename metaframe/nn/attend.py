@@ -9,9 +9,10 @@ the plain form; keys are not cut into blocks as well, since a block of queries i
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 from metaframe import arguments
+from metaframe.backend.attention import AttentionKernel, chosen_kernel
 from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 from metaframe.errors import InputError
@@ -19,22 +20,6 @@ from metaframe.nn.blocks import block_length, by_blocks
 from metaframe.ops._dispatch import native
 
 BLOCK = 128
-
-
-class AttentionKernel(Protocol):
-    """Another implementation of `attention`, of arrays of one framework.
-
-    >>> def first_value(query, key, value, *, mask, causal):
-    ...     return value[..., :1, :]
-    >>> x = ops.asarray([[3.0]])
-    >>> ops.to_numpy(nn.attention(x, x, x, kernel=first_value)).tolist()
-    [[3.0]]
-    """
-
-    def __call__(
-        self, query: Array, key: Array, value: Array, *, mask: Array | None, causal: bool
-    ) -> Array:
-        """The result, (..., queries, width out)."""
 
 
 def attention(
@@ -65,7 +50,8 @@ def attention(
             plain form. Default: 128 where queries times keys are at least 2**22, and the plain
             form otherwise. Blocks have no forward mode on torch and TensorFlow.
         kernel: what computes the result instead, `kernel(query, key, value, mask=..., causal=...)`,
-            such as a fused kernel of the framework. Its derivatives are its own.
+            such as a fused kernel of the framework. Its derivatives are its own. Default: that of
+            the `use_attention_kernel` around the call.
 
     Raises:
         InputError: arrays whose shapes do not fit, or a `block_size` below 1.
@@ -81,7 +67,7 @@ def attention(
         mask = native(query, mask)[1][1]
     queries, keys = query.shape[-2], key.shape[-2]
     size = block_length(block_size, queries, keys, BLOCK)
-    if kernel is not None:
+    if (kernel := kernel or chosen_kernel()) is not None:
         found = kernel(query, key, value, mask=mask, causal=causal)
         _check_result(found, queries, value)
         return found

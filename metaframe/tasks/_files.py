@@ -1,24 +1,21 @@
 """Reading a data set's files, trusting nothing in them.
 
-Archives are read in memory and never extracted, so no name in one can reach the file system;
-names that try are reported. Sizes are checked before anything is decompressed or decoded, and
-nothing is ever unpickled.
+Sizes are checked before anything is read, decompressed or decoded, and nothing is ever unpickled.
+`metaframe.tasks._archives` has what holds of archives.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from metaframe.errors import InputError
+from metaframe.errors import InputError, MetaframeError
+from metaframe.files.read import contents, reason
+from metaframe.tasks import _archives
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,8 @@ def stamp(*paths: Path) -> str:
     for name in sorted(found):
         with suppress(OSError):  # a link to nowhere, which reading will report if it is needed
             state = os.stat(name)
-            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(name))
+            digest.update(f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -89,48 +87,21 @@ def open_files(location: Path, source: Source) -> Iterator[Files]:
         names = tuple(sorted(p.relative_to(location).as_posix() for p in location.rglob("*.*")))
         yield Files(str(location), names, lambda name: read_file(location / name, source))
         return
-    with reporting(str(location), source):
-        archive = zipfile.ZipFile(location)
-    with archive:
-        names = tuple(sorted(archive.namelist()))
-        for name in names:
-            _check_name(location, name, source)
-        if len(set(names)) < len(names):
-            twice = next(a for a, b in itertools.pairwise(names) if a == b)
-            raise InputError(f"{location} has two members called {twice!r}. {source.again}")
-        yield Files(
-            str(location), names, lambda name: _read_member(archive, location, name, source)
-        )
+    with ExitStack() as stack:
+        with reporting(str(location), source):
+            archive = stack.enter_context(_archives.opened(location))
 
+        def read(name: str) -> bytes:
+            with reporting(f"{location}, member {name}", source):
+                return _archives.read_member(archive, name, source.max_bytes)
 
-def _check_name(location: Path, name: str, source: Source) -> None:
-    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-        raise InputError(
-            f"{location} has a member called {name!r}, which no official archive has and which "
-            f"points outside it. Do not extract this file; download it from {source.url}."
-        )
+        yield Files(str(location), tuple(sorted(archive.namelist())), read)
 
 
 def read_file(file: Path, source: Source) -> bytes:
     """The content of a file."""
     with reporting(str(file), source):
-        _check_bytes(str(file), file.stat().st_size, source)
-        return file.read_bytes()
-
-
-def _read_member(archive: zipfile.ZipFile, location: Path, name: str, source: Source) -> bytes:
-    where = f"{location}, member {name}"
-    with reporting(where, source):
-        # zipfile never returns more than the directory entry promises.
-        _check_bytes(where, archive.getinfo(name).file_size, source)
-        return archive.read(name)
-
-
-def _check_bytes(where: str, size: int, source: Source) -> None:
-    if size > source.max_bytes:
-        raise InputError(
-            f"{where}: {size} bytes, expected at most {source.max_bytes}. {source.again}"
-        )
+        return contents(file, source.max_bytes)
 
 
 @contextmanager
@@ -138,17 +109,7 @@ def reporting(where: str, source: Source) -> Iterator[None]:
     """Turn whatever a damaged file makes a decoder raise into an error that names the file."""
     try:
         yield
-    except InputError:
+    except MetaframeError:
         raise
-    except (
-        OSError,
-        EOFError,
-        SyntaxError,  # Pillow, for a broken PNG chunk
-        ValueError,
-        KeyError,
-        RuntimeError,  # zipfile, for an encrypted member or an unknown compression
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise InputError(f"{where} cannot be read: {error}. {source.again}") from error
+    except Exception as error:
+        raise InputError(f"{where} cannot be read: {reason(error)}. {source.again}") from error

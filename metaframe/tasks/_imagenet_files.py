@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaframe.errors import InputError
+from metaframe.tasks._archives import opened
 from metaframe.tasks._files import Files, Source, read_file, reporting
 from metaframe.tasks._pictures import Pixels, decoder
 
@@ -32,7 +34,7 @@ TIERED = Source("https://github.com/renmengye/few-shot-ssl-public", 32 * 2**20)
 _LARGEST_ARRAY = 20 * 2**30
 """Bytes; the 448,695 training images of tieredImageNet have half of that."""
 _FILENAME = re.compile(r"[\w-][\w.-]*\.(?:jpe?g|png)", re.IGNORECASE)
-_IN_CLASS = re.compile(r"(?:^|/)(n\d{8})/[^/]+\.(?:jpe?g|png)$", re.IGNORECASE)
+_IN_CLASS = re.compile(r"(?:^|/)(n\d{8})/[^/.][^/]*\.(?:jpe?g|png)$", re.IGNORECASE)
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 
 
@@ -68,7 +70,7 @@ class Checksums:
     def whole(self) -> str:
         """One SHA-256 of the names and contents of all that was read."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self._seen.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
 def _listed(file: Path, source: Source) -> Mapping[str, str]:
@@ -127,13 +129,16 @@ def read_listed(
     files: Files, listed: list[Listed], size: int, checksums: Checksums, root: Path
 ) -> Labelled:
     """The images that a list names."""
-    by_name = {name.rpartition("/")[2]: name for name in files.names}
+    by_name: dict[str, list[str]] = {}
+    for name in files.names:
+        by_name.setdefault(name.rpartition("/")[2], []).append(name)
     for item in listed:
         if item.filename not in by_name:
             raise InputError(
                 f"{files.where} has no {item.filename}, which the list names. {MINI.again}"
             )
-    names = [by_name[item.filename] for item in listed]
+        _check_one(files.where, by_name[item.filename], MINI)
+    names = [by_name[item.filename][0] for item in listed]
     images = _load(files, names, size, checksums, root, MINI)
     return Labelled(images, tuple(item.label for item in listed))
 
@@ -146,8 +151,20 @@ def read_folders(files: Files, size: int, checksums: Checksums, root: Path) -> L
             f"{files.where} has no images in folders called after their classes, such as "
             f"n01530575/name.jpg. {TIERED.again}"
         )
+    same: dict[tuple[str, str], list[str]] = {}
+    for name, match in matches.items():
+        same.setdefault((match[1], name.rpartition("/")[2]), []).append(name)
+    for names in same.values():
+        _check_one(files.where, names, TIERED)
     images = _load(files, list(matches), size, checksums, root, TIERED)
     return Labelled(images, tuple(match[1] for match in matches.values()))
+
+
+def _check_one(where: str, names: list[str], source: Source) -> None:
+    if len(names) > 1:
+        raise InputError(
+            f"{where}: {names[0]!r} and {names[1]!r} are the same image. {source.again}"
+        )
 
 
 def _load(
@@ -192,24 +209,25 @@ def read_arrays(folder: Path, stem: str, checksums: Checksums) -> Labelled:
 
 
 def _array(file: Path, key: str) -> np.ndarray[Any, Any]:
-    with reporting(str(file), TIERED):
-        _check_promise(file, key)
-        with np.load(file, allow_pickle=False) as archive:
-            array: np.ndarray[Any, Any] = archive[key]
+    form: Any = np.lib.format
+    with reporting(str(file), TIERED), opened(file) as archive:
+        _check_promise(archive, f"{key}.npy")
+        with archive.open(f"{key}.npy") as stream:
+            array: np.ndarray[Any, Any] = form.read_array(stream, allow_pickle=False)
+            stream.read()  # to the end, where zipfile compares checksums
     return array
 
 
-def _check_promise(file: Path, key: str) -> None:
+def _check_promise(archive: zipfile.ZipFile, name: str) -> None:
     """The array is as large as its header says, before the memory for it is asked for."""
     header: Any = np.lib.format
-    with zipfile.ZipFile(file) as archive:
-        member = archive.getinfo(f"{key}.npy")
-        with archive.open(member) as stream:
-            version = header.read_magic(stream)
-            reader = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
-            shape, _, dtype = reader[version](stream)
-            if dtype.hasobject:
-                raise ValueError("the array holds pickled objects, which are not loaded")
-            promised = stream.tell() + math.prod(shape) * dtype.itemsize
+    member = archive.getinfo(name)
+    with archive.open(member) as stream:
+        version = header.read_magic(stream)
+        reader = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
+        shape, _, dtype = reader[version](stream)
+        if dtype.hasobject:
+            raise ValueError("the array holds pickled objects, which are not loaded")
+        promised = stream.tell() + math.prod(shape) * dtype.itemsize
     if promised != member.file_size or promised > _LARGEST_ARRAY:
         raise ValueError(f"{member.file_size} bytes where the header promises {promised}")

@@ -19,7 +19,10 @@ Mode = Literal["RGB", "L"]
 CHANNELS = {"RGB": 3, "L": 1}
 """Of every mode, by Pillow's name for it."""
 
-_LARGEST_SIDE = 8192
+_MOST_PIXELS = 24_000_000
+"""Of a picture as it is decoded, such as 6000 x 4000: 195 MB, in two copies of 4 bytes each."""
+_MOST_OF_WEBP = _MOST_PIXELS // 2
+"""Pillow decodes WebP into copies of its own."""
 _LARGEST_SIZE = 512
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of over 8 bits a pixel, which it clips to 255 instead of scaling."""
@@ -80,19 +83,21 @@ def opened(
             width, height = picture.size
             if side is not None and (width, height) != (side, side):
                 raise ValueError(f"{width}x{height} pixels, expected {side}x{side}")
-            if max(width, height) > _LARGEST_SIDE:
+            most = _MOST_OF_WEBP if picture.format == "WEBP" else _MOST_PIXELS
+            if width * height > most:
                 raise ValueError(
-                    f"{width}x{height} pixels, expected at most {_LARGEST_SIDE} a side"
+                    f"{width}x{height} pixels, expected at most {most} in all; scale it down first"
                 )
             check_depth(picture)
-            yield _upright(picture)
+            _turn_upright(picture)
+            yield picture
 
 
-def _upright(picture: Any) -> Any:
-    """`picture` as its EXIF orientation says it is to be seen."""
+def _turn_upright(picture: Any) -> None:
+    """Turn `picture` as its EXIF orientation says it is to be seen."""
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
 
 
 def check_depth(picture: Any) -> None:
@@ -112,7 +117,8 @@ def fitted(picture: Any, size: int | None, mode: str | None) -> Pixels:
         ValueError: more than 8 bits a pixel.
     """
     check_depth(picture)
-    colours = picture.convert(mode or ("L" if picture.mode in ("1", "L", "LA") else "RGB"))
+    mode = mode or ("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    colours = picture if picture.mode == mode else picture.convert(mode)  # which may copy
     if size is not None and colours.size != (size, size):
         colours = colours.resize((size, size), pillow("resizing").Resampling.LANCZOS)
     pixels: Pixels = np.asarray(colours)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from metaframe.testing._detached import detached_leaf, no_second_derivative
 from metaframe.testing.differences import Component
 from metaframe.testing.report import Finding
 from metaframe.testing.subject import Gradient, Subject, distance
@@ -18,8 +19,12 @@ def causes(
     subject: Subject, found: Gradient, wrong: Sequence[Component], first_order: Gradient | None
 ) -> list[Finding]:
     """The findings for a gradient that is wrong in the given components."""
+    if (once := no_second_derivative(subject)) is not None:
+        return [once]
     if first_order is not None and distance(first_order, found) <= SAME:
         return [_first_order(wrong)]
+    if (part := detached_leaf(subject, found)) is not None:
+        return [part]
     cut = [c for c in wrong if c.claimed == 0.0]
     others = [c for c in wrong if c.claimed != 0.0]
     findings = [_disconnected(subject, found, cut)] if cut else []

@@ -10,7 +10,8 @@ from metaframe.testing.subject import Gradient, Subject
 
 _ADVICE = (
     "Keep the function and its derivatives finite there: sqrt(x + eps), log(x + eps), "
-    "ops.where on the argument of the function and not on its result; a smaller learning rate."
+    "ops.where on the argument of the function and not on its result; labels in [0, classes); a "
+    "smaller learning rate."
 )
 _PADDING = (
     "Remove it from the data. A weight of 0 does not: 0 * NaN is NaN. Pad with a real task at "

@@ -7,7 +7,7 @@ agree best is the answer, and how well they agree is how far to trust it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ CostAt = Callable[[Sequence[Values]], float]
 """The cost at values of the variables."""
 SIZES = (1e-2, 2e-3, 4e-4, 8e-5)
 """Steps h along a direction of norm 1."""
+FINER = 1 / 625
+"""The part of them that is taken where they meet kinks."""
 PRECISE = 1e-7
 """An error below this part of the gradient needs no explanation."""
 TRUSTED = 1e-4
@@ -159,9 +161,12 @@ def _noise(here: float, values: Values) -> float:
 
 
 def components(
-    subject: Subject, gradient: Gradient, cost_at: CostAt | None = None
+    subject: Subject,
+    gradient: Gradient,
+    cost_at: CostAt | None = None,
+    names: Collection[str] | None = None,
 ) -> list[Component]:
-    """Every leaf of the gradient along a random direction of norm 1.
+    """Every leaf of the gradient, or those of `names`, along a random direction of norm 1.
 
     `cost_at` takes the place of the subject's own.
     """
@@ -170,15 +175,28 @@ def components(
     rng = np.random.default_rng(0)
     found = []
     for i, (name, claimed) in enumerate(zip(subject.names, gradient.arrays, strict=True)):
-        if start[i].size == 0:
+        if start[i].size == 0 or (names is not None and name not in names):
             continue
         drawn = rng.normal(size=start[i].shape)
         direction = np.asarray(drawn / np.linalg.norm(drawn))
         line = _line(cost_at or subject.cost_at, start, i, direction)
         along = slope(line, at)
         norm = float(np.linalg.norm(claimed))
-        found.append(Component(name, along, float(np.sum(claimed * direction)), norm))
+        claim = float(np.sum(claimed * direction))
+        component = Component(name, along, claim, norm)
+        if not component.known or component.lossy or not component.agrees(PRECISE):
+            finer = Component(name, _finer(line, at), claim, norm)
+            told = finer.known and not finer.lossy and not finer.stationary
+            component = finer if told else component
+        found.append(component)
     return found
+
+
+def _finer(fn: Callable[[float], float], at: float) -> Slope:
+    """The slope by smaller steps, between kinks that lie near each other as those of many relus."""
+    found = slope(lambda t: fn(t * FINER), at)
+    value, error, rounding = (x / FINER for x in found[:3])
+    return found._replace(value=value, error=error, rounding=rounding)
 
 
 def _line(

@@ -18,8 +18,13 @@ from metaframe.backend.convert import convert
 from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
 from metaframe.core.inner_loop import Cost, Order
+from metaframe.core.task_map import strategy
 from metaframe.errors import InputError
+from metaframe.testing import _texts as texts
 from metaframe.testing._causes import causes, redrawn
+from metaframe.testing._detached import without_second_derivative
+from metaframe.testing._kept import ignored_batch
+from metaframe.testing._kinks import at_kinks, rounded
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import NEAR, PRECISE, Component, components
@@ -37,6 +42,10 @@ from metaframe.testing.watch import Watch
 
 Execution = Literal["vmap", "scan", "compiled"]
 EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
+FEW = 4
+"""How many tasks are examined one by one; all of them by vmap or scan."""
+FEWEST = 2
+"""How many tasks other ways of running are compared on."""
 AGREE = 1e-9
 """Relative: how far two ways of computing one gradient in float64 may differ."""
 
@@ -97,10 +106,13 @@ def check_meta_gradient(
         )
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
-        subject = Subject(cost, variables, batch, adaptation, step)
-        examination = _Examination(subject)
+        whole = Subject(cost, variables, batch, adaptation, step)
+        # A step may be made for one number of tasks; of metaframe's own a few tell as much.
+        subject = whole if step is not None else whole.of_tasks(FEW)
+        examination = _Examination(subject, whole)
         if examination.gradient():
             if step is None:
+                examination.all_tasks()
                 examination.executions(executions)
                 examination.backends(backends)
             else:
@@ -112,8 +124,8 @@ def check_meta_gradient(
 class _Examination:
     """The checks, and what they found so far."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, subject: Subject, whole: Subject) -> None:
+        self._subject, self._whole = subject, whole
         self._streams = Streams(subject.backend)
         self._seeded = False
         self._findings: list[Finding] = []
@@ -130,17 +142,24 @@ class _Examination:
         roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
         roots |= {"update": subject.adaptation.update, "step": subject.step}
         watch = Watch({"variables": subject.variables, "batch": subject.batch, **roots})
-        self._first = subject.gradient()
+        first = self._differentiated()
+        if first is None:
+            return False
+        self._first = first
         again = subject.gradient()
         changed = watch.changed()
         if changed:
-            self._findings.append(_in_place(changed))
+            self._findings.append(texts.in_place(changed))
         bad = not_finite(subject, self._first)
         if bad is not None:
             self._findings.append(bad)
             return False
         if not self._repeatable(again, changed=bool(changed)):
             return False
+        kept = None if self._seeded else ignored_batch(subject, watch)
+        if kept is not None:
+            self._findings.append(kept)
+        self._quick = subject.cost_at if self._seeded else subject.quick_cost()
         self._judge(components(subject, self._first, self._cost_at))
         if self._seeded:
             self._unknown.append("other ways to run it: they draw other random numbers")
@@ -158,7 +177,7 @@ class _Examination:
             self._first = self._subject.gradient()
         with self._streams.replayed():
             again = self._subject.gradient()
-        self._findings.append(_random())
+        self._findings.append(texts.random())
         self._seeded = _near(self._first, again)
         if not self._seeded:
             self._unknown.append("finite differences: no two calls return the same cost")
@@ -167,19 +186,47 @@ class _Examination:
     def _cost_at(self, values: Sequence[Values]) -> float:
         """The cost, with the same random numbers every time if it draws any."""
         with self._streams.replayed() if self._seeded else nullcontext():
-            return self._subject.cost_at(values)
+            return self._quick(values)
+
+    def _differentiated(self) -> Gradient | None:
+        """The gradient; None, with a finding, if the function has no second derivative."""
+        try:
+            return self._subject.gradient()
+        except Exception as error:
+            if self._subject.step is not None or not self._subject.adaptation.steps:
+                raise
+            try:
+                self._subject.reference(order=1)
+            except Exception:  # noqa: BLE001  it is not about the order
+                raise error from None
+            self._findings.append(without_second_derivative(error))
+            return None
+
+    def _explained(self, found: list[Component]) -> list[Component]:
+        """Those that remain to be judged, without those at kinks or of rounded values."""
+        open_ = [c for c in found if c.lossy or not c.known or not c.agrees(PRECISE)]
+        if not open_ or self._seeded:
+            return found
+        cut, findings = rounded(self._subject, open_, self._cost_at)
+        self._findings += findings
+        left = [c for c in open_ if c not in cut]
+        at, note = at_kinks(self._subject, left, self._cost_at) if left else ([], None)
+        if note is not None:
+            self._findings.append(note)
+        return [c for c in found if c not in cut and c not in at]
 
     def _judge(self, found: list[Component]) -> None:
+        found = self._explained(found)
         lossy = [c for c in found if c.lossy]
         if lossy:
-            self._findings.append(_lossy(lossy))
+            self._findings.append(texts.lossy(lossy))
         for c in found:
             if not c.known and not c.lossy:
-                self._unknown.append(f"finite differences in {c.name!r}: {_why(c)}")
+                self._unknown.append(f"finite differences in {c.name!r}: {texts.why(c)}")
         known = [c for c in found if c.known]
         unused = [c for c in known if c.norm == 0.0 and not c.slope.moved]
         if unused:
-            self._findings.append(_unused(unused, self._subject.tasks))
+            self._findings.append(texts.unused(unused, self._subject.tasks))
         wrong = [c for c in known if not c.agrees(PRECISE)]
         if wrong:
             self._findings += self._causes(wrong)
@@ -207,25 +254,47 @@ class _Examination:
             return self._subject.reference(order=order)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             kind = {1: "first-order", 2: "second-order"}[order]
-            self._unknown.append(f"metaframe's {kind} gradient of this cost: {_summary(error)}")
+            self._unknown.append(
+                f"metaframe's {kind} gradient of this cost: {texts.summary(error)}"
+            )
             return None
 
     def executions(self, names: Sequence[Execution]) -> None:
         """The loop against the other ways to run the same gradient."""
+        few, quickly = self._subject.of_tasks(FEWEST), self._subject.backend.compiles_quickly
         ways: dict[Execution, Callable[[], Gradient]] = {
-            "vmap": lambda: self._subject.reference("vmap"),
-            "scan": lambda: self._subject.reference("scan"),
-            "compiled": lambda: self._subject.reference("loop", compiled=True),
+            "vmap": lambda: few.reference("vmap", compiled=quickly),
+            "scan": lambda: few.reference("scan"),
+            "compiled": lambda: few.of_tasks(1).reference("loop", compiled=True),
         }
         for name in names:
+            self._first = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
-                self._findings.append(_failed(name, error))
+                self._findings.append(texts.failed(name, error))
                 continue
             self._compare(
-                f"{name} and a loop over tasks", other, _EXECUTIONS, "executions disagree"
+                f"{name} and a loop over tasks",
+                other,
+                texts.EXECUTIONS_DIFFER,
+                "executions disagree",
             )
+
+    def all_tasks(self) -> None:
+        """The gradient of all tasks is finite, where a few of them were examined."""
+        if self._whole is self._subject:
+            return
+        leaves = tree.leaves(self._whole.variables)
+        try:
+            compiled = self._whole.backend.compiles_quickly
+            found = self._whole.reference(strategy("auto", leaves), compiled=compiled)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+            self._unknown.append(f"all {self._whole.tasks} tasks: {texts.summary(error)}")
+            return
+        bad = not_finite(self._whole, found)
+        if bad is not None:
+            self._findings.append(bad)
 
     def backends(self, names: Sequence[str]) -> None:
         """The same on other backends."""
@@ -238,7 +307,7 @@ class _Examination:
                 adaptation = dataclasses.replace(given.adaptation, lr=lr)
                 other = Subject(given.cost, v, batch, adaptation).gradient()
             pair = f"{given.backend.name} and {name}"
-            self._compare(pair, other, _BACKENDS, "backends disagree")
+            self._compare(pair, other, texts.BACKENDS_DIFFER, "backends disagree")
 
     def compared_with_ours(self) -> None:
         """A user's step against metaframe's meta-gradient of what it is said to compute."""
@@ -248,23 +317,39 @@ class _Examination:
         if gap <= AGREE:
             self._passed.append(f"metaframe's own gradient differs by {gap:.1e}")
         elif gap < 1e-5:
-            self._findings.append(_rounded(gap))
+            self._findings.append(texts.rounded(gap))
         else:
-            self._findings.append(_another(self._first, ours, gap))
+            self._findings.append(texts.another(self._first, ours, gap))
 
     def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
-        subject = self._subject
-        leaves, spec = tree.flatten(subject.batch)
-        alone = [
-            subject.of_step(step, tree.unflatten(spec, [x[i : i + 1] for x in leaves]))
-            for i in range(subject.tasks)
-        ]
+        try:
+            alone = self._alone(step)
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+            self._unknown.append(
+                f"tasks one by one: on a task alone, step raises {texts.summary(error)}"
+            )
+            return
         mean = Gradient(
             float(np.mean([g.cost for g in alone])),
             tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
         )
-        self._compare("all tasks at once and one by one", mean, _MIXED, "executions disagree")
+        self._compare(
+            "all tasks at once and one by one", mean, texts.TASKS_MIXED, "executions disagree"
+        )
+
+    def _alone(self, step: Step) -> list[Gradient]:
+        """The results for each task alone, by a batch of it alone or of as many copies of it."""
+        subject = self._subject
+
+        def of(copies: int) -> list[Gradient]:
+            rows = ([i] * copies for i in range(subject.tasks))
+            return [subject.of_step(step, subject.rows(row)) for row in rows]
+
+        try:
+            return of(1)
+        except Exception:  # noqa: BLE001  a step may be made for one number of tasks
+            return of(subject.tasks)
 
     def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
         gap = distance(self._first, other)
@@ -282,105 +367,6 @@ class _Examination:
         self._findings.append(Finding(kind, where, f"{pair} differ by {gap:.1e}", advice))
 
 
-_EXECUTIONS = (
-    "Make the function pure: no counters, lists or caches that a call changes, no branch on "
-    "values, no random numbers that are not arguments."
-)
-_BACKENDS = "Use functions of metaframe.ops and metaframe.nn only, and no dtype written out."
-_MIXED = (
-    "Find what mixes tasks: batch statistics or a reduction over the task axis, a sum where a mean "
-    "is meant, state carried from task to task. Or take the gradient of each task inside the map, "
-    "vmap(grad), instead of the gradient of a mean over the map."
-)
-
-
 def _near(one: Gradient, other: Gradient) -> bool:
     # Threads may add in another order.
     return distance(one, other) <= 1e-12
-
-
-def _in_place(names: Sequence[str]) -> Finding:
-    return Finding(
-        "in-place change",
-        ", ".join(names),
-        "calling the function changed its values",
-        "Return the new value instead of writing it: under vmap, compilation and recomputation a "
-        "write happens once, not at all, or more than once. Freeze running statistics, or use "
-        "those of the batch.",
-    )
-
-
-def _random() -> Finding:
-    return Finding(
-        "randomness",
-        "",
-        "two calls with the same arguments differ",
-        "Make random numbers an argument: draw masks or keys outside and pass them in the batch.",
-        wrong=False,
-    )
-
-
-def _why(c: Component) -> str:
-    """Why differences say nothing."""
-    if c.slope.error <= NEAR * c.slope.rounding:
-        return "its gradient is so small that the rounding of the cost covers it"
-    return "the cost is not smooth at this point"
-
-
-def _lossy(found: Sequence[Component]) -> Finding:
-    first = found[0]
-    return Finding(
-        "lost precision",
-        ", ".join(repr(c.name) for c in found),
-        "the cost has fewer digits than float64, and small faults do not show: along a random "
-        f"direction its slope in {first.name!r} is {first.slope.value:.9g}, give or take "
-        f"{first.slope.error:.1e}",
-        "Find what goes through float32: a cast, an array or a model of a fixed dtype. Or what "
-        "loses as many digits in float64: a difference of large numbers, an ill-conditioned solve.",
-    )
-
-
-def _unused(found: Sequence[Component], tasks: int) -> Finding:
-    return Finding(
-        "unused variable",
-        ", ".join(sorted({repr(c.name) for c in found})),
-        f"no gradient in any of {tasks} tasks, and moving it does not change the cost",
-        "Take it out of the variables, or use it.",
-        wrong=False,
-    )
-
-
-def _failed(name: str, error: Exception) -> Finding:
-    return Finding(
-        "cannot be vectorised",
-        name,
-        _summary(error),
-        'Choose with ops.where instead of `if`, or run tasks one by one: task_map="loop" and '
-        "without compile.",
-        wrong=False,
-    )
-
-
-def _summary(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
-
-
-def _rounded(gap: float) -> Finding:
-    return Finding(
-        "lost precision",
-        "step",
-        f"in float64 it differs from metaframe's by {gap:.1e}, the size of a rounding to float32",
-        "Find the number that goes through float32: a constant such as tf.cast(0.01, tf.float64), "
-        "an array without a dtype, a cast. Write tf.constant(0.01, tf.float64).",
-    )
-
-
-def _another(found: Gradient, ours: Gradient, gap: float) -> Finding:
-    return Finding(
-        "another cost",
-        "step",
-        f"its gradient is that of its cost {found.cost:.9g}, which is not the cost {ours.cost:.9g} "
-        f"after the adaptation as described; the gradients differ by {gap:.1e}",
-        "Compare learning rate, number of steps, data and reduction of both.",
-    )

@@ -19,6 +19,12 @@ Kind = Literal[
     "not finite",
     "executions disagree",
     "cannot be vectorised",
+    "kept batch",
+    "unused batch",
+    "kink",
+    "rounded values",
+    "no second derivative",
+    "detached leaf",
     "backends disagree",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from metaframe.core import checks
 from metaframe.core.inner_loop import Cost, Mode, Order
 from metaframe.core.meta_gradient import map_tasks, meta_value_and_grad
 from metaframe.core.steps import BatchFn
-from metaframe.core.task_map import TaskMap
+from metaframe.core.task_map import TaskMap, strategy
 from metaframe.core.unroll import inner_loop
 from metaframe.errors import InputError, InputTypeError
 
@@ -137,12 +138,84 @@ class Subject:
 
     def cost_at(self, values: Sequence[Values]) -> float:
         """The meta-cost with `values` in the place of the variables."""
-        arrays = [self.backend.asarray(x, "float64") for x in values]
-        v = tree.unflatten(tree.structure(self.variables), arrays)
+        v = self.filled(values)
         if self.step is not None:
-            return self._number(self.step(v, self.batch)[0])
+            return self._number(self._results(self.step, v, self.batch)[0])
+        return float(np.mean(self.costs(v)))
+
+    def costs(self, v: tree.Tree) -> Values:
+        """The cost of each task after adaptation from `v`."""
         of_task = map_tasks(lambda task: self.task_cost(v, task), task_map="loop")
-        return float(np.mean(self.backend.to_numpy(of_task(self.batch))))
+        return self.backend.to_numpy(of_task(self.batch))
+
+    def filled(self, values: Sequence[Values]) -> tree.Tree:
+        """The structure of the variables with these values."""
+        arrays = [self.backend.asarray(x, "float64") for x in values]
+        return tree.unflatten(tree.structure(self.variables), arrays)
+
+    def moved(self, values: Sequence[Values]) -> Subject:
+        """The same at other variables."""
+        other = copy.copy(self)
+        other.variables = self.filled(values)
+        return other
+
+    def of_tasks(self, count: int) -> Subject:
+        """The same with the first tasks alone."""
+        if count >= self.tasks:
+            return self
+        other = copy.copy(self)
+        other.batch, other.tasks = tree.map(lambda x: x[:count], self.batch), count
+        return other
+
+    def with_adaptation(self, adaptation: Adaptation) -> Subject:
+        """The same adapted in another way, by metaframe."""
+        other = copy.copy(self)
+        other.adaptation, other.step = adaptation, None
+        other.task_cost = adaptation.task_cost(self.cost, self.backend)
+        return other
+
+    def inner_cost(self, task: tree.Tree, v: tree.Tree) -> Array:
+        """The cost that the inner loop minimises, checked."""
+        return checks.scalar_cost(self.cost, "cost", self.backend)(task, v)
+
+    def rows(self, tasks: Sequence[int]) -> tree.Tree:
+        """A batch of some tasks, or of copies of one."""
+        stack = self.backend.ops.stack
+        return tree.map(lambda x: stack([x[i] for i in tasks]), self.batch)
+
+    def task(self, i: int) -> tree.Tree:
+        """The data of one task."""
+        return tree.map(lambda x: x[i], self.batch)
+
+    def quick_cost(self) -> Callable[[Sequence[Values]], float]:
+        """`cost_at` in the fastest way that gives the same numbers, where there is one."""
+        from metaframe.core.compile import compile as compile_whole
+
+        if self.step is not None:
+            return self.cost_at
+        leaves = tree.leaves(self.variables)
+        how = strategy("auto", leaves)
+
+        def mean(v: tree.Tree, batch: tree.Tree) -> Array:
+            run = map_tasks(lambda task: self.task_cost(v, task), task_map=how)
+            return self.backend.ops.mean(run(batch))
+
+        run = compile_whole(mean) if self.backend.compiles_quickly else mean
+
+        def quick(values: Sequence[Values]) -> float:
+            return self._number(run(self.filled(values), self.batch))
+
+        rng = np.random.default_rng(1)
+        start = self.numbers(self.variables)
+        for size in (0.0, 1e-2):
+            at = [x + size * rng.normal(size=x.shape) for x in start]
+            try:
+                near = abs(quick(at) - self.cost_at(at)) <= 1e-12 * abs(self.cost_at(at))
+            except Exception:  # noqa: BLE001  what cannot run like this runs as it is
+                return self.cost_at
+            if not near:
+                return self.cost_at
+        return quick
 
     def gradient(self) -> Gradient:
         """The cost and the gradient in question."""
@@ -152,7 +225,7 @@ class Subject:
 
     def of_step(self, step: Step, batch: tree.Tree) -> Gradient:
         """The results of a step, its gradients brought into the order of the variables."""
-        cost, grads, *_ = step(self.variables, batch)
+        cost, grads, *_ = self._results(step, self.variables, batch)
         leaves, spec = tree.flatten(grads, is_leaf=lambda node: node is None)
         if len(leaves) != len(self.names):
             raise InputError(
@@ -186,6 +259,13 @@ class Subject:
         task_cost = self.adaptation.task_cost(self.cost, self.backend, order)
         step: Step = meta_value_and_grad(task_cost, task_map=task_map)
         return self.of_step(compile_whole(step) if compiled else step, self.batch)
+
+    @staticmethod
+    def _results(step: Step, v: tree.Tree, batch: tree.Tree) -> Sequence[Any]:
+        found = step(v, batch)
+        if not isinstance(found, (tuple, list)) or len(found) < 2:
+            raise InputTypeError(f"step returned {type(found).__name__}. {_RETURN}")
+        return found
 
     def _number(self, cost: Any) -> float:
         return float(self.backend.to_numpy(cost)) if self.backend.owns(cost) else float(cost)

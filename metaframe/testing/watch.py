@@ -47,6 +47,14 @@ class Watch:
             if name in now and not _same(value, now[name])
         )
 
+    def now(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The arrays that can be reached, by name."""
+        return self._values()
+
+    def appeared(self) -> list[str]:
+        """The names of arrays that could not be reached before."""
+        return sorted(set(self._values()) - set(self._before))
+
     def _values(self) -> dict[str, np.ndarray[Any, Any]]:
         seen: set[int] = set()
         found: dict[str, np.ndarray[Any, Any]] = {}

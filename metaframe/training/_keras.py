@@ -48,11 +48,14 @@ class KerasOptimizer:
                 f"{len(held)}. Make it with the settings it had."
             )
         for name, variable in held.items():
-            if tuple(variable.shape) != arrays[name].shape:
+            found, own = arrays[name], _to_numpy(variable)
+            # Which integers Keras counts in depends on the framework below it.
+            alike = found.dtype == own.dtype or (found.dtype.kind, own.dtype.kind) == ("i", "i")
+            if not alike or found.shape != own.shape:
                 raise CheckpointError(
-                    f"variable {variable.path!r} of the Keras optimizer has shape "
-                    f"{tuple(variable.shape)}, the checkpoint {arrays[name].shape}. Make it with "
-                    "the settings it had."
+                    f"variable {variable.path!r} of the Keras optimizer has shape {own.shape} and "
+                    f"dtype {own.dtype}, the checkpoint {found.shape} and {found.dtype}. Make it "
+                    "with the settings it had."
                 )
         for name, variable in held.items():
             variable.assign(arrays[name])

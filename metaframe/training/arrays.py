@@ -6,7 +6,7 @@ The file is written and checked as a trainer's checkpoints are; see `metaframe.t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,22 @@ import numpy as np
 from metaframe import tree
 from metaframe.backend.registry import owner
 from metaframe.errors import CheckpointError, InputError, InputTypeError
-from metaframe.training.array_file import decoded, encoded, read_file, write_atomically
+from metaframe.files.read import shown
+from metaframe.files.schema import anything, integer, many, record, refused, text
+from metaframe.files.write import write_atomically
+from metaframe.training.array_file import decoded, encoded, read_file
 
 FORMAT = 1
 KIND = "arrays"
+
+_CONTENT = record(
+    {
+        "format": integer,
+        "plain": anything,
+        "leaves": many(record({"chain": text}, {"dtype": text})),
+        "tree": anything,
+    }
+)
 
 HostArray = np.ndarray[Any, Any]
 
@@ -54,7 +66,7 @@ def save_arrays(path: str | Path, tree_: tree.Tree, plain: Any = None) -> None:
         described.append({"chain": chain, "dtype": dtype})
     try:
         json.dumps(plain)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"plain must be JSON values: {error}.") from error
     places = iter(range(len(leaves)))
     content = {
@@ -102,20 +114,39 @@ def load_arrays(path: str | Path, like: tree.Tree = None) -> tuple[tree.Tree, An
         )
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{name} has format {content.get('format')!r}, this version of metaframe reads "
+            f"{name} has format {shown(content.get('format'))}, this version of metaframe reads "
             f"{FORMAT}."
         )
     try:
+        _CONTENT(content, "its content")
         described = content["leaves"]
-        chains = [str(leaf["chain"]) for leaf in described]
-        leaves = [
-            arrays[str(i)] if "dtype" in leaf else leaf["value"] for i, leaf in enumerate(described)
-        ]
-        found, plain = _built(content["tree"], leaves), content["plain"]
-        dtypes = [leaf.get("dtype") for leaf in described]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name} is not as save_arrays writes it: {error!r}.") from error
+        leaves = [_leaf(str(i), entry, arrays) for i, entry in enumerate(described)]
+        found = _built(content["tree"], places := dict(enumerate(leaves)))
+        if places:
+            raise ValueError(f"its structure has no place for leaf {min(places)}")
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not as save_arrays writes it: {error}.") from error
+    chains, dtypes = ([entry.get(key) for entry in described] for key in ("chain", "dtype"))
+    plain = content["plain"]
     return (found if like is None else _as(like, chains, leaves, dtypes, name)), plain
+
+
+def _leaf(number: str, entry: Any, arrays: Mapping[str, HostArray]) -> Any:
+    """The leaf that `entry` describes, a plain value or the array of this number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if "dtype" not in entry:
+        if not isinstance(value := entry.get("value"), bool | int | float | str):
+            raise refused(value, f"leaf {number}", "a number or a text")
+        return value
+    if number not in arrays:
+        raise ValueError(f"it has no array of number {number}")
+    stored = arrays[number].dtype.name
+    if stored != ("float32" if entry["dtype"] == "bfloat16" else entry["dtype"]):
+        raise refused(stored, f"the dtype of leaf {number}", f"that of {entry['dtype']}")
+    return arrays[number]
 
 
 def _on_host(leaf: Any, chain: str) -> tuple[HostArray, str]:
@@ -156,17 +187,25 @@ def _outline(node: tree.Tree, places: Any) -> Any:
     return {"dict": below}
 
 
-def _built(outline: Any, leaves: Sequence[Any]) -> tree.Tree:
-    """The nesting with leaves in their places."""
+def _built(outline: Any, places: dict[int, Any]) -> tree.Tree:
+    """The nesting with the leaves in their places, out of which they are taken.
+
+    Raises:
+        ValueError: `_outline` makes no such nesting.
+    """
     if outline is None:
         return None
-    if isinstance(outline, int):
-        return leaves[outline]
-    ((kind, below),) = outline.items()
-    if kind == "dict":
-        return {name: _built(child, leaves) for name, child in below.items()}
-    items = [_built(child, leaves) for child in below]
-    return items if kind == "list" else tuple(items)
+    if type(outline) is int and outline in places:
+        return places.pop(outline)
+    if isinstance(outline, dict) and len(outline) == 1:
+        ((kind, below),) = outline.items()
+        if kind == "dict" and isinstance(below, dict):
+            return {name: _built(child, places) for name, child in below.items()}
+        if kind in ("list", "tuple") and isinstance(below, list):
+            items = [_built(child, places) for child in below]
+            return items if kind == "list" else tuple(items)
+    expected = "a dict, list or tuple, or the number of a leaf without a place"
+    raise refused(outline, "a part of its structure", expected)
 
 
 def _as(

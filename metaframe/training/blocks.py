@@ -9,6 +9,7 @@ is taken again from its start up to that step, which gives the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -72,9 +73,8 @@ class Blocks:
         self._trainer, self._run = trainer, run
         self._validation, self._watchers = validation, watchers
         wanted = trainer.settings.steps_per_call
-        sampler: Any = trainer.task_sampler
-        size = tree.leaves(tree.map(lambda x: x.nbytes, sampler._drawn([sampler.position])))
-        fitting = max(1, BYTES_AT_MOST // (sum(size) * run.tasks_per_step))
+        size = sum(x.nbytes for x in _next_task(cast(IndexedSampler, trainer.task_sampler)))
+        fitting = max(1, BYTES_AT_MOST // (size * run.tasks_per_step))
         self._longest = wanted or min(STEPS_AT_MOST, fitting)
         # Someone may look soon and then seldom: the second gap is a whole one.
         gap = self._gap(trainer.step)
@@ -165,6 +165,18 @@ def serve(trainer: Stepping) -> bool:
         and sampler.quick
         and type(sampler).sample_batch is IndexedSampler.sample_batch
     )
+
+
+def elements(sampler: TaskSampler) -> int:
+    """The elements of a task; 0 for a sampler that would take its time to tell."""
+    if not (isinstance(sampler, IndexedSampler) and sampler.quick):
+        return 0
+    return sum(math.prod(x.shape) for x in _next_task(sampler))
+
+
+def _next_task(sampler: Any) -> Sequence[Any]:
+    """The arrays of the sampler's next task, which stays where it is."""
+    return tree.leaves(sampler._drawn([sampler.position]))
 
 
 class Block:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,10 @@ import numpy as np
 
 from metaframe import arguments
 from metaframe.errors import CheckpointError, InputError
-from metaframe.training.array_file import (
-    clear_unfinished,
-    decoded,
-    encoded,
-    read_file,
-    write_atomically,
-)
+from metaframe.files.lock import locked
+from metaframe.files.schema import Check, anything, integer, number, record, table, text
+from metaframe.files.write import clear_unfinished, write_atomically
+from metaframe.training.array_file import decoded, encoded, read_file
 from metaframe.training.callbacks import Callback, Run, Trainer, merit
 from metaframe.training.parameters import checked_parameters
 
@@ -32,6 +30,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUFFIX = ".safetensors"
 BEST = f"best{SUFFIX}"
+
+_CONTENT = record(
+    {
+        "format": integer,
+        "backend": text,
+        "plain": record({"step": integer}),
+        "config": table(anything),
+        "arrays": table(anything),
+    }
+)
+_BEST = record({"merit": number})
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +158,7 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     True
     """
     checkpoint = read_checkpoint(path)
-    checked_parameters(maml, checkpoint.arrays, checkpoint.plain["dtypes"])()
+    checked_parameters(maml, checkpoint.arrays, checkpoint.plain)()
     return checkpoint
 
 
@@ -157,7 +166,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, after checking that it is whole.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, damaged, or of a newer format.
+        CheckpointError: no such file, not a checkpoint, damaged, of a newer format, or with
+            content that is not what `save_checkpoint` writes.
 
     >>> read_checkpoint("nowhere")
     Traceback (most recent call last):
@@ -180,7 +190,7 @@ def check_plain(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     for what, value in parts.items():
         try:
             json.dumps(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{what} must be plain JSON values in a checkpoint: {error}."
             ) from error
@@ -194,7 +204,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
         "backend": checkpoint.backend,
         "plain": checkpoint.plain,
         "config": checkpoint.config,
-        "arrays": {name: [str(x.dtype), *x.shape] for name, x in checkpoint.arrays.items()},
+        "arrays": _described(checkpoint.arrays),
     }
     return encoded(checkpoint.arrays, content)
 
@@ -202,16 +212,32 @@ def encode(checkpoint: Checkpoint) -> bytes:
 def decode(data: bytes, name: str = "the checkpoint") -> Checkpoint:
     """The checkpoint in `data`; `name` is what errors call it."""
     content, arrays = decoded(data, name)
-    if "kind" in content:
+    if isinstance(content, dict) and "kind" in content:
         raise CheckpointError(
             f"{name} is no checkpoint of a trainer. Read it by metaframe.load_arrays."
         )
-    if content.get("format") != FORMAT:
+    _check(_CONTENT, content, name)
+    if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{name} has format {content.get('format')!r}, this version of metaframe reads "
-            f"{FORMAT}."
+            f"{name} has format {content['format']}, this version of metaframe reads {FORMAT}."
         )
+    if content["arrays"] != _described(arrays):
+        raise CheckpointError(f"{name} holds other arrays than it says. {_FORGED}")
     return Checkpoint(arrays, content["plain"], content["config"], content["backend"])
+
+
+_FORGED = "Its checksum is right, so that it was written like this; use another checkpoint."
+
+
+def _check(schema: Check, content: Any, name: str) -> None:
+    try:
+        schema(content, "its content")
+    except ValueError as error:
+        raise CheckpointError(f"{name} is no checkpoint of a trainer: {error}. {_FORGED}") from None
+
+
+def _described(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
+    return {name: [str(x.dtype), *x.shape] for name, x in arrays.items()}
 
 
 class Checkpoints(Callback):
@@ -221,7 +247,8 @@ class Checkpoints(Callback):
     The best is the one whose evaluation had the highest metric, without one the lowest loss, of the
     evaluations since the folder was this run's.
 
-    A folder is of one run, which goes on in it from its last checkpoint. Another run's files stay:
+    A folder is of one run, which goes on in it from its last checkpoint, and of one process at a
+    time, which holds a lock on it during `fit`. Another run's files stay:
     a run does not start next to checkpoints of later steps, removes only what it saved or goes on
     from, and renames a best one that it does not go on from to best.1.safetensors and so on.
 
@@ -232,8 +259,9 @@ class Checkpoints(Callback):
         config: kept in each of them.
 
     Raises:
-        InputError: a number out of range; in `fit`, before any step, a folder with checkpoints of
-            later steps, or a config or a sampler's state that cannot be written as JSON.
+        InputError: a number out of range; in `fit`, before any step, a folder that another process
+            trains in or with checkpoints of later steps, or a config or a sampler's state that
+            cannot be written as JSON.
 
     >>> import tempfile
     >>> import torch
@@ -269,14 +297,21 @@ class Checkpoints(Callback):
         self._best = -np.inf
         self._own: set[Path] = set()
         self._trainer: Trainer | None = None
+        self._lock = ExitStack()
 
     def is_due(self, step: int) -> bool:
         """True after every so many steps."""
         return step % self._every == 0
 
     def on_start(self, run: Run) -> None:
-        """Find out whether this run goes on from the folder's, and how good the best one is."""
+        """Lock the folder; find out whether this run goes on from its own and how good that is."""
         check_plain(self._config, run.trainer.state()[1])
+        with ExitStack() as lock:
+            lock.enter_context(locked(self.folder))
+            self._look_around(run)
+            self._lock = lock.pop_all()
+
+    def _look_around(self, run: Run) -> None:
         found, step = checkpoint_files(self.folder), run.trainer.step
         if found and found[-1] > self._path(step):
             raise InputError(
@@ -292,7 +327,9 @@ class Checkpoints(Callback):
             self._own.update(found)
         best, self._best = self.folder / BEST, -np.inf
         if best.exists() and self._own:
-            self._best = float(read_checkpoint(best).config["merit"])
+            config = read_checkpoint(best).config
+            _check(_BEST, config, str(best))
+            self._best = float(config["merit"])
         elif best.exists():
             taken = (best.with_name(f"{best.stem}.{i}{SUFFIX}") for i in itertools.count(1))
             best.rename(next(path for path in taken if not path.exists()))
@@ -314,9 +351,10 @@ class Checkpoints(Callback):
             self._save(run.trainer)
 
     def on_end(self, run: Run) -> None:
-        """Save the end, unless that was saved already."""
-        if not self._path(run.trainer.step).exists():
-            self._save(run.trainer)
+        """Save the end, unless that was saved already, and unlock the folder."""
+        with self._lock:
+            if not self._path(run.trainer.step).exists():
+                self._save(run.trainer)
 
     def _save(self, trainer: Trainer) -> None:
         path = self._path(trainer.step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from metaframe.tasks import Task
@@ -29,8 +31,8 @@ class Fitted(blocks.Stepping, Protocol):
         """Take one step on a stacked batch."""
         ...
 
-    def blame(self, batch: Task) -> str:
-        """Which task of the batch it is whose gradient is not finite."""
+    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         ...
 
     def evaluated(self, tasks: Any) -> Evaluation:
@@ -73,9 +75,24 @@ class Fitting:
         self, *, prefetch: bool, share: Sequence[int] | None = None, num_tasks: int | None = None
     ) -> None:
         """Take the steps, in blocks or one by one."""
-        if blocks.serve(self._trainer):
-            self._by_blocks()
-            return
+        with self._threads():
+            if blocks.serve(self._trainer):
+                self._by_blocks()
+            else:
+                self._one_by_one(prefetch, share, num_tasks)
+
+    def _threads(self) -> AbstractContextManager[object]:
+        """Threads by the size of a step; a convolution, on images, keeps those that there are."""
+        trainer = self._trainer
+        backend, variables = trainer.maml.backend, list(trainer.maml.meta_arrays().values())
+        if any(len(x.shape) >= 4 for x in variables) or not backend.on_cpu(variables[0]):
+            return nullcontext()
+        each = sum(math.prod(x.shape) for x in variables) + blocks.elements(trainer.task_sampler)
+        return backend.threads_for(self._run.tasks_per_step * each)
+
+    def _one_by_one(
+        self, prefetch: bool, share: Sequence[int] | None, num_tasks: int | None
+    ) -> None:
         trainer, run = self._trainer, self._run
         source = batches(
             trainer.task_sampler,
@@ -116,7 +133,8 @@ class Fitting:
             if taken < block.count:
                 block.settle(taken)
         if failed is not None:
-            check_finite(failed, trainer.step, lambda: trainer.blame(block.batch(taken)))
+            batch = block.batch(taken)
+            check_finite(failed, trainer.step, lambda task: trainer.blame(batch, task))
         return False
 
     def _follow(self, report: StepReport, position: Mapping[str, Any] | None) -> bool:

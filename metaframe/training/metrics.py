@@ -6,17 +6,22 @@ import csv
 import io
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from metaframe.errors import InputError, MissingDependencyError
-from metaframe.training.array_file import write_atomically
+from metaframe.files.read import contents, parsed, shown
+from metaframe.files.schema import integer, number, optional, record
+from metaframe.files.write import write_atomically
 from metaframe.training.callbacks import Callback, Run
 
 COLUMNS = ("step", "loss", "score", "grad_norm", "seconds", "eval_loss", "eval_score")
+
+_RECORD = record({"step": integer}, {name: optional(number) for name in COLUMNS[1:]})
+_LONGEST = 4096
+"""Characters of a line."""
 
 
 class MetricsLog(Callback):
@@ -66,7 +71,8 @@ class MetricsLog(Callback):
             self._events = self._event_writer(
                 str(self.folder / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}"
             )
-        self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
+        measured = [r["seconds"] for r in kept if math.isfinite(r.get("seconds", math.nan))]
+        self._before = measured[-1] if measured else 0.0
         self._started = time.perf_counter()
 
     def on_step(self, run: Run) -> None:
@@ -128,7 +134,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = contents(path).split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
     if not lines[-1]:
@@ -137,7 +143,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     for i, line in enumerate(lines):
         try:
             records.append(_parsed(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if i < len(lines) - 1:
                 raise InputError(
                     f"{path}, line {i + 1} is none that a run writes: {error}. Repair it, or move "
@@ -152,19 +158,12 @@ def _parsed(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    found = json.loads(line.decode())
-    if not isinstance(found, dict):
-        raise ValueError("it is no object")
-    if unknown := set(found) - set(COLUMNS):
-        raise ValueError(f"unknown names {sorted(unknown)}")
-    step = found.get("step")
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError(f"its step is {str(step)[:40]}")
-    for name, value in found.items():
-        if value is not None and type(value) not in (int, float):
-            raise ValueError(f"its {name} is no number")
-        if value is not None and abs(value) > sys.float_info.max:
-            raise ValueError(f"its {name} is out of range")
+    if len(line) > _LONGEST:
+        raise ValueError(f"it has {len(line)} characters")
+    found = parsed(line)
+    _RECORD(found, "it")
+    if unknown := sorted(set(found) - set(COLUMNS)):
+        raise ValueError(f"it has the unknown names {shown(unknown)}")
     return {
         name: value if name == "step" else math.nan if value is None else float(value)
         for name, value in found.items()

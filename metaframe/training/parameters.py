@@ -9,19 +9,24 @@ import numpy as np
 
 from metaframe.backend.contract import Backend
 from metaframe.errors import CheckpointError
+from metaframe.files.schema import Check, record, table, text
 from metaframe.learners.meta_learner import MetaLearner
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
+_DTYPES = record({"dtypes": table(text)})
+
 
 def checked_parameters(
-    maml: MetaLearner, arrays: Arrays, dtypes: Mapping[str, str]
+    maml: MetaLearner, arrays: Arrays, plain: Mapping[str, Any]
 ) -> Callable[[], None]:
-    """The function that assigns the meta-parameters in `arrays`, named as in `MetaTrainer.state`.
+    """The function that assigns the meta-parameters of a checkpoint, as of `MetaTrainer.state`.
 
     Raises:
         CheckpointError: other names, shapes or dtypes than the learner's.
     """
+    checked(_DTYPES, plain)
+    dtypes = plain["dtypes"]
     found, own, backend = group(arrays, "params/"), maml.meta_parameters(), maml.backend
     if set(found) != set(own):
         raise CheckpointError(
@@ -37,12 +42,15 @@ def checked_parameters(
                 f"{here[1]} of shape {here[0]} in the model. Build the model with the settings it "
                 "was trained with."
             )
+        check_array(found[name], value, f"parameter {name!r}", backend)
     statistics, averages = group(arrays, "statistics/"), maml.statistics
     if set(statistics) != set(averages):
         raise CheckpointError(
             "the checkpoint is of another normalisation policy: it has statistics for "
             f"{sorted(statistics)}, the learner for {sorted(averages)}."
         )
+    for name, value in averages.items():
+        check_array(statistics[name], value, f"the statistics {name!r}", backend)
 
     def assign() -> None:
         # Where the learner is: its own arrays say.
@@ -50,6 +58,34 @@ def checked_parameters(
         maml.assign_statistics({n: _like(averages[n], x, backend) for n, x in statistics.items()})
 
     return assign
+
+
+def checked(schema: Check, plain: Any) -> None:
+    """Check the plain values of a checkpoint.
+
+    Raises:
+        CheckpointError: they are not as the schema has them.
+    """
+    try:
+        schema(plain, "what the checkpoint says of the trainer")
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint cannot be used: {error}.") from None
+
+
+def check_array(found: np.ndarray[Any, Any], own: Any, what: str, backend: Backend) -> None:
+    """`found` has the shape of `own` and the dtype in which that is saved.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    dtype = backend.dtype_name(own)
+    there = (found.dtype.name, found.shape)
+    here = ("float32" if dtype == "bfloat16" else dtype, tuple(own.shape))
+    if there != here:
+        raise CheckpointError(
+            f"{what} is stored as {there[0]} of shape {there[1]} in the checkpoint, expected "
+            f"{here[0]} of shape {here[1]}."
+        )
 
 
 def _like(old: Any, x: np.ndarray[Any, Any], backend: Backend) -> Any:

@@ -24,6 +24,7 @@ from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.objective import Meta, as_batch
 from metaframe.learners.programs import MetaGradient
 from metaframe.tasks import Task
+from metaframe.training.parameters import check_array
 from metaframe.training.report import Gradient, Outcome, StepReport, on_host, refuse_rate
 
 
@@ -224,6 +225,8 @@ class PureStep:
                 f"missing {sorted(set(names) - set(arrays))}, "
                 f"unexpected {sorted(set(arrays) - set(names))}."
             )
+        for name, own in zip(names, tree.leaves(self._state), strict=True):
+            check_array(arrays[name], own, f"the optimizer's {name!r}", self._maml.backend)
         written = plain.get("rule")  # checkpoints from before it was kept have none
         if None not in (written, self._rule) and written != self._rule:
             raise CheckpointError(

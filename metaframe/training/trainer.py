@@ -13,7 +13,18 @@ from metaframe import arguments, tree
 from metaframe.backend.workers import Workers
 from metaframe.core import checks as core_checks
 from metaframe.distributed.agreement import agree
-from metaframe.errors import InputError
+from metaframe.errors import CheckpointError, InputError
+from metaframe.files.schema import (
+    anything,
+    boolean,
+    integer,
+    many,
+    number,
+    optional,
+    record,
+    table,
+    text,
+)
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.task_loss import TaskLoss
@@ -25,12 +36,22 @@ from metaframe.training.callbacks import Callback, History, Run, watched, watche
 from metaframe.training.ending import Ending, ends_alone
 from metaframe.training.evaluation import Evaluation, Evaluator, rows_of
 from metaframe.training.evaluation import source as source_of
-from metaframe.training.finite import check_finite, task_to_blame
+from metaframe.training.finite import REMEDIES, check_finite, remedy, task_to_blame
 from metaframe.training.fitting import Fitting
 from metaframe.training.interrupt import held_interrupt
-from metaframe.training.parameters import Arrays, checked_parameters, group
+from metaframe.training.parameters import Arrays, checked, checked_parameters, group
 from metaframe.training.report import StepReport, on_host
 from metaframe.training.step import OuterStep, Schedule, StepSettings, outer_step
+
+_PLAIN = record(
+    {
+        "step": integer,
+        "dtypes": table(text),
+        "optimizer": table(anything),
+        "sampler": optional(table(anything)),
+    },
+    {"owes_validation": boolean, "merits": many(number)},  # which older checkpoints lack
+)
 
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
@@ -272,18 +293,25 @@ class MetaTrainer:
         nothing.
 
         Raises:
-            CheckpointError: another model, algorithm or optimizer.
+            CheckpointError: another model, algorithm or optimizer, or values that `state` does not
+                return.
             InputError: a sampler with another seed or split.
         """
-        step, backend, sampler = int(plain["step"]), self.maml.backend, self.task_sampler
-        assign = checked_parameters(self.maml, arrays, plain["dtypes"])
+        checked(_PLAIN, plain)
+        step, backend, sampler = plain["step"], self.maml.backend, self.task_sampler
+        assign = checked_parameters(self.maml, arrays, plain)
         with ExitStack() as undo:
             if plain["sampler"] is not None and is_restorable(sampler):
                 undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
                 sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-            if random := group(arrays, f"rng.{backend.name}/"):
+            if random := self._random(arrays):
                 undo.callback(backend.restore_random_state, backend.random_state())
-                backend.restore_random_state(random)
+                try:
+                    backend.restore_random_state(random)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{backend.name} refuses the checkpoint's random state: {error}."
+                    ) from error
             self.outer.restore(group(arrays, "optimizer/"), plain["optimizer"])
             undo.pop_all()  # nothing can be refused any more
         assign()
@@ -293,6 +321,22 @@ class MetaTrainer:
         # Checkpoints from before there were these have neither.
         self.owes_validation = bool(plain.get("owes_validation", False))
         self.merits = list(plain.get("merits", []))
+
+    def _random(self, arrays: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The random streams in `arrays` that this process has too.
+
+        Raises:
+            CheckpointError: one of another form.
+        """
+        backend, own = self.maml.backend, self.maml.backend.random_state()
+        found = {n: x for n, x in group(arrays, f"rng.{backend.name}/").items() if n in own}
+        for name, x in found.items():
+            if (x.dtype, x.shape) != (own[name].dtype, own[name].shape):
+                raise CheckpointError(
+                    f"the random stream {name!r} is {x.dtype} of shape {x.shape} in the "
+                    f"checkpoint, expected {own[name].dtype} of shape {own[name].shape}."
+                )
+        return found
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
@@ -332,7 +376,7 @@ class MetaTrainer:
             if statistics:
                 self._collect(batch)
             outcome = self.outer(batch, self.rate(self.step), num_tasks)
-            check_finite(outcome.report, self.step, lambda: self.blame(batch))
+            check_finite(outcome.report, self.step, lambda task: self.blame(batch, task))
             outcome.apply()
         except BaseException:
             self.maml.assign_statistics(statistics)
@@ -352,11 +396,13 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def blame(self, batch: Task) -> str:
-        """Which task of the batch it is whose gradient is not finite."""
+    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         if self._distributed and self._workers().processes > 1:
-            return "the batch as a whole"  # a process that does not have the task could not tell
-        return task_to_blame(self.maml, self.loss_fn, batch)
+            return task, REMEDIES  # a process that does not have the task could not tell
+        if task is None:
+            task = task_to_blame(self.maml, self.loss_fn, batch)
+        return task, REMEDIES if task is None else remedy(self.maml, batch, task)
 
     def evaluated(self, tasks: Any) -> Evaluation:
         """The results of the learner on these tasks."""

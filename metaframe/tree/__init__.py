@@ -1,9 +1,12 @@
 """Nested structures: the one door to them, for every backend alike.
 
-`nodes.py` has the rules and the functions, `flat.py` what goes through a backend's transforms, and
-`foreign.py` other libraries' classes around one array.
+`nodes.py` has the rules and the functions, `choice.py` chooses among leaves, `flat.py` holds what
+goes through a transform, and `foreign.py` other libraries' classes around one array.
 """
 
+from metaframe.tree.choice import chosen as chosen
+from metaframe.tree.choice import flags as flags
+from metaframe.tree.choice import parts as parts
 from metaframe.tree.flat import Flat as Flat
 from metaframe.tree.flat import Packed as Packed
 from metaframe.tree.flat import Part as Part
@@ -14,10 +17,9 @@ from metaframe.tree.foreign import wrapped_as as wrapped_as
 from metaframe.tree.nodes import Leaves as Leaves
 from metaframe.tree.nodes import Tree as Tree
 from metaframe.tree.nodes import TreeSpec as TreeSpec
+from metaframe.tree.nodes import bounded as bounded
 from metaframe.tree.nodes import chains as chains
 from metaframe.tree.nodes import children as children
-from metaframe.tree.nodes import chosen as chosen
-from metaframe.tree.nodes import flags as flags
 from metaframe.tree.nodes import flatten as flatten
 from metaframe.tree.nodes import is_leaf as is_leaf
 from metaframe.tree.nodes import key_chains as key_chains

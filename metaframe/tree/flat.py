@@ -6,7 +6,15 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from metaframe.tree.nodes import Leaves, Tree, TreeSpec, flatten, prune, structure, unflatten
+from metaframe.tree.nodes import (
+    Leaves,
+    Tree,
+    TreeSpec,
+    flatten_argument,
+    prune,
+    structure,
+    unflatten,
+)
 
 
 class Flat(NamedTuple):
@@ -21,9 +29,9 @@ class Flat(NamedTuple):
     spec: TreeSpec
 
     @classmethod
-    def of(cls, tree: Tree) -> Flat:
-        """`tree`, taken apart."""
-        return cls(*flatten(tree))
+    def of(cls, tree: Tree, name: str = "the structure") -> Flat:
+        """`tree`, taken apart; `name` is the argument that it is, for errors."""
+        return cls(*flatten_argument(tree, name))
 
     def build(self, arrays: Iterable[Any]) -> Tree:
         """The tree of these arrays."""
@@ -43,8 +51,10 @@ class Packed:
     ({'w': 10, 'name': 'a'}, [20])
     """
 
-    def __init__(self, tree: Tree, is_array: Callable[[Any], bool]) -> None:
-        leaves, self.spec = flatten(tree)
+    def __init__(
+        self, tree: Tree, is_array: Callable[[Any], bool], name: str = "the structure"
+    ) -> None:
+        leaves, self.spec = flatten_argument(tree, name)
         """The structure, arrays and others."""
         arrays, places = [], []
         aside = list(leaves)
@@ -126,7 +136,7 @@ class Returned:
 class Part:
     """Some of the leaves of a structure: taken out, and put back among the others.
 
-    >>> from metaframe.tree import flags
+    >>> from metaframe.tree.choice import flags
     >>> leaves, spec = flatten({"a": 1, "b": 2, "c": 3})
     >>> part = Part(spec, flags(spec, ["a", "c"]))
     >>> part.divide(leaves)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import optree
 
-from metaframe.errors import InputError, UnknownKeyError, nearest
+from metaframe.errors import InputError
 from metaframe.tree.foreign import NAMESPACE as NAMESPACE
 from metaframe.tree.foreign import (
     Inside,
@@ -44,8 +44,37 @@ TreeSpec = optree.PyTreeSpec
 T = TypeVar("T")
 
 
+def bounded(fn: Callable[..., T], name: str) -> Callable[..., T]:
+    """`fn`, a walk through the structure `name`, with an error of ours where that has no end.
+
+    Raises:
+        InputError: it is nested too deeply, or holds itself.
+
+    >>> inside = {}
+    >>> inside["a"] = inside
+    >>> leaves(inside)
+    Traceback (most recent call last):
+    metaframe.errors.InputError: the structure holds itself, or is nested too deeply: more than ...
+    """
+
+    def call(*args: Any, **kwargs: Any) -> T:
+        try:
+            return fn(*args, **kwargs)
+        except RecursionError:
+            raise InputError(
+                f"{name} holds itself, or is nested too deeply: more than "
+                f"{optree.MAX_RECURSION_DEPTH} levels, or fewer where Python code walks through "
+                "it. Flatten it, or stack what repeats into one array."
+            ) from None
+
+    return call
+
+
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
     """Leaves in canonical order, and the structure that `unflatten` needs.
+
+    Raises:
+        InputError: a structure that holds itself, or is nested too deeply.
 
     >>> leaves, spec = flatten({"b": 2, "a": [1, None]})
     >>> leaves
@@ -53,11 +82,19 @@ def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[L
     >>> unflatten(spec, leaves)
     {'b': 2, 'a': [1, None]}
     """
+    return flatten_argument(tree, "the structure", is_leaf)
+
+
+def flatten_argument(
+    tree: Tree, name: str, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[Leaves, TreeSpec]:
+    """`flatten`, of the argument `name`."""
     if adapters:
         adapt_imported_libraries()
-    leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    walk = bounded(optree.tree_flatten, name)
+    leaves, spec = walk(tree, is_leaf, namespace=NAMESPACE)
     while learn_nodes(leaves):
-        leaves, spec = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+        leaves, spec = walk(tree, is_leaf, namespace=NAMESPACE)
     return tuple(leaves), spec
 
 
@@ -122,11 +159,11 @@ def same_structure(tree: Tree, spec: TreeSpec, *, what: str) -> Leaves:
     >>> same_structure({"w": 1}, structure({"w": 0}), what="grads")
     (1,)
     """
-    found, found_spec = flatten(tree)
+    found, found_spec = flatten_argument(tree, what)
     if found_spec == spec:
         return found
     if not _dicts.isdisjoint(node_types(found_spec, spec)):
-        found, found_spec = flatten(_with_dicts(tree))
+        found, found_spec = flatten(bounded(_with_dicts, what)(tree))
         if found_spec == structure(_with_dicts(unflatten(spec, range(spec.num_leaves)))):
             return found
     want, have = set(chains(spec)), set(chains(found_spec))
@@ -154,13 +191,38 @@ def key_chains(tree: Tree) -> tuple[str, ...]:
 def chains(spec: TreeSpec) -> tuple[str, ...]:
     """The key chain of every leaf of a structure, in order.
 
+    Raises:
+        InputError: two leaves have one key chain: a key with "/", or the keys 1 and "1".
+
     >>> chains(structure({"b": {"w": 1}, "a": [2, 3]}))
     ('a/0', 'a/1', 'b/w')
     """
-    return tuple(
+    found = tuple(
         "/".join(_entry_name(entry) for entry in accessor if not isinstance(entry, Inside))
         for accessor in spec.accessors()
     )
+    if len(set(found)) < len(found):
+        twice = next(chain for i, chain in enumerate(found) if chain in found[:i])
+        raise InputError(
+            f"two leaves have the key chain {twice!r}: a key contains '/' or is a number beside "
+            "its text. Rename one of them."
+        )
+    return found
+
+
+def places(spec: TreeSpec) -> tuple[tuple[tuple[str, tuple[Any, ...]], ...], ...]:
+    """For each leaf the key chains of the nodes on the way to it and its own, each with its keys.
+
+    >>> places(structure({"a": [0]}))
+    ((('a', ('a',)), ('a/0', ('a', 0))),)
+    """
+    found = []
+    for accessor in spec.accessors():
+        steps = [entry for entry in accessor if not isinstance(entry, Inside)]
+        names, keys = [_entry_name(e) for e in steps], [e.entry for e in steps]
+        sizes = range(1, len(steps) + 1) if steps else (0,)
+        found.append(tuple(("/".join(names[:n]), tuple(keys[:n])) for n in sizes))
+    return tuple(found)
 
 
 def children(node: Tree) -> dict[str, Tree]:
@@ -202,7 +264,7 @@ def prune(tree: Tree, keep: Sequence[bool]) -> Tree:
         raise InputError(f"keep has {len(keep)} flags for {total} leaves.")
     if all(keep):
         return tree
-    pruned = _prune(tree, iter(keep))
+    pruned = bounded(_prune, "the structure")(tree, iter(keep))
     return type(tree)() if pruned is None and isinstance(tree, Mapping) else pruned
 
 
@@ -225,66 +287,6 @@ def _prune(node: Tree, flags: Iterator[bool]) -> Tree:
     for key in dropped:
         del result[key]
     return result
-
-
-def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
-    """One flag a leaf: whether `choice` selects it.
-
-    Args:
-        tree: the structure to choose from.
-        choice: `None` (everything), a key chain `"a/b"` (a leaf or a whole subtree), a sequence
-            of key chains, or a nested mapping of booleans (sequences inside it are entered
-            too) where False and missing both mean not chosen.
-        keep: False inverts the choice, except for `None`.
-
-    Raises:
-        UnknownKeyError: a chain that names nothing, with the nearest one that exists.
-
-    >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, {"a": {"w": True}})
-    (False, True, False)
-    >>> chosen({"a": {"w": 0, "b": 0}, "c": 0}, "a", keep=False)
-    (False, False, True)
-    """
-    return flags(structure(tree), choice, keep)
-
-
-def flags(spec: TreeSpec, choice: Any, keep: bool = True) -> tuple[bool, ...]:
-    """`chosen`, of a structure that was taken apart.
-
-    >>> flags(structure({"a": 0, "b": 0}), "b")
-    (False, True)
-    """
-    if choice is None:
-        return (True,) * spec.num_leaves
-    known = chains(spec)
-    wanted = [choice] if isinstance(choice, str) else choice
-    if isinstance(wanted, Mapping):
-        wanted = _true_chains(wanted, known, "")
-    selected = set()
-    for chain in wanted:
-        selected.update(_matching(str(chain), known))
-    return tuple((chain in selected) == keep for chain in known)
-
-
-def _matching(chain: str, known: Sequence[str]) -> list[str]:
-    hits = [c for c in known if c == chain or c.startswith(chain + "/")]
-    if not hits:
-        raise UnknownKeyError(f"no variable at key chain {chain!r}. {nearest(chain, known)}")
-    return hits
-
-
-def _true_chains(choice: Tree, known: Sequence[str], prefix: str) -> list[str]:
-    found: list[str] = []
-    # A mapping that is no node for us, such as a frozen one, still says what it chooses.
-    entries = choice if isinstance(choice, Mapping) else children(choice)
-    for key, value in entries.items():
-        chain = f"{prefix}{key}"
-        _matching(chain, known)
-        if isinstance(value, Mapping) or not is_leaf(value):
-            found += _true_chains(value, known, chain + "/")
-        elif bool(value):
-            found.append(chain)
-    return found
 
 
 def register(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,12 +17,14 @@ def pages() -> list[str]:
 
 def blocks(path: str, language: str = "python") -> list[str]:
     """The fenced blocks of that language in a document, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+    text = (ROOT / path).read_text()
+    found = re.findall(rf"^ *```{language}\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]  # those in tabs are indented
 
 
 def prose(path: str) -> str:
     """A document without its code."""
-    text = re.sub(r"^```.*?^```", "", (ROOT / path).read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *```.*?^ *```", "", (ROOT / path).read_text(), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "", text)
 
 

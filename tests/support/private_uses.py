@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -150,6 +151,80 @@ def recomputed_in_torch() -> Any:
     return meta_step("torch", mode="remat")
 
 
+def recomputed_over_a_batch() -> Any:
+    """A loop that runs again and closes over a row of a batch, mapped within a gradient."""
+    import torch
+
+    x, y = torch.tensor(X), torch.tensor(Y)
+
+    def cost(w: Any) -> Any:
+        def row(scale: Any) -> Any:
+            def inner(batch: Any, v: Any) -> Any:
+                return squared(batch, {"w": scale * v["w"]})
+
+            batch = {"x": x, "y": y}
+            v = metaframe.inner_loop(inner, {"w": w}, batch, steps=2, lr=0.1, mode="remat")
+            return squared(batch, v)
+
+        return torch.func.vmap(row)(torch.tensor([0.5, 2.0], dtype=torch.float64)).sum()
+
+    with use_backend("torch"):
+        return torch.func.grad(cost)(torch.tensor([[0.5], [-0.3]], dtype=torch.float64))
+
+
+def compiled_under_a_default_device() -> Any:
+    import torch
+
+    with torch.device("cpu"):
+        return compiled_torch()
+
+
+def packed_under_vmap() -> Any:
+    """A packed sequence of which every row of a batch takes a multiple."""
+    import torch
+
+    def row(x: Any) -> Any:
+        lengths = torch.tensor([3, 2])
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return packed.data
+
+    return _in_forms(torch.func.vmap(row), torch.arange(24.0).reshape(2, 2, 3, 2))
+
+
+def padded_under_vmap() -> Any:
+    import torch
+
+    def row(x: Any) -> Any:
+        packed = torch.nn.utils.rnn.PackedSequence(x, torch.tensor([2, 2, 1]))
+        return torch.nn.utils.rnn.pad_packed_sequence(packed)[0]
+
+    return _in_forms(torch.func.vmap(row), torch.arange(20.0).reshape(2, 5, 2))
+
+
+def masked_under_vmap() -> Any:
+    """A transformer in eval mode with a padding mask."""
+    import torch
+
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 1).double().eval().requires_grad_(False)
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+
+    def row(x: Any) -> Any:
+        return encoder(x, src_key_padding_mask=mask)[0, :2]
+
+    return _in_forms(torch.func.vmap(row), torch.linspace(-1, 1, 48).double().reshape(2, 2, 3, 4))
+
+
+def _in_forms(fn: Callable[[Any], Any], x: Any) -> Any:
+    """`fn`, with what stands in for torch's functions when a model is called."""
+    from metaframe_torch._calls import InExactForms
+
+    with warnings.catch_warnings():  # torch says that it maps an operation row by row
+        warnings.simplefilter("ignore", UserWarning)
+        return InExactForms(fn)(x)
+
+
 def plain_model() -> Any:
     return adapted(torch_model(), "torch")
 
@@ -237,6 +312,17 @@ def compiled_jax() -> Any:
     return meta_step("jax", compiled=True)
 
 
+def over_a_tracer() -> Any:
+    """A compiled function that closes over an array of an outer gradient."""
+    import jax
+
+    def cost(scale: Any) -> Any:
+        return metaframe.compile(lambda x: scale * ops.sum(ops.square(x)))(jax.numpy.arange(3.0))
+
+    with use_backend("jax"):
+        return [jax.grad(cost)(2.0), cost(3.0)]
+
+
 def tracers() -> list[bool]:
     import jax
 
@@ -298,6 +384,16 @@ def said_by_jax() -> Any:
     return JaxWorkers(mesh).tell("hello")
 
 
+def released() -> Any:
+    import torch
+
+    from metaframe_torch._release import leaving_nothing
+
+    with leaving_nothing():
+        graph = torch.fx.symbolic_trace(lambda x: 2 * x)
+    return graph(torch.ones(2))
+
+
 # TensorFlow
 
 
@@ -309,8 +405,63 @@ def compiled_tensorflow() -> Any:
     return meta_step("tensorflow", compiled=True)
 
 
-def recomputed() -> Any:
-    return meta_step("tensorflow", mode="remat")
+def implicit_beside_a_tape() -> Any:
+    """A minimum whose cost closes over what a tape watches."""
+    import tensorflow as tf
+
+    batch = {"x": tf.constant(X), "y": tf.constant(Y)}
+    scale = tf.constant(2.0, tf.float64)
+
+    def cost(batch: Any, v: Any) -> Any:
+        return scale * squared(batch, v)
+
+    with use_backend("tensorflow"), tf.GradientTape() as tape:
+        tape.watch(scale)
+        w = tf.constant([[0.5], [-0.3]], tf.float64)
+        return metaframe.implicit_loop(cost, {"w": w}, batch, steps=2, lr=0.1)["w"]
+
+
+def within_a_function() -> Any:
+    """A step in a `tf.function`, after AutoGraph was told about our code anew."""
+    import tensorflow as tf
+    from tensorflow.python.autograph.core import config
+
+    from metaframe_tensorflow import _private
+
+    rules = config.CONVERSION_RULES
+    ours = ("metaframe", "metaframe_tensorflow")
+    config.CONVERSION_RULES = tuple(x for x in rules if getattr(x, "_prefix", None) not in ours)
+    try:
+        _private.leave_alone(*ours)
+        with use_backend("tensorflow", dtype="float64"):
+            x, y = tf.constant(X), tf.constant(Y)
+
+            @tf.function
+            def step(w: Any) -> Any:
+                v = metaframe.inner_loop(squared, {"w": w}, {"x": x, "y": y}, steps=2, lr=0.1)
+                return v["w"]
+
+            return step(tf.constant([[0.5], [-0.3]], tf.float64))
+    finally:
+        config.CONVERSION_RULES = rules
+
+
+def branched() -> Any:
+    """A branch on a tensor in a cost, within a `tf.function`."""
+    import tensorflow as tf
+
+    def cost(batch: Any, v: Any) -> Any:
+        if ops.sum(v["w"]) > 0:
+            return squared(batch, v)
+        return 2 * squared(batch, v)
+
+    @tf.function
+    def step(w: Any) -> Any:
+        batch = {"x": tf.constant(X), "y": tf.constant(Y)}
+        return metaframe.inner_loop(cost, {"w": w}, batch, steps=1, lr=0.1)["w"]
+
+    with use_backend("tensorflow"):
+        return step(tf.constant([[0.5], [-0.3]], tf.float64))
 
 
 def last_words_of_tensorflow() -> Any:
@@ -344,6 +495,9 @@ USES: dict[str, dict[str, Use]] = {
         "SHAPES": compiled_torch,
         "TRACING": compiled_torch,
         "TRACING_CONTEXT": compiled_torch,
+        "GRAPH_SOURCES": released,
+        "PROGRAM_MODULES": released,
+        "SHARED_MODULES": released,
         "WEIGHT_NORM": with_weight_norm,
         "BATCH_NORM_BASE": with_batch_norm,
         "BATCH_NORM": normalised,
@@ -367,6 +521,11 @@ USES: dict[str, dict[str, Use]] = {
         "CACHED_PARAMETRIZATIONS": within_cached_parametrizations,
         "DISPATCH_MODES": compiled_torch,
         "FUNCTION_MODES": compiled_torch,
+        "DEFAULT_DEVICE": compiled_under_a_default_device,
+        "LEVEL": recomputed_over_a_batch,
+        "PACK_PADDED": packed_under_vmap,
+        "PAD_PACKED": padded_under_vmap,
+        "LEFT_ALIGNED": masked_under_vmap,
     },
     "metaframe_jax": {
         "TRACER": tracers,
@@ -375,6 +534,7 @@ USES: dict[str, dict[str, Use]] = {
         "JIT_TRACE": on_a_mesh,
         "PROCESSES": said_by_jax,
         "SETTINGS": compiled_jax,
+        "CAPTURED": over_a_tracer,
     },
     "metaframe_tensorflow": {
         "MAY_RECORD": compiled_tensorflow,
@@ -383,5 +543,10 @@ USES: dict[str, dict[str, Use]] = {
         "EAGER": plain_tensorflow,
         "FORWARD": plain_tensorflow,
         "DEVICE_SCOPE": compiled_tensorflow,
+        "RECORDS": implicit_beside_a_tape,
+        "NOT_CONVERTED": within_a_function,
+        "RULES": within_a_function,
+        "CONVERT": branched,
+        "CONVERSION": branched,
     },
 }
