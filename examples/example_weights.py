@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> Found:
     parser.add_argument("--quick", action="store_true", help="fewer digits and steps")
     options = parser.parse_args(argv)
     backend = load_backend(options.backend)
-    sizes = (200, 10, 5) if options.quick else (1000, 50, 100)
+    sizes = (200, 10, 5) if options.quick else (1000, 20, 30)
     with backend.double_precision(), metaframe.use_backend(options.backend, dtype="float64"):
         return run(options.seed, *sizes)
 

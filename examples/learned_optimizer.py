@@ -27,11 +27,11 @@ NETWORK = nn.mlp([2, 8, 2], activation=ops.tanh)
 
 
 class Found(NamedTuple):
-    """What the example found: the optimizer, and where it and its torch form went."""
+    """The optimizer, and the weights before each step, (steps, 1, 8), by it and its torch form."""
 
     network: Any
-    weights: Any
-    weights_on_torch: Any
+    path: Any
+    path_on_torch: Any
     costs: Any
     difference: float
 
@@ -88,6 +88,11 @@ def cost(batch: Any, v: Any) -> Any:
     return nn.mse(ops.einsum("nd,od->no", x, v["weight"]) + v["bias"], y)
 
 
+def cost_and_place(batch: Any, v: Any) -> tuple[Any, Any]:
+    """The cost, and the weights that it is taken at."""
+    return cost(batch, v), v["weight"]
+
+
 def start() -> dict[str, Any]:
     """Where every training begins."""
     return {"weight": np.zeros((1, 8)), "bias": np.zeros(1)}
@@ -111,14 +116,15 @@ def main(argv: list[str] | None = None) -> Found:
     with backend.double_precision(), metaframe.use_backend(options.backend, dtype="float64"):
         network = meta_trained(options.seed, 1 if options.quick else 500)
         rule = learned_rule(network)
-        found = unroll(cost, start(), test, steps=TEST_STEPS, lr=None, update=rule)
-        weights, costs = ops.to_numpy(found.variables["weight"]), ops.to_numpy(found.costs)
+        how = {"steps": TEST_STEPS, "lr": None, "update": rule, "has_aux": True}
+        found = unroll(cost_and_place, start(), test, **how)
+        path, costs = ops.to_numpy(found.aux), ops.to_numpy(found.costs)
         on_torch = trained_on_torch(network, test)
         network = tree.map(ops.to_numpy, network)
-    difference = float(np.abs(weights - on_torch).max())
+    difference = float(np.abs(path - on_torch).max())
     print(f"mean cost of {TEST_STEPS} steps of the learned optimizer: {costs.mean():.6f}")
     print(f"difference of the weights on {options.backend} and on torch: {difference:.1e}")
-    return Found(network, weights, on_torch, costs, difference)
+    return Found(network, path, on_torch, costs, difference)
 
 
 def meta_trained(seed: int, iterations: int) -> Any:
@@ -138,18 +144,19 @@ def meta_trained(seed: int, iterations: int) -> Any:
 
 
 def trained_on_torch(network: Any, problem: Any) -> Any:
-    """The weights of a `torch.nn.Linear` after training by the optimizer that is handed over."""
+    """The weights of a `torch.nn.Linear` before each step of the optimizer that is handed over."""
     with metaframe.use_backend("torch", dtype="float64"):
         model = torch.nn.Linear(8, 1, dtype=torch.float64)
         torch.nn.init.zeros_(model.weight)
         torch.nn.init.zeros_(model.bias)
         optimizer = LearnedOptimizer(model.parameters(), metaframe.convert(network, to="torch"))
-        x, y = map(torch.as_tensor, problem)
+        path, (x, y) = [], map(torch.as_tensor, problem)
         for _ in range(TEST_STEPS):
+            path.append(model.weight.detach().clone().numpy())
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
-    return model.weight.detach().numpy()
+    return np.stack(path)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_lora(capsys: Say) -> None:
 
 FULL: dict[str, Callable[[Any], bool]] = {
     "data_selection": lambda found: found.cost_without < found.cost,
-    "example_weights": lambda found: found.auc > 0.95,
+    "example_weights": lambda found: found.auc > 0.9,
     "learned_schedule": lambda found: found.costs[-1] < 0.75 * found.costs[0],
     "lora": lambda found: found.after < found.before / 10,
     "physics": lambda found: found.errors[-1] < found.errors[0] / 4,

@@ -148,19 +148,20 @@ def test_learned_schedule(steps: int, backend: Backend, capsys: Say) -> None:
 
 
 def learned_steps(network: Any, x: Any, y: Any, steps: int) -> tuple[Any, Any]:
-    """The costs and the last weights of a training by the learned rule, by its formula."""
+    """The costs and the weights before each step of the learned rule, by its formula."""
     w, b = np.zeros((1, 8)), np.zeros(1)
-    mean, size, costs = np.zeros(9), np.zeros(9), []
+    mean, size, costs, path = np.zeros(9), np.zeros(9), [], []
     for _ in range(steps):
         error = x @ w.T + b - y
         costs.append((error**2).mean())
+        path.append(w)
         gradient = np.append(2 * error.T @ x / len(x), 2 * error.mean())
         mean, size = 0.9 * mean + 0.1 * gradient, 0.99 * size + 0.01 * gradient**2
         seen = np.stack([gradient, mean], -1) / np.sqrt(size + 1e-12)[:, None]
         scale, shift = mlp(network, seen)[0].T
         move = -0.05 * np.exp(scale) * (seen[:, 1] + shift)
         w, b = w + move[:8], b + move[8:]
-    return np.array(costs), w
+    return np.array(costs), np.stack(path)
 
 
 @pytest.mark.parametrize("backend_name", ["jax", slow("torch"), slow("tensorflow")], indirect=True)
@@ -170,10 +171,10 @@ def test_learned_optimizer(backend_name: str, capsys: Say) -> None:
     module = example("learned_optimizer")
     found = module.main(["--backend", backend_name, "--quick"])
     x, y = tree.map(lambda a: a[0], module.problems(1, 1))
-    costs, weights = learned_steps(found.network, x, y, 100)
+    costs, path = learned_steps(found.network, x, y, 100)
     np.testing.assert_allclose(found.costs, costs, rtol=1e-9)
-    np.testing.assert_allclose(found.weights, weights, atol=1e-9)
-    np.testing.assert_allclose(found.weights_on_torch, weights, atol=1e-9)
+    np.testing.assert_allclose(found.path, path, atol=1e-9)
+    np.testing.assert_allclose(found.path_on_torch, path, atol=1e-9)
     assert f"learned optimizer: {costs.mean():.6f}" in capsys.readouterr().out
 
 
