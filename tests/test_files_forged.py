@@ -336,3 +336,12 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="recursion"):
         save_arrays(tmp_path / "c", {"w": np.ones(1)}, nested(5000))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_value_of_another_kind_than_in_like(tmp_path: Path) -> None:
+    for saved, like in (("x", 1), (1, "x"), (True, 1.0), (1, True)):
+        save_arrays(tmp_path / "c", {"k": saved})
+        with pytest.raises(CheckpointError, match=f"the leaf 'k' is {saved!r} in .* {like!r} in"):
+            load_arrays(tmp_path / "c", like={"k": like})
+    save_arrays(tmp_path / "c", {"k": 1})
+    assert load_arrays(tmp_path / "c", like={"k": 0.5})[0] == {"k": 1}

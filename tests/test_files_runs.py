@@ -208,3 +208,26 @@ def test_classes_whose_folders_have_names_that_are_no_unicode(tmp_path: Path) ->
     record_classes(config, tmp_path)
     assert "\\udcff" in (tmp_path / CLASSES).read_text()
     check_classes(config, tmp_path)
+
+
+LARGE = (1e308, -1e308, math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize("value", LARGE, ids=str)
+def test_figures_that_no_axis_reaches_leave_a_gap(value: float, tmp_path: Path) -> None:
+    """As a run that diverges has them: near the largest float Matplotlib fails."""
+    pytest.importorskip("matplotlib")
+    records = [{"step": i, "loss": value if i % 2 else -value} for i in range(120)]
+    lines = [*records, {"step": 120, "eval_loss": value}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curve = [{"mean": value, "ci95": abs(value)}, POINT]
+    for metric in ("accuracy", "mse"):
+        found = {**result(curve=curve, inductive=curve[0]), "metric": metric}
+        (tmp_path / "result.json").write_text(json.dumps(found))
+        figures = (
+            plots.learning_curve(read_metrics(tmp_path)),
+            plots.adaptation(read_result(tmp_path)),
+        )
+        for figure in figures:
+            assert figure is not None
+            figure.savefig(tmp_path / "x.png")

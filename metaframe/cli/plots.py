@@ -19,6 +19,8 @@ from metaframe.tasks import Task
 from metaframe.training.metrics import read_metrics
 
 Values = np.ndarray[Any, Any]
+_LARGEST = 1e100
+"""What Matplotlib draws; near the largest float its own sums are infinite."""
 COLOURS = {"right": "#2b8a3e", "wrong": "#c92a2a"}
 
 
@@ -45,13 +47,13 @@ def learning_curve(records: list[dict[str, Any]]) -> Figure | None:
         return None
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    losses = np.array([r["loss"] for r in steps])
+    losses = np.array([_number(r["loss"]) for r in steps])
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     axes.plot([r["step"] for r in steps][window - 1 :], smooth, label="meta-training")
     held = [r for r in records if "eval_loss" in r]
     if held:
-        points = [r["step"] for r in held], [r["eval_loss"] for r in held]
+        points = [r["step"] for r in held], [_number(r["eval_loss"]) for r in held]
         axes.plot(*points, "o-", label="validation")
     axes.set(xlabel="outer step", ylabel="query loss after adaptation")
     axes.legend()
@@ -69,8 +71,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     axes = figure.subplots()
     axes.errorbar(
         range(len(curve)),
-        [factor * _number(point["mean"]) for point in curve],
-        [factor * _number(point["ci95"]) for point in curve],
+        [_number(point["mean"], factor) for point in curve],
+        [_number(point["ci95"], factor) for point in curve],
         marker="o",
         capsize=3,
         label="query examples in one batch (transductive)",
@@ -79,8 +81,8 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     if percent and alone is not None:
         axes.errorbar(
             [len(curve) - 1],
-            [factor * _number(alone["mean"])],
-            [factor * _number(alone["ci95"])],
+            [_number(alone["mean"], factor)],
+            [_number(alone["ci95"], factor)],
             marker="s",
             capsize=3,
             label="each query alone (inductive)",
@@ -92,9 +94,9 @@ def adaptation(result: dict[str, Any] | None) -> Figure | None:
     return figure
 
 
-def _number(value: float | None) -> float:
-    """A number, or NaN where JSON has null."""
-    return np.nan if value is None else value
+def _number(value: float | None, factor: float = 1) -> float:
+    """A number to draw; NaN, which leaves a gap, where JSON has null or no axis can reach."""
+    return np.nan if value is None or not abs(value) < _LARGEST else factor * value
 
 
 def predictions(experiment: Experiment) -> Figure:

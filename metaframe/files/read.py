@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import reprlib
 import stat
 from pathlib import Path
@@ -26,25 +27,20 @@ def contents(path: str | Path, most: int | None = None) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file, or is larger.
     """
-    with Path(path).open("rb") if _is_regular(path) else _refused(path) as file:
-        size = Path(path).stat().st_size
-        if most is not None and size > most:
-            raise OSError(errno.EFBIG, f"{size} bytes, expected at most {most}", str(path))
-        data: bytes = file.read(size + 1)
-    if len(data) > size:
-        raise OSError(errno.EBUSY, "grew while it was read", str(path))
-    return data
-
-
-def _is_regular(path: str | Path) -> bool:
     # Before it is opened: opening a pipe waits for whoever writes into it.
-    return stat.S_ISREG(Path(path).stat().st_mode)
-
-
-def _refused(path: str | Path) -> Any:
-    code = errno.EISDIR if Path(path).is_dir() else errno.EINVAL
-    reason = "Is a directory" if code == errno.EISDIR else "Not a regular file"
-    raise OSError(code, reason, str(path))
+    found = Path(path).stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    size = found.st_size
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"{size} bytes, expected at most {most}", str(path))
+    with Path(path).open("rb") as file:
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise OSError(errno.EBUSY, "It grew while it was read", str(path))
+    return data
 
 
 def parsed(text: bytes) -> Any:

@@ -43,7 +43,8 @@ def load_image_folder(
 
     Folders may be nested, as alphabets are, `path`/Greek/alpha/1.png: a class is a folder that
     holds images itself, and its name is its path, "Greek/alpha". Hidden files and files that are
-    not called like images are passed over. The images are read when a task first asks for them;
+    not called like images are passed over. An image has at most 24 million pixels, 6000 x 4000, and
+    of WebP half as many. The images are read when a task first asks for them;
     `images.verify()` reads them all before.
 
     Args:

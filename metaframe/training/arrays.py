@@ -243,4 +243,13 @@ def _leaf_as(chain: str, leaf: Any, dtype: str | None, like: Any, name: str) -> 
         raise CheckpointError(
             f"{_place(chain)} is {described[0]} in {name}, and {described[1]} in like."
         )
+    if dtype is None and _kind(leaf) is not _kind(like):
+        raise CheckpointError(
+            f"{_place(chain)} is {shown(leaf)} in {name}, and {shown(like)} in like."
+        )
     return leaf if backend is None else backend.asarray(leaf, dtype, backend.device_of(like))
+
+
+def _kind(value: Any) -> type:
+    """Booleans, numbers and texts are no substitute for each other; numbers are."""
+    return float if type(value) is int else type(value)

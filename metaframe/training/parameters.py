@@ -9,12 +9,33 @@ import numpy as np
 
 from metaframe.backend.contract import Backend
 from metaframe.errors import CheckpointError
-from metaframe.files.schema import Check, record, table, text
+from metaframe.files.schema import (
+    Check,
+    anything,
+    boolean,
+    integer,
+    many,
+    number,
+    optional,
+    record,
+    table,
+    text,
+)
 from metaframe.learners.meta_learner import MetaLearner
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 _DTYPES = record({"dtypes": table(text)})
+STATE = record(
+    {
+        "step": integer,
+        "dtypes": table(text),
+        "optimizer": table(anything),
+        "sampler": optional(table(anything)),
+    },
+    {"owes_validation": boolean, "merits": many(number)},  # which older checkpoints lack
+)
+"""The plain values of `MetaTrainer.state`."""
 
 
 def checked_parameters(
@@ -86,6 +107,23 @@ def check_array(found: np.ndarray[Any, Any], own: Any, what: str, backend: Backe
             f"{what} is stored as {there[0]} of shape {there[1]} in the checkpoint, expected "
             f"{here[0]} of shape {here[1]}."
         )
+
+
+def streams(arrays: Arrays, backend: Backend) -> dict[str, np.ndarray[Any, Any]]:
+    """The random streams in `arrays` that this process has too.
+
+    Raises:
+        CheckpointError: one of another form.
+    """
+    own = backend.random_state()
+    found = {n: x for n, x in group(arrays, f"rng.{backend.name}/").items() if n in own}
+    for name, x in found.items():
+        if (x.dtype, x.shape) != (own[name].dtype, own[name].shape):
+            raise CheckpointError(
+                f"the random stream {name!r} is {x.dtype} of shape {x.shape} in the checkpoint, "
+                f"expected {own[name].dtype} of shape {own[name].shape}."
+            )
+    return found
 
 
 def _like(old: Any, x: np.ndarray[Any, Any], backend: Backend) -> Any:

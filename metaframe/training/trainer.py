@@ -14,17 +14,6 @@ from metaframe.backend.workers import Workers
 from metaframe.core import checks as core_checks
 from metaframe.distributed.agreement import agree
 from metaframe.errors import CheckpointError, InputError
-from metaframe.files.schema import (
-    anything,
-    boolean,
-    integer,
-    many,
-    number,
-    optional,
-    record,
-    table,
-    text,
-)
 from metaframe.learners.learner import LossFn
 from metaframe.learners.meta_learner import MetaLearner
 from metaframe.learners.task_loss import TaskLoss
@@ -39,19 +28,9 @@ from metaframe.training.evaluation import source as source_of
 from metaframe.training.finite import REMEDIES, check_finite, remedy, task_to_blame
 from metaframe.training.fitting import Fitting
 from metaframe.training.interrupt import held_interrupt
-from metaframe.training.parameters import Arrays, checked, checked_parameters, group
+from metaframe.training.parameters import STATE, Arrays, checked, checked_parameters, group, streams
 from metaframe.training.report import StepReport, on_host
 from metaframe.training.step import OuterStep, Schedule, StepSettings, outer_step
-
-_PLAIN = record(
-    {
-        "step": integer,
-        "dtypes": table(text),
-        "optimizer": table(anything),
-        "sampler": optional(table(anything)),
-    },
-    {"owes_validation": boolean, "merits": many(number)},  # which older checkpoints lack
-)
 
 STATISTICS_DECAY = 0.9
 """What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
@@ -297,14 +276,14 @@ class MetaTrainer:
                 return.
             InputError: a sampler with another seed or split.
         """
-        checked(_PLAIN, plain)
+        checked(STATE, plain)
         step, backend, sampler = plain["step"], self.maml.backend, self.task_sampler
         assign = checked_parameters(self.maml, arrays, plain)
         with ExitStack() as undo:
             if plain["sampler"] is not None and is_restorable(sampler):
                 undo.callback(sampler.restore, sampler.state())  # type: ignore[attr-defined]
                 sampler.restore(plain["sampler"])  # type: ignore[attr-defined]
-            if random := self._random(arrays):
+            if random := streams(arrays, backend):
                 undo.callback(backend.restore_random_state, backend.random_state())
                 try:
                     backend.restore_random_state(random)
@@ -321,22 +300,6 @@ class MetaTrainer:
         # Checkpoints from before there were these have neither.
         self.owes_validation = bool(plain.get("owes_validation", False))
         self.merits = list(plain.get("merits", []))
-
-    def _random(self, arrays: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The random streams in `arrays` that this process has too.
-
-        Raises:
-            CheckpointError: one of another form.
-        """
-        backend, own = self.maml.backend, self.maml.backend.random_state()
-        found = {n: x for n, x in group(arrays, f"rng.{backend.name}/").items() if n in own}
-        for name, x in found.items():
-            if (x.dtype, x.shape) != (own[name].dtype, own[name].shape):
-                raise CheckpointError(
-                    f"the random stream {name!r} is {x.dtype} of shape {x.shape} in the "
-                    f"checkpoint, expected {own[name].dtype} of shape {own[name].shape}."
-                )
-        return found
 
     def _agree(self, num_iterations: int, meta_batch_size: int, eval_every: int | None) -> None:
         """All processes start from the same place, down to the values of the parameters."""
