@@ -60,7 +60,7 @@ def problem(arr: Call, size: int = 3) -> tuple[Any, Any]:
     return arr(batch), arr({"w": np.full(size, 0.5)})
 
 
-times = pytest.mark.parametrize("times", [60, slow(10_000)])
+times = pytest.mark.parametrize("times", [30, slow(10_000)])
 
 
 @times
@@ -70,7 +70,7 @@ def test_steps(backend: Any, arr: Call, execution: Call, times: int) -> None:
     lives(lambda i: step(batch, v), times, warm=times // 3)
 
 
-@pytest.mark.parametrize("times", [12, slow(1000)])
+@pytest.mark.parametrize("times", [5, slow(1000)])
 def test_shapes(backend: Any, arr: Call, times: int) -> None:
     def act(i: int) -> None:
         batch, v = problem(arr, size=i % times + 1)
@@ -79,7 +79,7 @@ def test_shapes(backend: Any, arr: Call, times: int) -> None:
     lives(act, 2 * times, warm=times)
 
 
-@pytest.mark.parametrize("times", [9, slow(1000)])
+@pytest.mark.parametrize("times", [6, slow(1000)])
 def test_models_made_and_dropped(backend: Any, times: int) -> None:
     x, y = np.ones((2, 3)), np.zeros((2, 1))
     task = Task(x, y, x, y)
