@@ -31,7 +31,7 @@ class Fitted(blocks.Stepping, Protocol):
         """Take one step on a stacked batch."""
         ...
 
-    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+    def blame(self, batch: Task, task: int | None = None) -> tuple[int | None, str]:
         """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         ...
 

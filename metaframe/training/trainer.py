@@ -359,7 +359,7 @@ class MetaTrainer:
             compiled=settings.compiled,
         )
 
-    def blame(self, batch: Task, task: int | None) -> tuple[int | None, str]:
+    def blame(self, batch: Task, task: int | None = None) -> tuple[int | None, str]:
         """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
         if self._distributed and self._workers().processes > 1:
             return task, REMEDIES  # a process that does not have the task could not tell
