@@ -48,6 +48,13 @@ def has_use(name: str, data: str, algorithm_name: str) -> bool:
     return all(own in (_owners(name, settings) or [own]) for own, settings in both)
 
 
+def in_words(config: RunConfig) -> str:
+    """The settings that have a use in this run and say something, in a line."""
+    said = {n: v for n, v in config.as_dict().items() if v not in (None, [], 0, False)}
+    used = (n for n in said if has_use(n, config.dataset, config.algorithm))
+    return ", ".join(f"{n} {said[n]}" for n in used)
+
+
 def check_fit(config: RunConfig, own: Iterable[str]) -> None:
     """The algorithm can do the task, and every setting in `own` has a use.
 

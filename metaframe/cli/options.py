@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import rich_click as click
 
+from metaframe.cli.datasets import DATASETS
 from metaframe.cli.run_config import RunConfig
+from metaframe.learners.registry import algorithms
 
 Command = Callable[..., Any]
 
@@ -58,6 +60,14 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in flags.items() if n in names and v is not None}
 
 
+def _shown_default(entry: Field[Any]) -> str:
+    """The general default, and what else decides on it: `metaframe list` shows the names."""
+    by_dataset = any(entry.name in dataset.defaults for dataset in DATASETS.values())
+    by_algorithm = any(entry.name in known.defaults for known in algorithms().values())
+    others = [*(["data set"] if by_dataset else []), *(["algorithm"] if by_algorithm else [])]
+    return f"{entry.default}, or by {' and '.join(others)}" if others else str(entry.default)
+
+
 def _flag(entry: Field[Any]) -> Callable[[Command], Command]:
     kind = typing.get_type_hints(RunConfig)[entry.name]
     dashed = entry.name.replace("_", "-")
@@ -65,7 +75,7 @@ def _flag(entry: Field[Any]) -> Callable[[Command], Command]:
     base = next(option for option in options if option is not types.NoneType)
     text = entry.metadata["help"]
     if entry.default not in (None, ()):
-        text += f" [dim]\\[default: {entry.default}][/dim]"
+        text += f" [dim]\\[default: {_shown_default(entry)}][/dim]"
     if base is bool:
         return click.option(f"--{dashed}/--no-{dashed}", entry.name, default=None, help=text)
     if typing.get_origin(base) is Literal:

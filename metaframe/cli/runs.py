@@ -12,6 +12,7 @@ from typing import Any
 
 from metaframe.backend.registry import load_backend
 from metaframe.cli import datasets
+from metaframe.cli.applicable import in_words
 from metaframe.cli.classes import check_classes
 from metaframe.cli.errors import UsageError
 from metaframe.cli.experiment import Experiment, selected
@@ -123,6 +124,7 @@ def _trained(
         agree(backend, first_tasks=experiment.check())
         with in_use(folder) if workers.is_first else nullcontext():
             start(experiment, workers)
+            output.remark(f"settings: {in_words(config)}")
             stopped = _fit(experiment, folder, output, extras)
             workers.tell("trained")  # and the first one has written its last checkpoint
             chosen = _choose(experiment, folder)

@@ -55,6 +55,11 @@ class Evaluation:
     >>> found = Evaluation(losses=np.array([[2.0, 1.0], [4.0, 2.0]]))
     >>> found.loss.mean, [point.mean for point in found.curve]
     (1.5, [3.0, 1.5])
+    >>> print(found)
+    steps  loss
+    0      3.0000 ± 1.3859
+    1      1.5000 ± 0.6930
+    means over 2 tasks ± 95% CI
     """
 
     losses: Values
@@ -81,6 +86,20 @@ class Evaluation:
         """The metric (without one: the loss) after 0, 1, ... steps, transductive."""
         table = self.losses if self.scores is None else self.scores
         return tuple(mean_and_ci95(column) for column in table.T)
+
+    def __str__(self) -> str:
+        """A short table: loss and metric after each step, and the inductive figure."""
+        columns = {"loss": self.losses} | ({} if self.scores is None else {"metric": self.scores})
+        rows = [f"steps  {''.join(f'{name:<18}' for name in columns)}".rstrip()]
+        for step in range(self.losses.shape[1]):
+            points = [mean_and_ci95(table[:, step]) for table in columns.values()]
+            cells = "".join(f"{f'{p.mean:.4f} ± {p.ci95:.4f}':<18}" for p in points)
+            rows.append(f"{step:<7}{cells}".rstrip())
+        if (alone := self.alone) is not None:
+            rows.append(f"inductive, after the last step: {alone.mean:.4f} ± {alone.ci95:.4f}")
+        count = len(self.losses)
+        rows.append(f"means over {count} {'task' if count == 1 else 'tasks'} ± 95% CI")
+        return "\n".join(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""

@@ -57,6 +57,8 @@ class ProgressBar(Callback):
             "meta-training", total=run.num_iterations, shown="compiling"
         )
         self._bar.start()
+        if not self._console.is_terminal:
+            self._console.print("compiling the first step", highlight=False)
 
     def on_step(self, run: Run) -> None:
         """Move on."""
