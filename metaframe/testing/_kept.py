@@ -17,7 +17,12 @@ def ignored_batch(subject: Subject, watch: Watch) -> Finding | None:
     # At zeros, where variables often begin, a cost may well not depend on its data.
     rng = np.random.default_rng(5)
     start = subject.numbers(subject.variables)
-    ignored, used = _ignored(subject.moved([x + 0.1 * rng.normal(size=x.shape) for x in start]))
+    step = [0.1 * rng.normal(size=x.shape) for x in start]
+    there, back = (
+        _ignored(subject.moved([x + sign * d for x, d in zip(start, step, strict=True)]))
+        for sign in (1, -1)
+    )
+    ignored, used = [name for name in there[0] if name in back[0]], there[1] or back[1]
     if not ignored:
         return None
     kept = sorted(set(watch.appeared()) | set(_copies(subject, watch, ignored)))
