@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from frameworks import require
-from metaframe import meta_value_and_grad, ops, tree
+from metaframe import meta_value_and_grad, nn, ops, tree
 from metaframe.backend import current_backend, load_backend
 from metaframe.cli import main
 from metaframe.errors import InputError, InputTypeError
@@ -428,10 +428,10 @@ def test_float32_in_float64_out(arr: Call, backend: Any) -> None:
     "kinked",
     [
         lambda task, v: ops.sum(ops.abs(v["w"]) * task["x"]),
-        lambda task, v: ops.sum(ops.relu(v["w"] * task["x"]) * (v["b"] - 0.5)) + ops.sum(v["b"]),
+        lambda task, v: ops.sum(nn.relu(v["w"] * task["x"]) * (v["b"] - 0.5)) + ops.sum(v["b"]),
         lambda task, v: ops.max(v["w"]) * ops.sum(task["x"]) + ops.sum(v["b"] ** 2),
         lambda task, v: ops.sum(ops.maximum(v["w"], v["b"] * 0.0) * task["x"]),
-        lambda task, v: ops.sum(ops.relu(v["w"] - v["b"] * 0.0) ** 2 * task["x"]) + ops.sum(v["b"]),
+        lambda task, v: ops.sum(nn.relu(v["w"] - v["b"] * 0.0) ** 2 * task["x"]) + ops.sum(v["b"]),
     ],
 )
 def test_a_kink_is_a_note(backend: Any, arr: Call, kinked: Call, steps: int) -> None:

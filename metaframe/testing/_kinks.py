@@ -16,7 +16,7 @@ from metaframe.testing.subject import Subject, Values
 
 Line = Callable[[float], float]
 TINY = 1e-7
-NUDGE = 1e-3
+NUDGE = 0.05
 
 
 def at_kinks(
