@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def test_versions_agree() -> None:
     released = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert PROJECT["version"] == metaframe.__version__ == released[0]
-    assert importlib.metadata.version("metaframe") == metaframe.__version__
+    assert importlib.metadata.version("metaframe-ml") == metaframe.__version__
 
 
 def test_every_backend_has_an_extra() -> None:
@@ -56,7 +56,7 @@ TESTED_ONCE = ("torch", "ivy")
 
 def test_the_package_pins_nothing_and_ci_pins_all() -> None:
     assert [line for line in requirements() if re.search(r"==|<|~=", line)] == []
-    names = {re.split(r"[>\[]", line)[0] for line in requirements("test")} - {"metaframe"}
+    names = {re.split(r"[>\[]", line)[0] for line in requirements("test")} - {"metaframe-ml"}
     assert names <= pins("test").keys()
 
 
@@ -93,7 +93,7 @@ def versions_run(package: str) -> list[Version]:
 
 
 def test_the_documented_versions_are_those_that_ci_runs() -> None:
-    page = (ROOT / "docs/index.md").read_text()
+    page = (ROOT / "docs/installation.md").read_text()
     table = "".join(line for line in page.splitlines() if line.startswith("|"))
     for package in ("torch", "jax", "flax", "equinox", "optax", "tensorflow", "keras"):
         for version in versions_run(package):
@@ -141,7 +141,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 def test_wheel_holds_the_packages_and_nothing_else(built: Distributions) -> None:
     with zipfile.ZipFile(built.wheel) as archive:
         names = archive.namelist()
-    info = f"metaframe-{metaframe.__version__}.dist-info"
+    info = f"metaframe_ml-{metaframe.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {*PACKAGES, info}
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
@@ -165,7 +165,7 @@ def test_sdist_names_no_account(built: Distributions) -> None:
 INSTALLED = """
 import importlib.metadata as m, importlib.util as u
 import metaframe
-assert metaframe.__version__ == m.version("metaframe")
+assert metaframe.__version__ == m.version("metaframe-ml")
 for name in ("metaframe", "metaframe_torch", "metaframe_jax", "metaframe_tensorflow"):
     print(u.find_spec(name).origin)
 print([name for name in ("backends", "tests", "docs", "examples") if u.find_spec(name)])
@@ -182,7 +182,7 @@ def test_install(form: str, built: Distributions, tmp_path: Path) -> None:
     if form == "editable":
         with tarfile.open(built.sdist) as archive:
             archive.extractall(tmp_path, filter="data")
-        (source,) = tmp_path.glob("metaframe-*")
+        (source,) = tmp_path.glob("metaframe_ml-*")
         run(*pip, "--editable", source, cwd=tmp_path)
     else:
         source = python.parent.parent
