@@ -427,7 +427,7 @@ def test_labels_that_are_no_class(model: Any, backend: Backend, compiled: bool) 
         x, y = map(backend.asarray, (task.support_x, task.support_y))
         with pytest.raises(InputError, match=r"0 to 2 with ways=3, received \[3\]"):
             maml.clone().adapt_on(nn.cross_entropy, x, y)
-        result = maml.meta_value_and_grad(nn.cross_entropy, [task], task_map="vmap")
+        result = maml.meta_value_and_grad(nn.cross_entropy, [task, task], task_map="vmap")
         assert np.isnan(backend.to_numpy(result.cost))
 
 

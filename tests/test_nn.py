@@ -37,7 +37,11 @@ def test_jax_convolves_alike_on_an_accelerator(case: Case, monkeypatch: pytest.M
 
 def test_every_function_is_tested_and_documented() -> None:
     special = {"Initializer", "Model", "conv4", "dropout_mask", "mlp", "softplus"}
-    special |= {"AttentionKernel", "linear_cross_entropy"}  # tested with the blocks
+    special |= {
+        "AttentionKernel",
+        "linear_cross_entropy",
+        "use_attention_kernel",
+    }  # with the blocks
     assert nn.softplus is ops.softplus
     initializers = {"glorot_uniform", "he_normal", "ones", "truncated_normal", "zeros"}
     assert checked_functions("nn") | special | initializers == set(nn.__all__)

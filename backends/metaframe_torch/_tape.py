@@ -68,7 +68,10 @@ def value_and_grad(
         on_disconnected()
     pairs = zip(found, xs, strict=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for g, x in pairs)
-    return (value, aux, grads) if recorded else (value.detach(), detached(aux), grads)
+    if recorded:
+        return value, aux, grads
+    # The gradients too: a rule that computes again in the backward pass may record what it does.
+    return value.detach(), detached(aux), detached(grads)
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,12 +14,13 @@ from metaframe.errors import InputTypeError
 class AttentionKernel(Protocol):
     """Another implementation of `nn.attention`, of arrays of one framework.
 
-    >>> from metaframe import nn, ops
+    >>> import torch
+    >>> from metaframe import nn
     >>> def first_value(query, key, value, *, mask, causal):
     ...     return value[..., :1, :]
-    >>> x = ops.asarray([[3.0]])
-    >>> ops.to_numpy(nn.attention(x, x, x, kernel=first_value)).tolist()
-    [[3.0]]
+    >>> x = torch.tensor([[3.0]])
+    >>> nn.attention(x, x, x, kernel=first_value)
+    tensor([[3.]])
     """
 
     def __call__(
@@ -52,13 +53,14 @@ def use_attention_kernel(kernel: AttentionKernel) -> Iterator[None]:
     Raises:
         InputTypeError: it is no function.
 
-    >>> from metaframe import nn, ops
+    >>> import torch
+    >>> from metaframe import nn
     >>> def first_value(query, key, value, *, mask, causal):
     ...     return value[..., :1, :]
-    >>> x = ops.asarray([[3.0], [5.0]])
+    >>> x = torch.tensor([[3.0], [5.0]])
     >>> with nn.use_attention_kernel(first_value):
-    ...     ops.to_numpy(nn.attention(x[:1], x, x)).tolist()
-    [[3.0]]
+    ...     nn.attention(x[:1], x, x)
+    tensor([[3.]])
     """
     if not callable(kernel):
         raise InputTypeError(f"kernel must be a function, received {type(kernel).__name__}.")

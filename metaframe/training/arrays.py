@@ -19,6 +19,7 @@ from metaframe.files.read import shown
 from metaframe.files.schema import anything, integer, many, record, refused, text
 from metaframe.files.write import write_atomically
 from metaframe.training.array_file import decoded, encoded, read_file
+from metaframe.tree.nodes import places
 
 FORMAT = 1
 KIND = "arrays"
@@ -39,7 +40,7 @@ def save_arrays(path: str | Path, tree_: tree.Tree, plain: Any = None) -> None:
     """Write a structure of arrays and plain values to `path`, atomically and with a checksum.
 
     Args:
-        path: the file; its directory exists.
+        path: the file.
         tree_: any structure of arrays of any framework and of NumPy, such as variables and the
             state of an update rule. Numbers, strings and None in it are kept too.
         plain: values that JSON can hold, such as the number of steps taken.
@@ -56,7 +57,9 @@ def save_arrays(path: str | Path, tree_: tree.Tree, plain: Any = None) -> None:
     ...     load_arrays(f"{folder}/run.safetensors")
     ({'w': array([1., 1.], dtype=float32)}, {'step': 10})
     """
-    leaves, chains = tree.leaves(tree_), tree.key_chains(tree_)
+    leaves = tree.leaves(tree_)
+    # Two leaves may have one chain, {"a/b": ...} beside {"a": {"b": ...}}: it is for messages.
+    chains = [above[-1][0] for above in places(tree.structure(tree_))]
     arrays, described = {}, []
     for i, (chain, leaf) in enumerate(zip(chains, map(tree.unwrapped, leaves), strict=True)):
         if isinstance(leaf, bool | int | float | str):
@@ -68,7 +71,7 @@ def save_arrays(path: str | Path, tree_: tree.Tree, plain: Any = None) -> None:
         json.dumps(plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"plain must be JSON values: {error}.") from error
-    places = iter(range(len(leaves)))
+    numbers = iter(range(len(leaves)))
     content = {
         "format": FORMAT,
         "kind": KIND,
@@ -178,7 +181,7 @@ def _outline(node: tree.Tree, places: Any) -> Any:
     if node is None:
         return None
     if tree.is_leaf(node):
-        return next(places)
+        return next(numbers)
     if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
         raise InputTypeError(f"the keys of a structure to save are strings, received {[*node]}.")
     below = {name: _outline(child, places) for name, child in tree.children(node).items()}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from metaframe.errors import InputError, InputTypeError, UnknownKeyError, nearest
+from metaframe.tree.foreign import unwrapped
 from metaframe.tree.nodes import Tree, TreeSpec, bounded, chains, children, is_leaf, places
 from metaframe.tree.nodes import structure as structure_of
 
@@ -118,7 +119,7 @@ class _Choice:
             self._matching(chain)
             if isinstance(value, Mapping) or not is_leaf(value):
                 found += self._true(value, chain + "/")
-            elif self._boolean(value, chain):
+            elif self._boolean(unwrapped(value), chain):
                 found.append(chain)
         return found
 
