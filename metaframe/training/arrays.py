@@ -77,7 +77,7 @@ def save_arrays(path: str | Path, tree_: tree.Tree, plain: Any = None) -> None:
         "kind": KIND,
         "plain": plain,
         "leaves": described,
-        "tree": _outline(tree_, places),
+        "tree": _outline(tree_, numbers),
     }
     write_atomically(Path(path), encoded(arrays, content))
 
@@ -181,7 +181,7 @@ def _outline(node: tree.Tree, places: Any) -> Any:
     if node is None:
         return None
     if tree.is_leaf(node):
-        return next(numbers)
+        return next(places)
     if isinstance(node, dict) and not all(isinstance(key, str) for key in node):
         raise InputTypeError(f"the keys of a structure to save are strings, received {[*node]}.")
     below = {name: _outline(child, places) for name, child in tree.children(node).items()}
