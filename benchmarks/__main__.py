@@ -17,6 +17,7 @@ COMMANDS: tuple[tuple[str, bool], ...] = (
     ("handwritten --workload W1 --steps 1 --order 2 --budget 10 --backend {backend}", True),
     ("scaling --quick --budget 10 --backend {backend}", True),
     ("loop --budget 10", True),
+    ("eager_loop", True),
     ("distributed", False),
     ("ivy_comparison", False),
     ("peers", False),
@@ -25,6 +26,7 @@ COMMANDS: tuple[tuple[str, bool], ...] = (
     ("scaling --backend {backend}", False),
     ("memory --backend {backend}", False),
     ("attention --backend {backend}", False),
+    ("long_loops --backend {backend}", False),
 )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frameworks import compiles_on_torch
+from frameworks import compiles_on_torch, slow
 from metaframe import compile as compile_whole
-from metaframe import meta_value_and_grad, nn, ops, tree, unroll, value_and_grad
+from metaframe import meta_value_and_grad, nn, ops, tree, unroll, use_backend, value_and_grad
 from metaframe.errors import BackendError, InputError, InputTypeError
 
 Call = Callable[..., Any]
@@ -94,6 +94,28 @@ def test_compiled_over_tasks(arr: Call, to_np: Call) -> None:
 
     plain = step(20, "loop")(v, tasks)
     both(compile_whole(step(8, "vmap"))(v, tasks), plain, to_np)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "width", "close"),
+    [("float64", 512, 16, 1e-12), slow("float32", 4096, 64, 1e-5)],
+)
+def test_length(
+    backend: Any, to_np: Call, dtype: str, length: int, width: int, close: float
+) -> None:
+    """The second-order gradient by blocks is that of the plain form, by the norm of each part."""
+    rng = np.random.default_rng(0)
+    with use_backend(backend.name, dtype=dtype):
+        x = ops.asarray(rng.normal(size=(length, width)))
+        scale = 1 / np.sqrt(width)
+        v = {n: ops.asarray(scale * rng.normal(size=(width, width))) for n in sorted(V)}
+        plain, blocks = (
+            to_np(value_and_grad(lambda v, size=size: outer(v, x, {"block_size": size}))(v))
+            for size in (length, 128)
+        )
+    assert blocks.cost == pytest.approx(plain.cost, rel=close)
+    for name, g in plain.grads.items():
+        assert np.linalg.norm(blocks.grads[name] - g) <= close * np.linalg.norm(g)
 
 
 def test_long_attention_is_by_blocks_of_itself(
