@@ -17,6 +17,7 @@ from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
 from metaframe_tensorflow import _loop, _private
+from metaframe_tensorflow._foreign import inlined, watched
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -367,9 +368,8 @@ class TensorFlowBackend(Backend):
 
     def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
         del twice
-        with tf.variable_creator_scope(_refuse_new_variables), tf.GradientTape() as tape:
-            result = run()
-        return result, tape.watched_variables()
+        with inlined.functions():
+            return watched(run)
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
@@ -382,14 +382,6 @@ def _not_vectorised(error: Exception) -> str:
         "does not know the derivatives of a loop or a branch there, such as that of a recurrent "
         "layer of Keras without unroll=True, a tf.while_loop or a tf.cond. Run the tasks one after "
         'the other, task_map="scan" or task_map="loop".'
-    )
-
-
-def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:
-    del make
-    raise InputError(
-        f"the model makes the variable {kwargs.get('name') or 'Variable'!r} when it is called, too "
-        "late for it to be adapted. Call it once on data before."
     )
 
 
