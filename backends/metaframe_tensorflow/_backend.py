@@ -18,6 +18,7 @@ from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
 from metaframe_tensorflow import _loop, _private
 from metaframe_tensorflow._foreign import inlined, watched
+from metaframe_tensorflow._lost import checked, refuse_lost
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -49,9 +50,10 @@ _NO_VALUE = (
 
 
 @functools.cache
-def _leave_ours_alone() -> None:
-    """Tell AutoGraph, before the first call of a public function, not to translate our source."""
+def _prepared() -> None:
+    """Tell TensorFlow, before the first call of a public function, what to leave and to refuse."""
     _private.leave_alone("metaframe", "metaframe_tensorflow")
+    _private.watch_rules(refuse_lost)
 
 
 class TensorFlowBackend(Backend):
@@ -69,7 +71,7 @@ class TensorFlowBackend(Backend):
         self.nn = TensorFlowNN()
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        _leave_ours_alone()
+        _prepared()
         return fn
 
     def owns(self, x: object) -> bool:
@@ -143,7 +145,7 @@ class TensorFlowBackend(Backend):
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             # identity: a fresh tensor, so that the same array given twice gets two gradients.
             xs = tuple(tf.identity(x) for x in xs)
-            with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+            with checked(), exact_moments(), _tape() as tape:
                 tape.watch(xs)
                 value, aux = fn(xs)
             grads = tape.gradient(value, xs)
@@ -156,7 +158,7 @@ class TensorFlowBackend(Backend):
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
         xs = tuple(tf.identity(x) for x in xs)
-        with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+        with checked(), exact_moments(), _tape() as tape:
             tape.watch(xs)
             outputs = fn(xs)
         grads = tape.gradient(outputs, xs, output_gradients=list(cotangents))
@@ -373,6 +375,10 @@ class TensorFlowBackend(Backend):
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
+
+
+def _tape() -> tf.GradientTape:
+    return tf.GradientTape(watch_accessed_variables=False)
 
 
 def _not_vectorised(error: Exception) -> str:

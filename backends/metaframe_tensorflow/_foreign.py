@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from metaframe.errors import InputError
+from metaframe_tensorflow._lost import checked
 
 T = TypeVar("T")
 
 
 def watched(run: Callable[[], T]) -> tuple[T, Sequence[tf.Variable]]:
     """The result of `run`, which makes no variables, and the trainable ones that it read."""
-    with tf.variable_creator_scope(_refuse_new_variables), tf.GradientTape() as tape:
+    refused = tf.variable_creator_scope(_refuse_new_variables)
+    with checked(), refused, tf.GradientTape() as tape:
         result = run()
     return result, tape.watched_variables()
 
