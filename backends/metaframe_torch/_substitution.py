@@ -97,6 +97,12 @@ class Substitution:
                 attributes[name] = value
                 raise InputError(carried(name))
 
+    def replace_buffer(self, name: str, value: Tensor) -> None:
+        """Have the model read `value` where its buffer of this name is."""
+        for entries, key, place, _ in self._buffers:
+            if place == name:
+                entries[key] = value
+
     def __enter__(self) -> Self:
         for places, values in ((self._parameters, self.params), (self._buffers, self.state)):
             for entries, key, name, own in places:
