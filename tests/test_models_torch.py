@@ -11,7 +11,7 @@ import pytest
 
 import metaframe
 import zoo
-from frameworks import require
+from frameworks import require, slow
 from metaframe import MAML, functional_forward
 from metaframe.backend import Inputs
 from metaframe.errors import BackendError, InputError
@@ -389,6 +389,36 @@ def test_a_model_may_leave_activations_for_the_loss() -> None:
         )
         for name, g in expected.grads.items():
             torch.testing.assert_close(found.grads[name], g, rtol=0, atol=0)
+
+
+def attribute(module: Any, x: Tensor) -> Tensor:
+    if module.kept is None:
+        module.kept = 1 + x.detach().mean(0)
+    return module.layer(x * module.kept)  # type: ignore[no-any-return]
+
+
+def entry(module: Any, x: Tensor) -> Tensor:
+    scale = module.tables.setdefault(len(x), 1 + x.detach().mean(0))
+    return module.layer(x * scale)  # type: ignore[no-any-return]
+
+
+def item(module: Any, x: Tensor) -> Tensor:
+    if not module.items:
+        module.items.append(1 + x.detach().mean(0))
+    return module.layer(x * module.items[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [attribute, entry, item])
+@pytest.mark.parametrize("compiled", [False, slow(True)])
+def test_tensors_of_a_transform_do_not_stay_in_a_model(forward: Any, compiled: bool) -> None:
+    model = Layer(forward)
+    model.kept, model.tables, model.items = None, {}, []
+    before, maml = state_of(model), MAML(model, 0.1, 1)
+    how: dict[str, Any] = {"task_map": "vmap", "compiled": compiled}
+    costs = [maml.meta_value_and_grad(F.mse_loss, TASKS, **how).cost for _ in range(2)]
+    assert state_of(model) == before
+    assert costs[0] == costs[1]
+    assert torch.isfinite(model(X)).all()
 
 
 @pytest.mark.parametrize("how", ["vmap", "loop"])
