@@ -78,6 +78,10 @@ def tensorflow_scopes(tf: Any) -> dict[str, Scope]:
         "policy": lambda: setting(
             keras.config.dtype_policy, keras.config.set_dtype_policy, "mixed_bfloat16"
         ),
+        "epsilon": lambda: setting(keras.config.epsilon, keras.config.set_epsilon, 0.25),
+        "image data format": lambda: setting(
+            keras.config.image_data_format, keras.config.set_image_data_format, "channels_first"
+        ),
     }
 
 

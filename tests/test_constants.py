@@ -53,6 +53,48 @@ class Slotted:
         self.value = value
 
 
+class Private:
+    __slots__ = ("__value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @property
+    def value(self) -> Any:
+        return self.__value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self.__value = value
+
+
+@dataclasses.dataclass
+class Besides:
+    """A dataclass with an attribute that is no field."""
+
+    name: str = "a"
+
+    def __post_init__(self) -> None:
+        self.value = 1
+
+
+class Proxied:
+    """What a library puts in the place of a tuple, such as TensorFlow in attributes."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._value)
+
+    def __iter__(self) -> Any:
+        return iter(self._value)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self._value
+
+
 class Number(float):
     """A number with something to it."""
 
@@ -91,6 +133,7 @@ UNEQUAL = [
     (np.zeros(2), -np.zeros(2)),
     (np.zeros(2), np.zeros(2, np.float32)),
     (np.arange(4), np.arange(4).reshape(2, 2)),
+    (np.zeros(2, [("a", "f4")]), np.zeros(2, [("b", "f4")])),
     (np.array([1, "a"], object), np.array([True, "a"], object)),
 ]
 
@@ -161,6 +204,10 @@ def deeper(x: Any) -> None:
     [
         (lambda: Plain(1), assign),
         (lambda: Slotted(1), assign),
+        (lambda: Private(1), assign),
+        (lambda: Plain(Private(1)), lambda x: assign(x.value)),
+        (Besides, assign),
+        (lambda: Frozen(Besides()), lambda x: assign(x.value)),
         (lambda: ByValue(1), assign),
         (lambda: SimpleNamespace(value=1), assign),
         (lambda: Plain([1]), extend),
@@ -209,6 +256,7 @@ def test_arrays_that_a_function_holds() -> None:
     found = list(arrays_in([Plain(functools.partial(fn, 1)), Plain(1).method]))
     assert len(found) == 1
     assert found[0] is x
+    assert list(arrays_in(Proxied((1, x)))) == [x]
 
 
 # In compiled functions

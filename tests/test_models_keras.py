@@ -481,3 +481,59 @@ def test_a_copy_keeps_its_names() -> None:
     how: dict[str, Any] = {"compiled": False, "task_map": "loop"}
     costs = [m.meta_value_and_grad(nn.mse, zoo.tasks(1), **how).cost for m in (maml, copied)]
     assert float(costs[0]) == float(costs[1])
+
+
+def _as_functions(kind: str) -> Any:
+    """A network whose call goes through a `tf.function`."""
+    import keras
+    import tensorflow as tf
+
+    class Net(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = keras.layers.Dense(4, activation="tanh")
+            self.head = keras.layers.Dense(2)
+            self.attribute = tf.function(self.whole)
+            self.closure = tf.function(lambda x: self.whole(x))
+
+        def whole(self, x: Any) -> Any:
+            return self.head(self.first(x))
+
+        @tf.function  # type: ignore[untyped-decorator]
+        def method(self, x: Any) -> Any:
+            return self.whole(x)
+
+        def call(self, x: Any) -> Any:
+            return getattr(self, kind)(x)
+
+    return Net()
+
+
+@pytest.mark.parametrize("kind", ["method", "attribute", "closure", "method of a layer"])
+def test_graphs_that_a_model_keeps_hold_none_of_our_values(kind: str) -> None:
+    import keras
+    import tensorflow as tf
+
+    with zoo_keras.double():
+        net = _as_functions(kind.partition(" ")[0])
+        net(keras.ops.ones((1, 3)))  # traced for another shape than an adaptation has
+        model = net
+
+        class Around(tf.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.net, self.scale = net, tf.Variable(tf.ones((), tf.float64))
+
+            def __call__(self, x: Any) -> Any:
+                return self.scale * self.net(x)
+
+        if kind == "method of a layer":
+            model = Around()
+        batch, how = zoo.tasks(1), {"compiled": False, "task_map": "loop"}
+        zoo.check_along_a_line(MAML(model, 0.1, 2), nn.mse, batch, [how], step=5e-5)
+        assert not tf.config.functions_run_eagerly()
+        x = keras.ops.convert_to_tensor(batch[0].support_x)
+        before = to_np(model(x))
+        for variable in net.head.trainable_variables:
+            variable.assign(2 * variable)
+        np.testing.assert_allclose(to_np(model(x)), 2 * before, rtol=1e-12)

@@ -14,7 +14,7 @@ import pytest
 import zoo
 import zoo_tensorflow
 from frameworks import require, slow
-from metaframe import MAML, nn
+from metaframe import MAML, inner_loop, nn
 from metaframe.backend import Inputs
 from metaframe.errors import InputError
 from metaframe.models.lookup import adapter_of
@@ -283,3 +283,73 @@ def test_a_keras_layer_without_weights_is_named() -> None:
 
     with pytest.raises(InputError, match=r"tf\.Module .*Net is not complete.*\['dense"):
         MAML(Net())(np.ones((2, 3)))
+
+
+def _ruled(tf: Any, how: str, w: Any) -> Any:
+    """`x -> tanh(x @ w)` by a rule of its own."""
+
+    def hidden(x: Any) -> Any:
+        return tf.tanh(x @ w())
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def closing(x: Any) -> Any:
+        y = hidden(x)
+        return y, lambda c, variables=(): (c, [c for _ in variables])
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def given(x: Any, w: Any) -> Any:
+        y = tf.tanh(x @ w)
+
+        def pull_back(c: Any) -> Any:
+            c = c * (1 - y * y)
+            return c @ tf.transpose(w), tf.transpose(x) @ c
+
+        return y, pull_back
+
+    if how == "given":
+        return lambda x: given(x, tf.convert_to_tensor(w()))
+    return tf.recompute_grad(hidden) if how == "recomputed" else closing
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("rule", ["recomputed", "closing", "given"])
+def test_a_rule_that_loses_a_gradient_is_refused(rule: str, how: Any) -> None:
+    """TensorFlow looks for variables in it, and finds tensors in their places."""
+    import tensorflow as tf
+
+    class Net(tf.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            values = zoo.weights()
+            self.w1, self.w2 = tf.Variable(values["w1"]), tf.Variable(values["w2"])
+
+        def __call__(self, x: Any) -> Any:
+            return _ruled(tf, rule, lambda: self.w1)(x) @ self.w2
+
+    def cost(batch: Any, v: Any) -> Any:
+        return nn.mse(_ruled(tf, rule, lambda: v["w1"])(batch[0]) @ v["w2"], batch[1])
+
+    module, (task,) = Net(), zoo.tasks(1)
+    maml, start = MAML(module, 0.1, 2), {"w1": module.w1 + 0.0, "w2": module.w2 + 0.0}
+    batch = tuple(map(tf.constant, (task.support_x, task.support_y)))
+    if rule == "given":
+        zoo.check_along_a_line(maml, nn.mse, [task], [how])
+        inner_loop(cost, start, batch, steps=1, lr=0.1)
+        return
+    with pytest.raises(InputError, match="loses the gradient of what the function closes over"):
+        maml.meta_value_and_grad(nn.mse, [task], **how)
+    with pytest.raises(InputError, match="loses the gradient of what the function closes over"):
+        inner_loop(cost, start, batch, steps=1, lr=0.1)
+    predicted = _ruled(tf, rule, lambda: module.w1)(batch[0]) @ module.w2
+    np.testing.assert_array_equal(maml(batch[0]), predicted)  # nothing is recorded here
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_layers_that_keras_recomputes_are_refused(how: Any) -> None:
+    import keras
+
+    with keras.RematScope(mode="full"):
+        layers = [keras.layers.Dense(n, activation="tanh", dtype="float64") for n in (4, 2)]
+        model = keras.Sequential([keras.Input((3,), dtype="float64"), *layers])
+    with pytest.raises(InputError, match=r"recompute_grad \(also as keras.remat and keras.Remat"):
+        MAML(model).meta_value_and_grad(nn.mse, zoo.tasks(1), **how)

@@ -11,7 +11,7 @@ import pytest
 
 import metaframe
 import zoo
-from frameworks import require
+from frameworks import require, slow
 from metaframe import MAML, functional_forward
 from metaframe.backend import Inputs
 from metaframe.errors import BackendError, InputError
@@ -391,6 +391,36 @@ def test_a_model_may_leave_activations_for_the_loss() -> None:
             torch.testing.assert_close(found.grads[name], g, rtol=0, atol=0)
 
 
+def attribute(module: Any, x: Tensor) -> Tensor:
+    if module.kept is None:
+        module.kept = 1 + x.detach().mean(0)
+    return module.layer(x * module.kept)  # type: ignore[no-any-return]
+
+
+def entry(module: Any, x: Tensor) -> Tensor:
+    scale = module.tables.setdefault(len(x), 1 + x.detach().mean(0))
+    return module.layer(x * scale)  # type: ignore[no-any-return]
+
+
+def item(module: Any, x: Tensor) -> Tensor:
+    if not module.items:
+        module.items.append(1 + x.detach().mean(0))
+    return module.layer(x * module.items[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [attribute, entry, item])
+@pytest.mark.parametrize("compiled", [False, slow(True)])
+def test_tensors_of_a_transform_do_not_stay_in_a_model(forward: Any, compiled: bool) -> None:
+    model = Layer(forward)
+    model.kept, model.tables, model.items = None, {}, []
+    before, maml = state_of(model), MAML(model, 0.1, 1)
+    how: dict[str, Any] = {"task_map": "vmap", "compiled": compiled}
+    costs = [maml.meta_value_and_grad(F.mse_loss, TASKS, **how).cost for _ in range(2)]
+    assert state_of(model) == before
+    assert costs[0] == costs[1]
+    assert torch.isfinite(model(X)).all()
+
+
 @pytest.mark.parametrize("how", ["vmap", "loop"])
 def test_an_exception_in_a_model_leaves_it_as_it_was(how: Any) -> None:
     def forward(module: Any, x: Tensor) -> Tensor:
@@ -527,6 +557,67 @@ def test_the_state_that_a_model_leaves_is_that_of_its_own_call(momentum: Any) ->
             torch.testing.assert_close(state[name], buffer, rtol=1e-13, atol=1e-13)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, dict(Clean().named_buffers())[name], rtol=0, atol=0)
+
+
+class Rows(nn.Module):
+    """Statistics in one row of several for each step, as in MAML++, and an extra normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(2, 3))
+        self.register_buffer("var", torch.ones(2, 3))
+        self.apart = torch.zeros(3).double(), torch.ones(3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.mean[1], self.var[1], self.scale, None, training=True)
+        return F.batch_norm(y, *self.apart, training=True)
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, and its statistics in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(2 * self.norm(x) + self.norm.running_mean)
+
+
+OF_A_SERIES = {
+    "rows": Rows,
+    "twice": Twice,
+    "instances": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_SERIES)
+def test_statistics_move_as_in_the_models_own_call(name: str) -> None:
+    model = OF_A_SERIES[name]().double()
+    before, twin = copy.deepcopy(model.__dict__), copy.deepcopy(model)
+    apply, params, state = functional(model)
+    for _ in range(2):
+        output, state = apply(params, state, X)
+        torch.testing.assert_close(output, twin(X), rtol=1e-13, atol=1e-13)
+        for buffer, own in twin.named_buffers():
+            torch.testing.assert_close(state[buffer], own, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(model.__dict__.get("apart"), before.get("apart"), rtol=0, atol=0)
+    if name == "twice":  # each task has statistics of its own
+        rows = torch.stack([X, 2 * X])
+        mapped = torch.func.vmap(lambda x: apply(params, functional(model).state, x)[1])(rows)
+        for i, x in enumerate(rows):
+            alone = apply(params, functional(model).state, x)[1]
+            for buffer in ("norm.running_mean", "norm.running_var"):
+                torch.testing.assert_close(mapped[buffer][i], alone[buffer])
+
+
+def test_statistics_that_are_no_buffers_are_not_for_queries() -> None:
+    maml = MAML(Rows().double(), 0.1, norm="support")
+    with pytest.raises(InputError, match="in buffers of the model"):
+        maml.meta_value_and_grad(F.mse_loss, [Task(X, X, X, X)], compiled=False, task_map="loop")
 
 
 def Clean() -> nn.Module:

@@ -17,6 +17,8 @@ from metaframe.backend.types import Array, Arrays, ArraysFn, RowFn, ScalarFn
 from metaframe.backend.workers import ALONE, Place, Workers
 from metaframe.errors import BackendError, InputError
 from metaframe_tensorflow import _loop, _private
+from metaframe_tensorflow._foreign import inlined, watched
+from metaframe_tensorflow._lost import checked, refuse_lost
 from metaframe_tensorflow._models import ModuleAdapter, VariablesAdapter
 from metaframe_tensorflow._moments import exact_moments
 from metaframe_tensorflow._nn import TensorFlowNN
@@ -48,9 +50,10 @@ _NO_VALUE = (
 
 
 @functools.cache
-def _leave_ours_alone() -> None:
-    """Tell AutoGraph, before the first call of a public function, not to translate our source."""
+def _prepared() -> None:
+    """Tell TensorFlow, before the first call of a public function, what to leave and to refuse."""
     _private.leave_alone("metaframe", "metaframe_tensorflow")
+    _private.watch_rules(refuse_lost)
 
 
 class TensorFlowBackend(Backend):
@@ -68,7 +71,7 @@ class TensorFlowBackend(Backend):
         self.nn = TensorFlowNN()
 
     def opaque(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        _leave_ours_alone()
+        _prepared()
         return fn
 
     def owns(self, x: object) -> bool:
@@ -142,7 +145,7 @@ class TensorFlowBackend(Backend):
         def call(xs: Arrays) -> tuple[Array, Arrays, Arrays]:
             # identity: a fresh tensor, so that the same array given twice gets two gradients.
             xs = tuple(tf.identity(x) for x in xs)
-            with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+            with checked(), exact_moments(), _tape() as tape:
                 tape.watch(xs)
                 value, aux = fn(xs)
             grads = tape.gradient(value, xs)
@@ -155,7 +158,7 @@ class TensorFlowBackend(Backend):
 
     def vjp(self, fn: ArraysFn, xs: Arrays, cotangents: Arrays) -> Arrays:
         xs = tuple(tf.identity(x) for x in xs)
-        with exact_moments(), tf.GradientTape(watch_accessed_variables=False) as tape:
+        with checked(), exact_moments(), _tape() as tape:
             tape.watch(xs)
             outputs = fn(xs)
         grads = tape.gradient(outputs, xs, output_gradients=list(cotangents))
@@ -367,12 +370,15 @@ class TensorFlowBackend(Backend):
 
     def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
         del twice
-        with tf.variable_creator_scope(_refuse_new_variables), tf.GradientTape() as tape:
-            result = run()
-        return result, tape.watched_variables()
+        with inlined.functions():
+            return watched(run)
 
     def live(self, values: dict[str, Array]) -> VariablesAdapter:
         return VariablesAdapter(values, self)
+
+
+def _tape() -> tf.GradientTape:
+    return tf.GradientTape(watch_accessed_variables=False)
 
 
 def _not_vectorised(error: Exception) -> str:
@@ -382,14 +388,6 @@ def _not_vectorised(error: Exception) -> str:
         "does not know the derivatives of a loop or a branch there, such as that of a recurrent "
         "layer of Keras without unroll=True, a tf.while_loop or a tf.cond. Run the tasks one after "
         'the other, task_map="scan" or task_map="loop".'
-    )
-
-
-def _refuse_new_variables(make: Callable[..., Any], **kwargs: Any) -> Any:
-    del make
-    raise InputError(
-        f"the model makes the variable {kwargs.get('name') or 'Variable'!r} when it is called, too "
-        "late for it to be adapted. Call it once on data before."
     )
 
 

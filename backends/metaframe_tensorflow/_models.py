@@ -16,9 +16,10 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.model import Inputs, ModelAdapter, NamedParameters
 from metaframe.backend.types import Array
 from metaframe.errors import InputError
-from metaframe.models._keras_call import call_layer, is_layer, is_variable, layers_of
+from metaframe.models._keras_call import Call, call_layer, is_layer, is_variable, layers_of
 from metaframe.models.attributes import Flags
 from metaframe_tensorflow import _private
+from metaframe_tensorflow._foreign import has_functions, watched
 from metaframe_tensorflow._remarks import without_remarks
 from metaframe_tensorflow._substitution import Held, Substitution, leaves, walk
 
@@ -97,13 +98,16 @@ class ModuleAdapter(ModelAdapter):
         """The result of `run`, and the values that Keras variables have after it."""
         layers = self._layers()
         if not layers and not of_keras:
-            output, read = self.backend.run_foreign(run, twice=twice)
+            output, read = watched(run)
             self._check_read(read, frozenset())
             return output, {}
-        called, read = self.backend.run_foreign(
-            lambda: call_layer(run, layers, list(of_keras.values()), owner=self._described),
-            twice=twice,
-        )
+
+        def call() -> Call:
+            return call_layer(run, layers, list(of_keras.values()), owner=self._described)
+
+        # The module's own are functions of its copy, and AutoGraph translates them.
+        inline = has_functions(layers)
+        called, read = self.backend.run_foreign(call, twice=twice) if inline else watched(call)
         frozen = frozenset(id(x.value) for x in called.foreign()[0] if not x.trainable)
         self._check_read(read, frozen)
         return called.output, {n: called.value(variable) for n, (variable, _) in of_keras.items()}

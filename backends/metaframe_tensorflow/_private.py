@@ -58,6 +58,13 @@ DEVICE_SCOPE = PrivateName(
     SEEN,
     "public",
 )
+# Rules of their own. Without the name a gradient that one loses is zero, as in TensorFlow.
+RULED = PrivateName(
+    "tensorflow.python.ops:custom_gradient",
+    "refusing a `tf.recompute_grad` that loses a gradient",
+    SEEN,
+    "public",
+)
 # AutoGraph.
 NOT_CONVERTED = PrivateName(
     "tensorflow.python.autograph.core.config_lib:DoNotConvert",
@@ -107,6 +114,11 @@ def records(xs: Sequence[Array]) -> bool:
     return bool(RECORDS.required(list(xs)))
 
 
+def may_be_recorded(x: Array) -> bool:
+    """Whether a tape records `x`; without the name, whatever it is."""
+    return RECORDS.found is None or bool(RECORDS.found([x]))
+
+
 def has_tangents(xs: Sequence[Array]) -> bool:
     """Whether a ForwardAccumulator has a tangent of any of `xs`."""
     if FORWARD.found is None:
@@ -149,6 +161,21 @@ def device_scope() -> object:
     if CONTEXT.found is None or DEVICE_SCOPE.found is None:
         return tf.zeros(()).device
     return CONTEXT.found().device_name
+
+
+def watch_rules(check: Callable[[Any, Any, Any], None]) -> None:
+    """Call `check(f, args, kwargs)` before any function runs that has a `tf.custom_gradient`."""
+
+    def checked(own: Callable[..., Any]) -> Callable[..., Any]:
+        def decorator(f: Any, args: Any, kwargs: Any) -> Any:
+            check(f, args, kwargs)
+            return own(f, args, kwargs)
+
+        return decorator
+
+    for name in ("_eager_mode_decorator", "_graph_mode_decorator"):
+        if hasattr(RULED.found, name):
+            setattr(RULED.found, name, checked(getattr(RULED.found, name)))
 
 
 def leave_alone(*packages: str) -> None:

@@ -36,6 +36,7 @@ from metaframe.errors import BackendError
 from metaframe_torch import _foreign, _private, _tape
 from metaframe_torch._ambient import Ambient
 from metaframe_torch._calls import InExactForms
+from metaframe_torch._left import taken_away
 from metaframe_torch._models import KeptAdapter, LearnedAdapter, TorchAdapter, tape_gradient
 from metaframe_torch._nn import TorchNN
 from metaframe_torch._ops import TorchOps
@@ -421,7 +422,7 @@ class _Rule(torch.autograd.Function):
 
 def _mapped(fn: ArraysFn) -> ArraysFn:
     mapped: ArraysFn = torch.func.vmap(fn, randomness="different")
-    return in_our_words(mapped=True)(mapped)
+    return taken_away()(in_our_words(mapped=True)(mapped))
 
 
 def _is_alone(tasks: Arrays) -> bool:

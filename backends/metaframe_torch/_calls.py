@@ -8,6 +8,7 @@ refused: a parameter that is read from elsewhere than its place, or written to.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,7 @@ class ModelCalls(Exact):
         super().__init__(_kernels.exact() if exact else _kernels.always())
         self._watched = {**dict.fromkeys(values.unregistered), **values.own}
         self._unregistered = values.unregistered
+        self._values = values
         self._parameters = {id(x): name for name, x in values.params.items()}
         self._buffers = {id(x): name for name, x in values.state.items()}
         self._norm, self._repeated = forward.norm, forward.repeated
@@ -205,7 +207,7 @@ class ModelCalls(Exact):
     ) -> Tensor:
         """The affine part stays apart: `vmap` gets the second derivative of a fused one wrong."""
         del func
-        moves = training and self._norm is None
+        moving = training and self._norm is None
         frozen = not training if self._norm is None else self._norm == "frozen"
         shape = (-1, *[1] * (x.dim() - 2))
         if frozen and running_mean is not None and running_var is not None:
@@ -213,30 +215,48 @@ class ModelCalls(Exact):
             normal = (x - running_mean.reshape(shape)) * scale.reshape(shape)
         else:
             normal = batch_norm(x, None, None, eps)
-            if moves or self._norm == "record":
-                self._record(x, running_mean, running_var, momentum if moves else None)
+            if x.numel() and (moving or self._norm == "record"):
+                over = [axis for axis in range(x.dim()) if axis != 1]
+                running, count = (running_mean, running_var), x.numel() // x.shape[1]
+                self._record(torch.var_mean(x, over, correction=0), running, count, momentum)
         if weight is not None:
             normal = normal * weight.reshape(shape)
         return normal if bias is None else normal + bias.reshape(shape)
 
     def _record(
         self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | None,
+        moments: tuple[Tensor, ...],
+        running: tuple[Tensor | None, Tensor | None],
+        count: int,
+        momentum: float,
     ) -> None:
-        """The statistics of `x`, or where the running ones move to by `momentum`, as in torch."""
-        if running_mean is None or running_var is None or not x.numel():
+        """Keep the statistics of the examples, or move the running ones to them, as torch does."""
+        (var, mean), (running_mean, running_var) = moments, running
+        if running_mean is None or running_var is None:
             return  # a layer that keeps no statistics normalises by the examples' own, always
-        over = [axis for axis in range(x.dim()) if axis != 1]
-        var, mean = torch.var_mean(x, over, correction=0)
-        if momentum is not None:
-            count = x.numel() // x.shape[1]
-            mean = (1 - momentum) * running_mean + momentum * mean.detach()
-            var = (1 - momentum) * running_var + momentum * var.detach() * count / (count - 1)
-        self.recorded[self._buffers[id(running_mean)]] = mean
-        self.recorded[self._buffers[id(running_var)]] = var
+        if self._norm != "record":
+            self._move(running_mean, mean, momentum)
+            self._move(running_var, var * (count / (count - 1)), momentum)
+            return
+        for old, new in ((running_mean, mean), (running_var, var)):
+            if (name := self._buffers.get(id(old))) is None:
+                raise InputError(STATISTICS_FROM_ELSEWHERE)
+            self.recorded[name] = new
+
+    def _move(self, running: Tensor, towards: Tensor, momentum: float) -> None:
+        """Move a running statistic, by another tensor in its place if it is a buffer.
+
+        That may differ between mapped tasks, where the buffer does not.
+        """
+        with torch.no_grad():
+            moved = (1 - momentum) * running + momentum * towards.to(running.dtype)
+            if (name := self._buffers.get(id(running))) is None:
+                if running._is_view():  # of a buffer, such as one of several rows
+                    self._write(running, torch.Tensor.copy_, running, moved)
+                return  # what is no buffer stays as it is
+        self._values.replace_buffer(name, moved)
+        self._buffers[id(moved)] = name
+        self._aliases.append(moved)
 
     def _instance_norm(
         self,
@@ -251,10 +271,15 @@ class ModelCalls(Exact):
         eps: float = 1e-5,
     ) -> Tensor:
         own = use_input_stats if self._norm is None else self._norm != "frozen"
+        running = running_mean, running_var
         if own or running_mean is None:
             running_mean = running_var = None
             own = True
         result: Tensor = func(x, running_mean, running_var, weight, bias, own, momentum, eps)
+        if use_input_stats and self._norm is None and x.numel():
+            moments = torch.var_mean(x, [*range(2, x.dim())], correction=0)
+            means = tuple(y.mean(0) for y in moments)
+            self._record(means, running, math.prod(x.shape[2:]), momentum)
         return result
 
 
@@ -276,6 +301,13 @@ _OF_MODELS: dict[Function, Callable[..., Any]] = {
     F.alpha_dropout: ModelCalls._dropout,
     F.feature_alpha_dropout: ModelCalls._dropout,
 }
+
+
+STATISTICS_FROM_ELSEWHERE = (
+    "norm='support' needs the statistics of a batch in buffers of the model, and this one hands "
+    "torch.nn.functional.batch_norm other tensors, such as a row of a table. Use norm='batch' or "
+    "norm='per-step'."
+)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from metaframe.errors import InputError
-from metaframe_torch import _private
+from metaframe_torch import _left, _private
 
 Entries = dict[str, Any]
 
@@ -71,6 +71,7 @@ class Substitution:
             _add(self._buffers, prefix, buffers, names)
         self._parameters += [place for place in self._buffers if id(place[3]) in shared]
         self._buffers = [place for place in self._buffers if id(place[3]) not in shared]
+        self._places = _left.places(self.modules)
         placed = [(name, own) for *_, name, own in self._parameters]
         self.own = {id(own): name for name, own in placed if params.get(name, own) is not own}
 
@@ -97,6 +98,12 @@ class Substitution:
                 attributes[name] = value
                 raise InputError(carried(name))
 
+    def replace_buffer(self, name: str, value: Tensor) -> None:
+        """Have the model read `value` where its buffer of this name is."""
+        for entries, key, place, _ in self._buffers:
+            if place == name:
+                entries[key] = value
+
     def __enter__(self) -> Self:
         for places, values in ((self._parameters, self.params), (self._buffers, self.state)):
             for entries, key, name, own in places:
@@ -105,6 +112,7 @@ class Substitution:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         lost = self._lost()
+        _left.note(self._places)
         for entries, key, _, own in (*self._parameters, *self._buffers):  # type: ignore[assignment]
             entries[key] = own
         if lost:

@@ -18,6 +18,7 @@ from metaframe.backend.types import Array, ArraysFn
 from metaframe.errors import CompileError
 from metaframe_torch import _private
 from metaframe_torch._ambient import outside
+from metaframe_torch._left import taken_away
 
 
 class Traced(NamedTuple):
@@ -46,7 +47,7 @@ def traced(fn: ArraysFn, like: Sequence[Array]) -> Traced:
         return list(outputs)
 
     _ = _private.PROXY_MODE.required  # our own functions ask whether they are recorded
-    with fake:
+    with taken_away(), fake:
         graph = _private.MAKE_FX.required(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
             *examples
         )

@@ -13,7 +13,6 @@ after. The rule, for constants and for everything in them:
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 import hashlib
@@ -98,7 +97,7 @@ class _Look:
         if isinstance(x, _IDENTITY):
             return kind, x
         if isinstance(x, np.generic):
-            return kind, x.dtype.str, x.tobytes()
+            return kind, x.dtype, x.tobytes()
         if isinstance(x, Settled):
             return kind, x
         if id(x) in self._seen:
@@ -111,12 +110,10 @@ class _Look:
 
     def _parts(self, x: Any) -> Iterator[Hashable]:
         if isinstance(x, np.ndarray):
-            yield from (x.shape, x.dtype.str)
+            yield from (x.shape, x.dtype)
             yield self.at(x.tolist()) if x.dtype.hasobject else _digest(x)
         elif owner(x) is not None:
             yield Same(x)
-        elif dataclasses.is_dataclass(x) and type(x).__eq__ is not object.__eq__:
-            yield from self._each(getattr(x, field.name) for field in dataclasses.fields(x))
         else:
             yield from self._of_object(x)
 
@@ -173,7 +170,12 @@ def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
 def _slots(cls: type) -> tuple[str, ...]:
     found = cls.__dict__.get("__slots__", ())
     names = (found,) if isinstance(found, str) else tuple(found)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    return tuple(_mangled(name, cls) for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _mangled(name: str, cls: type) -> str:
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{cls.__name__.lstrip('_')}{name}" if private else name
 
 
 def _digest(x: np.ndarray[Any, Any]) -> bytes:
@@ -197,7 +199,7 @@ def arrays_in(x: object) -> Iterator[Any]:
         if owner(part) is not None:
             yield part
         else:
-            ahead += _held(part)
+            ahead.extend(_held(part))  # `+=` asks its right side first, which may be a proxy
 
 
 def _held(x: Any) -> Iterable[Any]:

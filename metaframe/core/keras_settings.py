@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 
 def keras_settings() -> Hashable:
-    """The default dtype and the default policy; None where Keras is not imported.
+    """What its operations and new layers look up; None where Keras is not imported.
 
     >>> import sys
     >>> keras_settings() is None or "keras" in sys.modules
@@ -17,4 +17,5 @@ def keras_settings() -> Hashable:
     config = getattr(keras, "config", None)  # None while Keras itself is being imported
     if config is None:
         return None
-    return config.floatx(), config.dtype_policy().name
+    policy = config.dtype_policy().name
+    return config.floatx(), policy, config.epsilon(), config.image_data_format()

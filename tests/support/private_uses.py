@@ -544,6 +544,7 @@ USES: dict[str, dict[str, Use]] = {
         "FORWARD": plain_tensorflow,
         "DEVICE_SCOPE": compiled_tensorflow,
         "RECORDS": implicit_beside_a_tape,
+        "RULED": plain_tensorflow,
         "NOT_CONVERTED": within_a_function,
         "RULES": within_a_function,
         "CONVERT": branched,
