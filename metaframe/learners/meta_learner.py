@@ -272,9 +272,14 @@ class MetaLearner(Wrapper):
         """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
 
         Args:
-            loss_fn, steps, task_map, chunk_size, mode, distributed: as for `meta_value_and_grad`.
+            loss_fn: as for `meta_value_and_grad`.
+            steps: as for `meta_value_and_grad`.
+            task_map: as for `meta_value_and_grad`.
+            chunk_size: as for `meta_value_and_grad`.
+            mode: as for `meta_value_and_grad`.
             metric: a second function of prediction and target, not differentiated; each task's
                 value is in `aux["scores"]`.
+            distributed: as for `meta_value_and_grad`.
 
         Returns:
             A function `(meta, constants, batch) -> (cost, grads, aux)` of what `meta_arrays` and
@@ -327,8 +332,12 @@ class MetaLearner(Wrapper):
         `MetaTrainer` calls this before every step, a loop of one's own has to.
 
         Args:
-            loss_fn, tasks, task_map, chunk_size, compiled: as for `meta_value_and_grad`.
+            loss_fn: as for `meta_value_and_grad`.
+            tasks: as for `meta_value_and_grad`.
             decay: what the old rows keep, in [0, 1]; 0 replaces them.
+            task_map: as for `meta_value_and_grad`.
+            chunk_size: as for `meta_value_and_grad`.
+            compiled: as for `meta_value_and_grad`.
 
         Raises:
             InputError: another policy, or a decay out of range.

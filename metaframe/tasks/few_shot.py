@@ -42,7 +42,9 @@ class ClassSplit:
     """Which classes belong to which split.
 
     Args:
-        train, validation, test: class labels as they occur in `labels`; may be empty.
+        train: class labels as they occur in `labels`; may be empty.
+        validation: likewise.
+        test: likewise.
 
     Raises:
         InputError: a class is named twice.
@@ -146,12 +148,16 @@ class FewShotSampler(BatchedSampler):
             floating in [0, 1] (divided by 255), booleans 0 and 1; floats are taken as they are.
             `LazyImages` are read as tasks ask for them.
         labels: `(N,)` integers or strings.
-        ways, shots, queries: classes a task, and support and query examples a class.
+        ways: classes a task.
+        shots: support examples a class.
+        queries: query examples a class.
         split: which classes are used, and which stream of tasks.
         classes: the classes of each split; default `split_classes(labels)`.
         rotations: count each class turned by 0, 90, 180 and 270 degrees as four classes, which
             stay in one split. One image may then occur in two classes of a task, turned.
-        seed, device, dtype: see `IndexedSampler`.
+        seed: as for `IndexedSampler`.
+        device: as for `IndexedSampler`.
+        dtype: as for `IndexedSampler`.
 
     Raises:
         InputError: too few classes or examples, saying how many there are and are needed.
@@ -225,7 +231,7 @@ class FewShotSampler(BatchedSampler):
         return self.ways * (1 + 2 * (self.shots + self.queries))
 
     def draw_batch(self, numbers: Numbers) -> Task:
-        """Tasks; see the class for how they are made up."""
+        """Make the tasks of a batch; see the class for how they are made up."""
         tasks, ways, per_class = len(numbers), self.ways, self.shots + self.queries
         ends = np.cumsum([ways, ways * per_class, ways * self.shots])
         of_classes, of_rows, *of_orders = np.split(numbers, ends, axis=1)

@@ -67,7 +67,11 @@ class Omniglot:
         """Hold out whole alphabets: the harder and more honest test of generalisation.
 
         Args:
-            test, validation: names of alphabets; all the others are for training.
+            test: names of alphabets.
+            validation: names of alphabets. All alphabets in neither are for training.
+
+        Returns:
+            Three disjoint groups of labels.
 
         Raises:
             UnknownKeyError: no such alphabet, with the nearest name.
@@ -87,6 +91,12 @@ class Omniglot:
 
         The full set of 1623 gives 1100 + 100 for training and validation and 423 for test: the
         usual 1200 / 423. Any other set is divided 0.6 / 0.2 / 0.2.
+
+        Args:
+            seed: decides the division.
+
+        Returns:
+            Three disjoint groups of labels.
         """
         if len(self.characters) == _OFFICIAL_CHARACTERS:
             return split_classes(range(_OFFICIAL_CHARACTERS), _OFFICIAL_SIZES, seed=seed)

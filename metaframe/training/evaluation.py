@@ -169,8 +169,10 @@ class Evaluator:
     """`evaluate` with its programs kept from one call to the next.
 
     Args:
-        maml, loss_fn, metric, settings: as for `evaluate`. Each call measures the learner as it is
-            then.
+        maml: as for `evaluate`. Each call measures the learner as it is then.
+        loss_fn: as for `evaluate`.
+        metric: as for `evaluate`.
+        settings: as for `evaluate`.
 
     Raises:
         InputTypeError: no learner, or what should be a function is none.

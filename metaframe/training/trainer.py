@@ -55,12 +55,15 @@ class MetaTrainer:
         steps_per_epoch: outer steps in an epoch, by which `maml.epoch` is set before each step;
             only algorithms with a schedule of their own, such as `MAMLPlusPlus`, look at it. The
             authors of that take 500.
-        support_loss, call: as for `MAML.meta_value_and_grad`; evaluations take them too.
+        support_loss: as for `MAML.meta_value_and_grad`; evaluations use it too.
+        call: as for `MAML.meta_value_and_grad`; evaluations use it too.
         weights: `weights(task) -> scalar`, by which a task's loss is multiplied in the outer steps.
 
     Attributes:
         step: how many outer steps were taken.
-        schedule, task_sampler, steps_per_epoch: as given; what is set counts from the next step.
+        schedule: as given; a new one counts from the next step.
+        task_sampler: as given; a new one counts from the next step.
+        steps_per_epoch: as given; a new one counts from the next step.
 
     Raises:
         InputTypeError: an unknown kind of optimizer, or an argument that is not what it should be.
