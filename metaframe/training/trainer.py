@@ -152,11 +152,24 @@ class MetaTrainer:
         return self._metric
 
     def rate(self, step: int) -> float | None:
-        """The outer learning rate after `step` steps; None without a schedule."""
+        """The outer learning rate that the schedule gives.
+
+        Args:
+            step: the number of outer steps taken.
+
+        Returns:
+            The rate of the next step; None without a schedule.
+        """
         return None if self.schedule is None else float(self.schedule(step))
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
+
+        Args:
+            tasks: a stacked Task, or a sequence of tasks of one size.
+
+        Returns:
+            The mean query loss.
 
         Raises:
             NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
@@ -274,6 +287,10 @@ class MetaTrainer:
         of `state` and `restore`, stays where it is, with a warning. What is refused changes
         nothing.
 
+        Args:
+            arrays: the arrays by name that `state` returned, NumPy's or of any backend.
+            plain: the plain values that `state` returned.
+
         Raises:
             CheckpointError: another model, algorithm or optimizer, or values that `state` does not
                 return.
@@ -335,7 +352,20 @@ class MetaTrainer:
         return self.maml.backend.workers()
 
     def advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
-        """Take one step on a stacked batch; `num_tasks` if that is a share of as many tasks."""
+        """Take one step on a stacked batch.
+
+        Args:
+            batch: a Task whose arrays have a leading task axis.
+            num_tasks: how many tasks the whole step has, where `batch` is one process's share.
+                Default: those of `batch`.
+
+        Returns:
+            The results before the update.
+
+        Raises:
+            NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
+                was before the step.
+        """
         self.maml.epoch = self.step // self.steps_per_epoch
         statistics = self.maml.statistics
         try:
@@ -363,7 +393,15 @@ class MetaTrainer:
         )
 
     def blame(self, batch: Task, task: int | None = None) -> tuple[int | None, str]:
-        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
+        """Find the task of a batch whose loss or gradient is not finite.
+
+        Args:
+            batch: a Task whose arrays have a leading task axis.
+            task: its index, where the loss shows it. Default: found by the gradient of each task.
+
+        Returns:
+            The index, or None if no single task is to blame, and a remedy in words.
+        """
         if self._distributed and self._workers().processes > 1:
             return task, REMEDIES  # a process that does not have the task could not tell
         if task is None:
@@ -371,5 +409,12 @@ class MetaTrainer:
         return task, REMEDIES if task is None else remedy(self.maml, batch, task)
 
     def evaluated(self, tasks: Any) -> Evaluation:
-        """The results of the learner on these tasks."""
+        """Evaluate the learner by the settings of the trainer.
+
+        Args:
+            tasks: a stacked Task, or a sequence of tasks.
+
+        Returns:
+            The losses and scores after adaptation.
+        """
         return self._evaluator(tasks, inductive=False, whole_curve=False)
