@@ -230,7 +230,7 @@ class Evaluator:
             num_tasks: as for `evaluate`.
             steps: as for `evaluate`.
             inductive: as for `evaluate`.
-            whole_curve: measure after every step; without it there is one point, after the last step.
+            whole_curve: measure after every step; otherwise once, after the last step.
 
         Returns:
             Losses and scores by task and step, and their means with confidence intervals.
