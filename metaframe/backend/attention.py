@@ -14,18 +14,30 @@ from metaframe.errors import InputTypeError
 class AttentionKernel(Protocol):
     """Another implementation of `nn.attention`, of arrays of one framework.
 
-    >>> from metaframe import nn, ops
+    >>> import torch
+    >>> from metaframe import nn
     >>> def first_value(query, key, value, *, mask, causal):
     ...     return value[..., :1, :]
-    >>> x = ops.asarray([[3.0]])
-    >>> ops.to_numpy(nn.attention(x, x, x, kernel=first_value)).tolist()
-    [[3.0]]
+    >>> x = torch.tensor([[3.0]])
+    >>> nn.attention(x, x, x, kernel=first_value)
+    tensor([[3.]])
     """
 
     def __call__(
         self, query: Array, key: Array, value: Array, *, mask: Array | None, causal: bool
     ) -> Array:
-        """The result, (..., queries, width out)."""
+        """Compute the attention.
+
+        Args:
+            query: (..., queries, width).
+            key: (..., keys, width).
+            value: (..., keys, width out).
+            mask: booleans that broadcast to (..., queries, keys), or None.
+            causal: query i sees the keys up to i and no others.
+
+        Returns:
+            An array of shape (..., queries, width out).
+        """
 
 
 _chosen: ContextVar[AttentionKernel | None] = ContextVar("attention_kernel", default=None)
@@ -50,15 +62,16 @@ def use_attention_kernel(kernel: AttentionKernel) -> Iterator[None]:
         kernel: `kernel(query, key, value, mask=..., causal=...)`, as for `nn.attention`.
 
     Raises:
-        InputTypeError: it is no function.
+        InputTypeError: `kernel` is not a function.
 
-    >>> from metaframe import nn, ops
+    >>> import torch
+    >>> from metaframe import nn
     >>> def first_value(query, key, value, *, mask, causal):
     ...     return value[..., :1, :]
-    >>> x = ops.asarray([[3.0], [5.0]])
+    >>> x = torch.tensor([[3.0], [5.0]])
     >>> with nn.use_attention_kernel(first_value):
-    ...     ops.to_numpy(nn.attention(x[:1], x, x)).tolist()
-    [[3.0]]
+    ...     nn.attention(x[:1], x, x)
+    tensor([[3.]])
     """
     if not callable(kernel):
         raise InputTypeError(f"kernel must be a function, received {type(kernel).__name__}.")

@@ -72,14 +72,14 @@ class Backend(Required):
     module_base: type | None = None
     """What a wrapper around this framework's models has to derive from, if anything."""
     compiles_quickly: bool = True
-    """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    """True if compiling is so cheap that a repeated step is compiled by default."""
     loops_in_programs: bool = False
     """True if a compiled program that loops over outer steps beats calling a program for each."""
     chunk_elements: int | None = None
     """On a CPU, how many elements tasks may have to be vectorised at once: their data, and a copy
     of the variables for each. More go in chunks of half of it. None if many cost no more each."""
     forward_needs_tangents: bool = False
-    """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
+    """True if `jvp` needs explicit zero tangents for constants, which costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
     """What a compiled program depends on. Every call of one asks it of every array."""
     conformance_gaps: Mapping[str, str] = MappingProxyType({})

@@ -29,10 +29,10 @@ class Forward:
         norm: what batch normalisation normalises by: "batch", the statistics of the examples in
             hand; "frozen", those in the state; "record", the examples' own, which the returned
             state then holds, with everything else as it was given; None leaves it to the model.
-        twice: will the result be differentiated twice? Kernels without a second derivative are
-            then avoided.
-        repeated: will the call be run again in a backward pass? A model that draws numbers from a
-            hidden stream is then an error, since the second draw would be another.
+        twice: True if the result will be differentiated twice. Kernels without a second derivative
+            are then avoided.
+        repeated: True if the call will be run again in a backward pass. A model that draws numbers
+            from a hidden stream is then refused, since the second draw would be another.
         training: training or evaluation mode, for everything but batch normalisation, such as
             dropout; None leaves it to the model. For models that are `switchable`. Keras has one
             switch for both, and this is it.
@@ -76,9 +76,13 @@ class BatchNorm(NamedTuple):
     """
 
     mean: str
+    """The running mean, in the state."""
     var: str
+    """The running variance, in the state."""
     scale: str | None = None
+    """The factor, in the parameters; None if there is none."""
     shift: str | None = None
+    """What is added last, in the parameters; None if there is none."""
 
 
 class NamedParameters(abc.ABC):

@@ -88,7 +88,15 @@ class MetaLearner(Wrapper):
 
     @entrance
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model with its meta-parameters, without adaptation."""
+        """The output of the model with its meta-parameters, without adaptation.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            What the model returns.
+        """
         forward = dataclasses.replace(self.config, norm=self._unadapted_norm()).forward("query")
         inputs = Inputs(args, kwargs, forward)
         return self._adapter.call(self._adapter.params(), self._adapter.state(), inputs)[0]
@@ -170,7 +178,10 @@ class MetaLearner(Wrapper):
         return parameters.left_out(self._adapter, self._learned)
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Set meta-parameters by name: in the model where it can be changed, in `module` else.
+        """Set meta-parameters: in the model where it can be changed, in `module` otherwise.
+
+        Args:
+            values: arrays by name, as `meta_parameters()` names them; others keep their values.
 
         Raises:
             InputError: an unknown name or another shape.
@@ -297,7 +308,10 @@ class MetaLearner(Wrapper):
         return dict(adapter.statistics) if isinstance(adapter, StepStatistics) else {}
 
     def assign_statistics(self, values: Mapping[str, Array]) -> None:
-        """Set `statistics`, all of them.
+        """Set the running statistics, all of them.
+
+        Args:
+            values: arrays by name, with the names and shapes of `statistics`.
 
         Raises:
             InputError: other names or shapes.
@@ -366,7 +380,14 @@ class MetaLearner(Wrapper):
         self.assign_statistics({n: decay * old[n] + (1 - decay) * found[n] for n in old})
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
-        """Adaptation to one task, step by step and as pure functions, for evaluations."""
+        """Adaptation to one task, step by step and as pure functions, for evaluations.
+
+        Args:
+            loss_fn: `loss_fn(prediction, target) -> scalar`, or a `TaskLoss`.
+
+        Returns:
+            An `Adaptation`.
+        """
         return Adaptation(self._setting(loss_fn), self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:

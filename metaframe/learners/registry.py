@@ -60,6 +60,9 @@ class Algorithm:
 def register_algorithm(algorithm: Algorithm) -> Algorithm:
     """Make an algorithm known by its name.
 
+    Args:
+        algorithm: its name, a sentence about it, and how it is built.
+
     Returns:
         The algorithm.
 

@@ -40,10 +40,13 @@ class Finding:
     """
 
     kind: Kind
+    """The name of the kind of fault, such as "not finite"."""
     where: str
     """The variable, task, step or way of running that is concerned; empty for all."""
     found: str
+    """What was measured."""
     advice: str
+    """What to do."""
     wrong: bool = True
     """False for what may be as it is meant to be."""
 
@@ -62,6 +65,7 @@ class Report:
     """
 
     findings: tuple[Finding, ...]
+    """What is wrong or worth knowing, worst first."""
     passed: tuple[str, ...]
     """What was looked at and found right."""
     unknown: tuple[str, ...]

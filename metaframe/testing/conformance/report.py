@@ -85,6 +85,7 @@ class ConformanceReport:
     """
 
     backend: str
+    """The name of the backend."""
     kept: tuple[str, ...]
     """Ids of the clauses that hold."""
     broken: dict[str, str]
