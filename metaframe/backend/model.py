@@ -107,7 +107,11 @@ class NamedParameters(abc.ABC):
 
     @abc.abstractmethod
     def write(self, params: Params) -> None:
-        """Make `params`, which are complete and of the right shapes, the model's parameters."""
+        """Make `params`, which are complete and of the right shapes, the model's parameters.
+
+        Args:
+            params: arrays by name, one for each parameter.
+        """
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters to learn. Default: all but integers and booleans.
@@ -122,6 +126,9 @@ class NamedParameters(abc.ABC):
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set parameters by name; those not named keep their values.
+
+        Args:
+            values: arrays by name.
 
         Raises:
             InputError: an unknown name, or another shape than the parameter's.
@@ -168,7 +175,16 @@ class ModelAdapter(NamedParameters):
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        """The model's output with these values in place of its own, and the state it leaves."""
+        """Call the model with other values in place of its own.
+
+        Args:
+            params: all parameters by name.
+            state: all of the state by name, as `state()` names it.
+            inputs: the arguments and how the model is called.
+
+        Returns:
+            `(output, state)`: the model's output, and the state it leaves.
+        """
 
     def state(self) -> Params:
         """Arrays that are no parameters: running statistics, random keys. Default: none."""
@@ -212,10 +228,17 @@ class ModelAdapter(NamedParameters):
         return value
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """Whether an attribute of `owner`, the model or a part of it, is of no use to a learner.
+        """Whether an attribute of the model or of a part of it is of no use to a learner.
 
         Such are what the framework gives every model to change it, or to list its own parameters.
         Default: none.
+
+        Args:
+            owner: the model or a part of it.
+            name: the name of the attribute.
+
+        Returns:
+            True for one that a learner does not pass on.
         """
         del owner, name
         return False
