@@ -179,7 +179,7 @@ class Backend(Required):
         return None
 
     def seed_from(self, generator: object) -> int | None:
-        """A seed below 2**63 drawn from a random generator of the framework; None for others."""
+        """A seed below 2**63 drawn from `generator`; None if it is not a generator of the framework."""
         del generator
         return None
 
@@ -344,7 +344,7 @@ class Backend(Required):
         return None
 
     def threads_for(self, elements: int) -> AbstractContextManager[object]:
-        """A training loop on a CPU, whose steps have so many elements in tasks and variables.
+        """A training loop on a CPU, whose steps have `elements` numbers in tasks and variables.
 
         For a framework whose threads would wait for each other in small programs. A number of
         threads that the user chose stays as it is.

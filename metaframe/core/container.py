@@ -88,7 +88,7 @@ class Container(dict[str, Any]):
         dict.__delitem__(holder, name)
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Take out what is at this key or key chain; `default`, if given, where nothing is."""
+        """Take out what is at `key`, which may be a key chain; `default`, if given, where nothing is."""
         if default and key not in self:
             return default[0]
         found = self[key]
@@ -100,7 +100,7 @@ class Container(dict[str, Any]):
         return isinstance(key, str) and _find(self, key) is not _MISSING
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value at this key or key chain, or `default`."""
+        """The value at `key`, which may be a key chain, or `default`."""
         found = _find(self, key)
         return default if found is _MISSING else found
 
@@ -136,7 +136,7 @@ class Container(dict[str, Any]):
             self[key] = value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """The value at `key`, where `default`, a nested dict converted, is put first if it is missing."""
+        """As `dict.setdefault`: the value at `key`, or else `default`, which is put there."""
         if key not in self:
             self[key] = default
         return self[key]

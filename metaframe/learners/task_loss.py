@@ -87,7 +87,15 @@ class TaskLoss:
         )
 
     def __call__(self, prediction: Any, target: Any) -> Any:
-        """The loss of the query set, without its aux."""
+        """The loss of the query set, without its aux.
+
+        Args:
+            prediction: what the model returned for the query set.
+            target: the query targets.
+
+        Returns:
+            A scalar.
+        """
         found = self.loss_fn(prediction, target)
         return checks.with_aux(found, "loss_fn")[0] if self.has_aux else found
 
