@@ -179,7 +179,7 @@ class Backend(Required):
         return None
 
     def seed_from(self, generator: object) -> int | None:
-        """A seed below 2**63 drawn from `generator`; None if it is not a generator of the framework."""
+        """A seed below 2**63 drawn from `generator`; None for generators of others."""
         del generator
         return None
 

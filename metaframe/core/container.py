@@ -88,7 +88,7 @@ class Container(dict[str, Any]):
         dict.__delitem__(holder, name)
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Take out what is at `key`, which may be a key chain; `default`, if given, where nothing is."""
+        """Take out what is at `key`, which may be a key chain; where nothing is, `default`."""
         if default and key not in self:
             return default[0]
         found = self[key]

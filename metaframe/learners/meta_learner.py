@@ -213,6 +213,9 @@ class MetaLearner(Wrapper):
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
+        `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
+        receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
+
         Args:
             loss_fn: `loss_fn(prediction, target) -> scalar`, pure. Pass the same function each
                 time: a new one is compiled anew.
@@ -234,9 +237,6 @@ class MetaLearner(Wrapper):
             has_aux: `loss_fn` returns `(scalar, aux)`, the aux any structure of arrays.
             statistics: report the mean and the variance that each batch normalisation takes of the
                 query set, under the adapted parameters, for running averages of your own.
-
-            `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
-            receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
