@@ -88,7 +88,7 @@ class Backend(Required):
     nn: NNTable
     """The portable layers, in native calls."""
     module_base: type | None = None
-    """What a wrapper around this framework's models has to derive from, if anything."""
+    """The class that a wrapper of this framework's models derives from, if it needs one."""
     compiles_quickly: bool = True
     """True if compiling is so cheap that a repeated step is compiled by default."""
     loops_in_programs: bool = False
@@ -99,7 +99,7 @@ class Backend(Required):
     forward_needs_tangents: bool = False
     """True if `jvp` needs explicit zero tangents for constants, which costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
-    """What a compiled program depends on. Every call of one asks it of every array."""
+    """The properties of an array that a compiled program depends on; asked in every call."""
     conformance_gaps: Mapping[str, str] = MappingProxyType({})
     """Promises that the framework cannot keep: patterns of clauses of the conformance suite
     (`metaframe.testing.conformance`), each with its reason."""
@@ -159,7 +159,7 @@ class Backend(Required):
         """The names `device=` accepts here."""
 
     def device_of(self, x: Array) -> str:
-        """Which of `devices` `x` lies on."""
+        """The device of `x`, by its name among `devices`."""
         return str(x.device)
 
     @abc.abstractmethod
@@ -506,7 +506,7 @@ class Backend(Required):
         del cls, flatten, unflatten
 
     def node(self, x: object) -> Node | None:
-        """How the framework's own transforms take `x` apart; None if `x` is a leaf to them."""
+        """The way the framework's own transforms take `x` apart; None for a leaf."""
         del x
         return None
 

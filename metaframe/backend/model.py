@@ -23,7 +23,7 @@ Norm = Literal["batch", "frozen", "record"]
 
 @dataclass(frozen=True)
 class Forward:
-    """How a model is called, apart from what it is called on. Checked when it is made.
+    """The way a model is called, apart from its inputs. Checked when it is made.
 
     Attributes:
         norm: what batch normalisation normalises by: "batch", the statistics of the examples in
@@ -82,7 +82,7 @@ class BatchNorm(NamedTuple):
     scale: str | None = None
     """The factor, in the parameters; None if there is none."""
     shift: str | None = None
-    """What is added last, in the parameters; None if there is none."""
+    """The shift, in the parameters; None if there is none."""
 
 
 class NamedParameters(abc.ABC):
@@ -97,7 +97,7 @@ class NamedParameters(abc.ABC):
     """
 
     model: Any
-    """What holds them, with the current values: the user's model."""
+    """The holder of the parameters, with their current values: the user's model."""
     backend: Any
     """The `Backend` of its arrays."""
 

@@ -183,6 +183,9 @@ class BackendInfo:
 def available_backends() -> tuple[BackendInfo, ...]:
     """Every known backend with version and devices. Imports the installed frameworks.
 
+    Returns:
+        One row for each backend, sorted by name.
+
     >>> [info.name for info in available_backends() if info.version is None]
     []
     """

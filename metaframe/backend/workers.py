@@ -22,7 +22,7 @@ Part = Callable[[Arrays, Any, AllSum], Arrays]
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that run together.
+    """The place of this process among those that run together.
 
     Attributes:
         process: its number, from 0.
@@ -120,6 +120,9 @@ class Workers(abc.ABC):
             shared: they hold the tasks of this process alone. Otherwise those of all, and are the
                 same in every process.
 
+        Returns:
+            What `part` returned.
+
         Raises:
             InputError: within a gradient or vmap, where the sum would be differentiated too.
         """
@@ -144,7 +147,11 @@ class Workers(abc.ABC):
         del text
 
     def last_word(self) -> str | None:
-        """The last message of a process that failed."""
+        """The last message that a process which failed has left.
+
+        Returns:
+            The message; None if there is none.
+        """
         return None
 
 

@@ -163,6 +163,9 @@ def add_decayed_weights(weight_decay: float = 0.0, mask: Any = None) -> Link:
         mask: which parameters decay, as `inner_v` of `unroll`: a key chain, several, or a nested
             mapping of booleans. All by default.
 
+    Returns:
+        A link without a state.
+
     Raises:
         InputError: a negative number.
         InputTypeError: from `update`, no `params` to decay.

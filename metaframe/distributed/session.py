@@ -26,7 +26,7 @@ PEERS = "METAFRAME_PEERS"
 
 
 def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Where this process stands, by the variables that torchrun sets; None if it runs alone.
+    """The place of this process, by the variables that torchrun sets; None if it runs alone.
 
     They are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, for every framework, and
     METAFRAME_PEERS for TensorFlow. `metaframe launch` sets all of them.

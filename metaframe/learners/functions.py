@@ -85,6 +85,9 @@ def functional_forward(
         buffers: arrays by name, as from `named_buffers`; the model's for those left out.
         kwargs: passed to the model's forward pass.
 
+    Returns:
+        What the model returns.
+
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
     >>> params = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
@@ -167,6 +170,9 @@ def adapt(
         first_order: see `inner_step`.
         adapt_names: see `inner_step`.
         allow_unused: see `inner_step`.
+
+    Returns:
+        The adapted parameters by name.
 
     Raises:
         InputError: fewer steps than one; otherwise as `inner_step`.

@@ -318,6 +318,9 @@ class Learner:
             lr: the learning rate of these steps, as `inner_lr` of `MAML`; default: that.
             call: `call(model, x) -> prediction`; default: `model(x)`.
 
+        Returns:
+            The learner, adapted.
+
         Raises:
             InputError: fewer steps than one; otherwise as `adapt`.
         """

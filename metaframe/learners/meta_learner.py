@@ -136,6 +136,9 @@ class MetaLearner(Wrapper):
             params: meta-parameters by name to start from instead of the current ones, as a
                 function that is being differentiated receives them.
 
+        Returns:
+            A learner whose parameters are a differentiable function of the meta-parameters.
+
         Raises:
             InputError: an unknown name.
         """
@@ -404,9 +407,11 @@ class MetaLearner(Wrapper):
         return {name: variables[name] for name in self.meta_parameters()}
 
     def constants(self) -> Meta:
-        """Inputs of a meta-gradient that are constants: other parameters, state, the schedule.
+        """Inputs of a meta-gradient that are not differentiated.
 
-        Of no record of operations, as `meta_arrays`.
+        Returns:
+            By kind, "params" (the other parameters), "state", "schedule" and "learned", detached
+            arrays by name.
         """
         params = self._adapter.params()
         meta = frozenset(parameters.trainable(self._adapter, params))

@@ -62,6 +62,9 @@ def functional(model: Any, *, norm: Norm | None = None) -> FunctionalModel:
         model: see the module.
         norm: what batch normalisation uses, see `Forward`; default: as the model itself says.
 
+    Returns:
+        A pure function, the model's parameters and its state.
+
     Raises:
         InputTypeError: not a model.
         InputError: a model without weights yet, or an unknown policy.

@@ -78,6 +78,9 @@ def digits_sampler(
         device: as for `IndexedSampler`.
         dtype: as for `IndexedSampler`.
 
+    Returns:
+        A sampler of 8x8 images with one channel.
+
     >>> digits_sampler(split="test").task(0)
     Task(support_x=(5, 8, 8, 1), support_y=(5,), query_x=(75, 8, 8, 1), query_y=(75,))
     """

@@ -39,7 +39,7 @@ Rows = np.ndarray[Any, np.dtype[np.intp]]
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Which classes belong to which split.
+    """The classes of each split.
 
     Args:
         train: class labels as they occur in `labels`; may be empty.
@@ -92,6 +92,9 @@ def split_classes(
             are rounded down, and with a sum of 1 the classes left over go to train.
         seed: decides the division; nothing else does. It is separate from the samplers' seeds,
             so that training and testing with two seeds cannot mix classes.
+
+    Returns:
+        Three disjoint groups of labels.
 
     Raises:
         InputError: sizes that do not fit the number of classes.
@@ -201,7 +204,7 @@ class FewShotSampler(BatchedSampler):
 
     @property
     def num_classes(self) -> int:
-        """How many classes this split has, rotations included."""
+        """The number of classes of this split, rotations included."""
         return len(self._members) * (ROTATIONS if self.rotations else 1)
 
     def _check_enough(self) -> None:

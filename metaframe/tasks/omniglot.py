@@ -155,6 +155,9 @@ def load_omniglot(
             (659), or several of them. All of Omniglot is ("background", "evaluation").
         size: side of the images in pixels, 1 to 105.
 
+    Returns:
+        The drawings (N, size, size, 1), their labels (N,) and the names of the characters.
+
     Raises:
         InputError: a missing, damaged or unexpected file, naming it and what to do.
         UnknownKeyError: no such part.
@@ -201,6 +204,9 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
     Args:
         path: directory with all_runs.zip, or with the folder extracted from it.
         size: side of the images in pixels, 1 to 105.
+
+    Returns:
+        The runs, with (20, size, size, 1) drawings each for training and for test.
 
     Raises:
         InputError: a missing, damaged or unexpected file, naming it and what to do.

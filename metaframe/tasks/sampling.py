@@ -49,6 +49,9 @@ def task_rng(seed: int, split: Split, index: int) -> np.random.Generator:
         split: "train", "validation" or "test".
         index: which task, 0 <= index < 2**64.
 
+    Returns:
+        A NumPy generator, the same one for the same arguments.
+
     Raises:
         InputError: unknown split, or a number out of range.
 
@@ -137,6 +140,9 @@ def choices(numbers: Numbers, sizes: Any) -> Order:
     Args:
         numbers: `(rows, k)`, in [0, 1).
         sizes: `(rows,)` or one number for all, at least k.
+
+    Returns:
+        Integers (rows, k).
 
     >>> choices(np.array([[0.0, 0.0], [0.99, 0.99]]), 5).tolist()
     [[0, 1], [4, 0]]
@@ -399,7 +405,11 @@ class IndexedSampler(abc.ABC):
         return stack_tasks([self.draw(self.rng(i)) for i in indices])
 
     def state(self) -> dict[str, int | str]:
-        """The position for `restore`, as plain values for a checkpoint."""
+        """The position for `restore`, as plain values for a checkpoint.
+
+        Returns:
+            The "seed", the "split" and the "position".
+        """
         return {"seed": self.seed, "split": self.split, "position": self._position}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -487,7 +497,7 @@ class BatchedSampler(IndexedSampler):
     @property
     @abc.abstractmethod
     def numbers(self) -> int:
-        """How many random numbers a task is made of."""
+        """The number of random numbers that a task takes."""
 
     @abc.abstractmethod
     def draw_batch(self, numbers: Numbers) -> Task:

@@ -44,9 +44,9 @@ class Finding:
     where: str
     """The variable, task, step or way of running that is concerned; empty for all."""
     found: str
-    """What was measured."""
+    """The measurement that shows it."""
     advice: str
-    """What to do."""
+    """The remedy."""
     wrong: bool = True
     """False for what may be as it is meant to be."""
 
@@ -65,11 +65,11 @@ class Report:
     """
 
     findings: tuple[Finding, ...]
-    """What is wrong or worth knowing, worst first."""
+    """The faults and remarks, worst first."""
     passed: tuple[str, ...]
-    """What was looked at and found right."""
+    """The checks that passed."""
     unknown: tuple[str, ...]
-    """What could not be told, and why."""
+    """The checks that could not be made, and why."""
 
     @property
     def ok(self) -> bool:

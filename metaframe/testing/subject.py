@@ -28,7 +28,7 @@ Step = Callable[[tree.Tree, tree.Tree], Any]
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How the variables adapt to a task before the cost is taken.
+    """The adaptation of the variables to a task, before the cost is taken.
 
     Args:
         steps: inner steps, 0 or more.

@@ -50,7 +50,7 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        """Where the training is: arrays by name, and plain values."""
+        """The state of the training: arrays by name, and plain values."""
         ...
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How steps and evaluations run; none of it changes the numbers beyond rounding.
+    """The way steps and evaluations run; none of it changes the numbers beyond rounding.
 
     Attributes:
         task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",

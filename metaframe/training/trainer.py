@@ -255,11 +255,18 @@ class MetaTrainer:
 
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
+
+        Returns:
+            The mean over the tasks.
         """
         return self.evaluated(tasks).loss.mean
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
+        """The state of the training, for a checkpoint. See `save_checkpoint`.
+
+        Returns:
+            `(arrays, plain)`: NumPy arrays by name, and plain values that can be written as JSON.
+        """
         backend, meta = self.maml.backend, self.maml.meta_parameters()
         optimizer, plain = self.outer.state()
         arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}

@@ -435,7 +435,16 @@ def keyed_by_names(spec: TreeSpec) -> bool:
 def register_dataclass(cls: type[T]) -> type[T]:
     """Make a dataclass a node whose fields are its children. Usable as a decorator.
 
-    Fields with `init=False` are no children: the class computes them anew.
+    Fields with `init=False` are not children: the class computes them anew.
+
+    Args:
+        cls: the dataclass.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        InputError: `cls` is not a dataclass.
 
     >>> @register_dataclass
     ... @dataclasses.dataclass

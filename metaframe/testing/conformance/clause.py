@@ -83,7 +83,7 @@ class Clause:
     id: str
     """Its name, such as "arrays/devices"."""
     promise: str
-    """What a backend promises, in a sentence."""
+    """The promise, in a sentence."""
     check: Check = field(repr=False)
     """`check(bench)` raises `AssertionError` where the promise is not kept."""
     compiles: bool = False
