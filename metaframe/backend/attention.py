@@ -62,7 +62,7 @@ def use_attention_kernel(kernel: AttentionKernel) -> Iterator[None]:
         kernel: `kernel(query, key, value, mask=..., causal=...)`, as for `nn.attention`.
 
     Raises:
-        InputTypeError: `kernel` is not a function.
+        InputTypeError: it is no function.
 
     >>> import torch
     >>> from metaframe import nn

@@ -136,8 +136,8 @@ class Returned:
 class Part:
     """Some of the leaves of a structure: taken out, and put back among the others.
 
-    >>> from metaframe.tree import flatten
     >>> from metaframe.tree.choice import flags
+    >>> from metaframe.tree.nodes import flatten, structure
     >>> leaves, spec = flatten({"a": 1, "b": 2, "c": 3})
     >>> part = Part(spec, flags(spec, ["a", "c"]))
     >>> part.divide(leaves)
