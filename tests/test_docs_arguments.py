@@ -1,4 +1,4 @@
-"""The docstring of every public callable names each of its arguments.
+"""Docstrings name every argument of a public callable, and say what a function returns.
 
 An argument is named where it has an entry (`name: ...`) or stands in code (`` `name` ``): in the
 callable's own docstring, or in one that goes with it. With a method go those of the base classes
@@ -19,6 +19,7 @@ from typing import Any
 from public_surface import FACES, members, names
 
 PASSED_ON = ("self", "cls", "args", "kwargs")
+NOTHING = ("None", "Iterator[None]", "NoReturn")
 CONVENTIONS = re.compile(r"^In every method .*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -91,6 +92,19 @@ def test_every_argument_is_named() -> None:
     assert len(found) > 400
     missing = [f"{path}: {', '.join(lacking)}" for path, lacking in found.values() if lacking]
     assert not missing, "\n".join(["docstrings that do not name an argument:", *missing])
+
+
+def test_every_result_is_described() -> None:
+    """That of functions; a method's first line may say what it returns."""
+    functions = [found for found in callables() if inspect.isfunction(found[1])]
+    missing = [
+        path
+        for path, value, text in functions
+        if path.rpartition(".")[0] in FACES
+        and inspect.get_annotations(value).get("return") not in NOTHING
+        and not re.search(r"^(Returns|Yields):$", text, re.MULTILINE)
+    ]
+    assert not missing, f"no Returns: or Yields: in the docstrings of {missing}"
 
 
 def test_a_name_in_prose_is_not_enough() -> None:

@@ -89,7 +89,10 @@ def register_algorithm(algorithm: Algorithm) -> Algorithm:
 
 
 def algorithms() -> dict[str, Algorithm]:
-    """Every algorithm by its name: those of metaframe, of other packages and of this process.
+    """The known algorithms: those of metaframe, of other packages and of this process.
+
+    Returns:
+        Algorithms by name.
 
     Raises:
         MetaframeError: an installed package registers what cannot be.

@@ -126,6 +126,9 @@ def check_backend(name: str, *patterns: str) -> ConformanceReport:
         name: a built-in backend, or a registered one.
         patterns: which clauses, such as "ops/*"; default: all of them, which takes minutes.
 
+    Returns:
+        The clauses that hold, those that do not, and the declared gaps.
+
     Raises:
         BackendError, UnknownKeyError: the backend cannot be loaded; one that lacks a method says
             which.
