@@ -114,6 +114,11 @@ class BackendNotInstalledError(BackendError, ImportError):
 class MissingDependencyError(MetaframeError, ImportError):
     """Something optional, such as a data set or a log, needs a package that is not installed.
 
+    Args:
+        what: what needs the package, such as "Omniglot".
+        package: the name of the package.
+        install: the command that installs it.
+
     >>> str(MissingDependencyError("Omniglot", "Pillow", "pip install pillow"))
     'Omniglot needs Pillow, which is not installed. Run: pip install pillow'
     """

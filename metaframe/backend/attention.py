@@ -26,7 +26,18 @@ class AttentionKernel(Protocol):
     def __call__(
         self, query: Array, key: Array, value: Array, *, mask: Array | None, causal: bool
     ) -> Array:
-        """The result, (..., queries, width out)."""
+        """Compute the attention.
+
+        Args:
+            query: (..., queries, width).
+            key: (..., keys, width).
+            value: (..., keys, width out).
+            mask: booleans that broadcast to (..., queries, keys), or None.
+            causal: query i sees the keys up to i and no others.
+
+        Returns:
+            An array of shape (..., queries, width out).
+        """
 
 
 _chosen: ContextVar[AttentionKernel | None] = ContextVar("attention_kernel", default=None)

@@ -40,13 +40,26 @@ class NativeOptimizer(Protocol):
     """An optimizer that holds its own state and changes variables in place."""
 
     def step(self, variables: dict[str, Any], grads: dict[str, Array]) -> None:
-        """Update `variables` by `grads`, both by name."""
+        """Update variables in place.
+
+        Args:
+            variables: the framework's variables by name.
+            grads: their gradients by name.
+        """
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], Any]:
         """The state for a checkpoint: arrays by name, and plain values."""
 
     def restore(self, arrays: dict[str, np.ndarray[Any, Any]], plain: Any) -> None:
-        """Go on from what `state` returned; all of it, or a `CheckpointError` and nothing."""
+        """Go on from what `state` returned: all of it, or nothing.
+
+        Args:
+            arrays: the arrays by name that `state` returned.
+            plain: the plain values that `state` returned.
+
+        Raises:
+            CheckpointError: values that do not fit this optimizer; nothing is changed then.
+        """
 
 
 class Backend(Required):
@@ -54,6 +67,11 @@ class Backend(Required):
 
     A method without a body is required. The others have a correct default, which a backend
     overrides only to be faster or to use less memory.
+
+    In every method `x` is an array of the framework and `xs` a flat tuple of arrays; `tangents`
+    has one for each of `xs`, and `cotangents` one for each output. `fn` is a pure function from a
+    tuple of arrays to a tuple of arrays, unless its type says otherwise. `carry` is the tuple that
+    a loop hands from one turn to the next, and `values` holds arrays by name.
 
     >>> from metaframe.backend.registry import load_backend
     >>> backend = load_backend("torch")
@@ -70,18 +88,18 @@ class Backend(Required):
     nn: NNTable
     """The portable layers, in native calls."""
     module_base: type | None = None
-    """What a wrapper around this framework's models has to derive from, if anything."""
+    """The class that a wrapper of this framework's models derives from, if it needs one."""
     compiles_quickly: bool = True
-    """Is compiling so cheap that a repeated step is compiled unless told otherwise?"""
+    """True if compiling is so cheap that a repeated step is compiled by default."""
     loops_in_programs: bool = False
     """True if a compiled program that loops over outer steps beats calling a program for each."""
     chunk_elements: int | None = None
     """On a CPU, how many elements tasks may have to be vectorised at once: their data, and a copy
     of the variables for each. More go in chunks of half of it. None if many cost no more each."""
     forward_needs_tangents: bool = False
-    """Has `jvp` to be told that what does not move has a tangent of zeros? That costs memory."""
+    """True if `jvp` needs explicit zero tangents for constants, which costs memory."""
     signature: Callable[[Array], Hashable] = operator.attrgetter("shape", "dtype", "device")
-    """What a compiled program depends on. Every call of one asks it of every array."""
+    """The properties of an array that a compiled program depends on; asked in every call."""
     conformance_gaps: Mapping[str, str] = MappingProxyType({})
     """Promises that the framework cannot keep: patterns of clauses of the conformance suite
     (`metaframe.testing.conformance`), each with its reason."""
@@ -99,7 +117,19 @@ class Backend(Required):
 
     @abc.abstractmethod
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
-        """`x` (own or neutral) as an array; `None` keeps the dtype and the device."""
+        """`x` (own or neutral) as an array; `None` keeps the dtype and the device.
+
+        Args:
+            x: an array of the framework, a NumPy array, a number or nested lists of numbers.
+            dtype: a NumPy name.
+            device: one of `devices`.
+
+        Returns:
+            An array of the framework.
+
+        Raises:
+            BackendError: an unknown device.
+        """
 
     @abc.abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
@@ -107,7 +137,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def dtype_name(self, x: Array) -> str:
-        """The NumPy name of the dtype, such as "float32"."""
+        """The NumPy name of the dtype of `x`, such as "float32"."""
 
     @abc.abstractmethod
     def is_floating(self, x: Array) -> bool:
@@ -129,7 +159,7 @@ class Backend(Required):
         """The names `device=` accepts here."""
 
     def device_of(self, x: Array) -> str:
-        """Which of `devices` `x` lies on."""
+        """The device of `x`, by its name among `devices`."""
         return str(x.device)
 
     @abc.abstractmethod
@@ -149,7 +179,7 @@ class Backend(Required):
         return None
 
     def seed_from(self, generator: object) -> int | None:
-        """A seed below 2**63 drawn from a random generator of the framework; None for others."""
+        """A seed below 2**63 drawn from `generator`; None for generators of others."""
         del generator
         return None
 
@@ -176,8 +206,13 @@ class Backend(Required):
     ) -> Callable[[Arrays], tuple[Array, Arrays, Arrays]]:
         """`xs -> (scalar, aux, gradients)`, nestable to any depth.
 
-        An input that the scalar does not depend on gets a gradient of zeros. When it depends on
-        none of them, `on_disconnected` is called (it raises the caller's error).
+        Args:
+            fn: `xs -> (scalar, aux)`; the aux is a tuple of arrays.
+            on_disconnected: called when the scalar depends on none of `xs`; it raises the caller's
+                error. Default: the gradients are zeros.
+
+        Returns:
+            The function. An input that the scalar does not depend on gets a gradient of zeros.
         """
 
     @abc.abstractmethod
@@ -194,9 +229,16 @@ class Backend(Required):
     ) -> ArraysFn:
         """`forward`, differentiated by `backward(xs, cotangents)` and storing only `xs`.
 
-        `backward` returns None for an input that is not differentiable. What `forward` closes over
-        may be differentiated too: a backend either adds its cotangent, or names it in
-        `hidden_inputs`, or raises an error.
+        What `forward` closes over may be differentiated too: a backend either adds its cotangent,
+        or names it in `hidden_inputs`, or raises an error.
+
+        Args:
+            forward: a function from arrays to arrays.
+            backward: `backward(xs, cotangents) -> cotangents of xs`, with None for an input that is
+                not differentiable.
+
+        Returns:
+            A function with the values of `forward` and the derivative `backward`.
         """
 
     def checkpoint(self, fn: ArraysFn) -> ArraysFn:
@@ -283,6 +325,14 @@ class Backend(Required):
         """`fn` compiled as a whole for arrays like `examples`.
 
         It is traced before this returns, so that an error in it is raised here.
+
+        Args:
+            fn: a function from arrays to arrays.
+            examples: arrays with the shapes, dtypes and devices of the arguments; their values do
+                not matter.
+
+        Returns:
+            The compiled function.
         """
 
     def ambient(self) -> Hashable:
@@ -294,7 +344,7 @@ class Backend(Required):
         return None
 
     def threads_for(self, elements: int) -> AbstractContextManager[object]:
-        """A training loop on a CPU, whose steps have so many elements in tasks and variables.
+        """A training loop on a CPU, whose steps have `elements` numbers in tasks and variables.
 
         For a framework whose threads would wait for each other in small programs. A number of
         threads that the user chose stays as it is.
@@ -331,10 +381,19 @@ class Backend(Required):
         """Whether `error` was raised because traced code asked an array for its value."""
 
     def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
-        """Run `carry, y = fn(carry, x)` over the leading axis of `xs`; return carry, stacked ys.
+        """Run `carry, y = fn(carry, x)` over the leading axis of `xs`.
 
         The default is a Python loop: right everywhere, and for a framework without a compiled
         loop the only form there is.
+
+        Args:
+            fn: one turn: a carry and a row of every array of `xs` to the next carry and a tuple of
+                ys.
+            carry: what the first turn gets.
+            xs: arrays with the same leading axis, of at least one row.
+
+        Returns:
+            The last carry, and the ys stacked along a leading axis.
         """
         rows = []
         for i in range(xs[0].shape[0]):
@@ -350,10 +409,21 @@ class Backend(Required):
         first: Array,
         count: Array,
     ) -> tuple[Arrays, Arrays]:
-        """`scan` over `count` rows from row `first` alone, integer arrays; other ys are undefined.
+        """`scan` over some rows alone.
 
         With `loops_in_programs`, `fn` computes the same bits whatever `count` and the number of
         rows are. The default implementation needs to know the values of `first` and `count`.
+
+        Args:
+            fn: one turn, as for `scan`.
+            carry: what the first turn gets.
+            xs: arrays with the same leading axis.
+            first: the first row, an integer array without axes.
+            count: how many rows, an integer array without axes.
+
+        Returns:
+            The last carry, and ys with a leading axis as long as that of `xs`; those of other rows
+            are undefined.
         """
         start, number = int(self.to_numpy(first)), int(self.to_numpy(count))
         carry, ys = self.scan(fn, carry, tuple(x[start : start + number] for x in xs))
@@ -368,10 +438,16 @@ class Backend(Required):
     def mapped_value_and_grad(self, fn: TaskCost) -> MappedGradient:
         """`(xs, held, tasks) -> (scalars, aux, gradients with respect to xs)`.
 
-        They are those of `fn(xs, held, task)`. Tasks are mapped over the leading axis; scalars and
-        aux come stacked, gradients summed. What is `held` may be differentiated from outside.
         The default takes one gradient a task. The gradient of the sum over a `vmap` is the same
         number for less work, for a framework where that is safe.
+
+        Args:
+            fn: `fn(xs, held, task) -> (scalar, aux)` of one task. What is `held` may be
+                differentiated from outside.
+
+        Returns:
+            The function. Tasks are mapped over the leading axis; scalars and aux come stacked, and
+            gradients are summed.
         """
 
         def of_tasks(xs: Arrays, held: Arrays, tasks: Arrays) -> tuple[Array, Arrays, Arrays]:
@@ -411,7 +487,7 @@ class Backend(Required):
         return carry, tuple(self.ops.stack(column) for column in zip(*found, strict=True))
 
     def unstack(self, x: Array) -> Sequence[Array]:
-        """The rows of an array, in a form whose gradient costs no more than the array."""
+        """The rows of `x`, in a form whose gradient costs no more than the array."""
         return [x[k] for k in range(x.shape[0])]
 
     def register_node(
@@ -420,11 +496,17 @@ class Backend(Required):
         flatten: Callable[[Any], tuple[list[Any], tuple[str, ...], tuple[str, ...]]],
         unflatten: Callable[[Any, Iterable[Any]], Any],
     ) -> None:
-        """Let the framework's own transforms take `cls` apart, if it has such a registry."""
+        """Let the framework's own transforms take a class apart, if it has such a registry.
+
+        Args:
+            cls: the class.
+            flatten: `flatten(node) -> (children, metadata, keys)`.
+            unflatten: `unflatten(metadata, children) -> node`.
+        """
         del cls, flatten, unflatten
 
     def node(self, x: object) -> Node | None:
-        """How the framework's own transforms take `x` apart; None if `x` is a leaf to them."""
+        """The way the framework's own transforms take `x` apart; None for a leaf."""
         del x
         return None
 
@@ -433,7 +515,11 @@ class Backend(Required):
         return {}
 
     def restore_random_state(self, state: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Go on from what `random_state` returned."""
+        """Put the framework's hidden random streams back.
+
+        Args:
+            state: what `random_state` returned on this backend.
+        """
         del state
 
     # -- many processes or devices ---------------------------------------------------------
@@ -445,8 +531,14 @@ class Backend(Required):
     def join(self, place: Place) -> AbstractContextManager[object]:
         """Start the framework's engine in this process, for a block of code.
 
+        Args:
+            place: where this process stands among the others.
+
+        Returns:
+            A context manager; at its end the engine stops.
+
         Raises:
-            BackendError: it has none.
+            BackendError: the framework has no engine.
         """
         raise BackendError(f"backend {self.name!r} has no engine for several processes.")
 
@@ -463,11 +555,15 @@ class Backend(Required):
         return None
 
     def run_foreign(self, run: Callable[[], T], *, twice: bool) -> tuple[T, Sequence[Any]]:
-        """`run()`, which calls a model of another library that computes with this framework.
+        """Call a model of another library that computes with this framework.
 
-        With `twice` its result can be differentiated twice. What comes with the result are the
-        framework's own trainable variables that were read meanwhile; none for a framework whose
-        parameters are arrays like others.
+        Args:
+            run: a function without arguments that calls the model.
+            twice: whether its result has to be differentiable twice.
+
+        Returns:
+            `(result, variables)`: what `run` returned, and the framework's own trainable variables
+            that were read meanwhile; none for a framework whose parameters are arrays like others.
         """
         del twice
         return run(), ()
@@ -498,10 +594,20 @@ class Backend(Required):
     def loss_gradient(
         self, loss: Array | ObjectiveFn, xs: Arrays, *, first_order: bool
     ) -> tuple[Array | None, ...]:
-        """Gradients of one inner step, constants with `first_order`; None for unused inputs.
+        """Gradients of one inner step.
 
-        `loss` is a function of `xs`, or, where operations are recorded as they happen, a value
-        computed from them. An unused input may get zeros instead of None, but not if all are.
+        Args:
+            loss: a function `xs -> scalar`; where operations are recorded on a tape, also a scalar
+                computed from `xs`.
+            xs: the arrays to differentiate by.
+            first_order: whether the gradients are constants.
+
+        Returns:
+            One gradient for each of `xs`. For an unused input it is None, or zeros if another one
+            is used.
+
+        Raises:
+            InputTypeError: `loss` is an array, and the framework keeps no tape.
         """
         if not callable(loss):
             raise InputTypeError(

@@ -23,16 +23,16 @@ Norm = Literal["batch", "frozen", "record"]
 
 @dataclass(frozen=True)
 class Forward:
-    """How a model is called, apart from what it is called on. Checked when it is made.
+    """The way a model is called, apart from its inputs. Checked when it is made.
 
     Attributes:
         norm: what batch normalisation normalises by: "batch", the statistics of the examples in
             hand; "frozen", those in the state; "record", the examples' own, which the returned
             state then holds, with everything else as it was given; None leaves it to the model.
-        twice: will the result be differentiated twice? Kernels without a second derivative are
-            then avoided.
-        repeated: will the call be run again in a backward pass? A model that draws numbers from a
-            hidden stream is then an error, since the second draw would be another.
+        twice: True if the result will be differentiated twice. Kernels without a second derivative
+            are then avoided.
+        repeated: True if the call will be run again in a backward pass. A model that draws numbers
+            from a hidden stream is then refused, since the second draw would be another.
         training: training or evaluation mode, for everything but batch normalisation, such as
             dropout; None leaves it to the model. For models that are `switchable`. Keras has one
             switch for both, and this is it.
@@ -76,9 +76,13 @@ class BatchNorm(NamedTuple):
     """
 
     mean: str
+    """The running mean, in the state."""
     var: str
+    """The running variance, in the state."""
     scale: str | None = None
+    """The factor, in the parameters; None if there is none."""
     shift: str | None = None
+    """The shift, in the parameters; None if there is none."""
 
 
 class NamedParameters(abc.ABC):
@@ -93,7 +97,7 @@ class NamedParameters(abc.ABC):
     """
 
     model: Any
-    """What holds them, with the current values: the user's model."""
+    """The holder of the parameters, with their current values: the user's model."""
     backend: Any
     """The `Backend` of its arrays."""
 
@@ -103,7 +107,11 @@ class NamedParameters(abc.ABC):
 
     @abc.abstractmethod
     def write(self, params: Params) -> None:
-        """Make `params`, which are complete and of the right shapes, the model's parameters."""
+        """Make `params`, which are complete and of the right shapes, the model's parameters.
+
+        Args:
+            params: arrays by name, one for each parameter.
+        """
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters to learn. Default: all but integers and booleans.
@@ -118,6 +126,9 @@ class NamedParameters(abc.ABC):
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Set parameters by name; those not named keep their values.
+
+        Args:
+            values: arrays by name.
 
         Raises:
             InputError: an unknown name, or another shape than the parameter's.
@@ -164,7 +175,16 @@ class ModelAdapter(NamedParameters):
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
-        """The model's output with these values in place of its own, and the state it leaves."""
+        """Call the model with other values in place of its own.
+
+        Args:
+            params: all parameters by name.
+            state: all of the state by name, as `state()` names it.
+            inputs: the arguments and how the model is called.
+
+        Returns:
+            `(output, state)`: the model's output, and the state it leaves.
+        """
 
     def state(self) -> Params:
         """Arrays that are no parameters: running statistics, random keys. Default: none."""
@@ -208,10 +228,17 @@ class ModelAdapter(NamedParameters):
         return value
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """Whether an attribute of `owner`, the model or a part of it, is of no use to a learner.
+        """Whether an attribute of the model or of a part of it is of no use to a learner.
 
         Such are what the framework gives every model to change it, or to list its own parameters.
         Default: none.
+
+        Args:
+            owner: the model or a part of it.
+            name: the name of the attribute.
+
+        Returns:
+            True for one that a learner does not pass on.
         """
         del owner, name
         return False

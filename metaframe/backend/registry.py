@@ -66,6 +66,12 @@ def known_backends() -> dict[str, _Source]:
 def load_backend(name: str) -> Backend:
     """The backend called `name`, importing its framework.
 
+    Args:
+        name: "torch", "jax", "tensorflow", or a backend registered by another package.
+
+    Returns:
+        The backend, one object for each name.
+
     Raises:
         UnknownKeyError: no such backend, with the nearest name.
         BackendNotInstalledError: its framework is missing, with the command that installs it.
@@ -165,16 +171,20 @@ class BackendInfo:
     """
 
     name: str
+    """The name to select the backend by."""
     version: str | None
-    """None if the framework is not installed."""
+    """The version of the framework; None if it is not installed."""
     devices: tuple[str, ...]
-    """None of them if the backend cannot be loaded, which a warning says."""
+    """The names that `device=` accepts; empty if the backend cannot be loaded, with a warning."""
     install: str
     """The command that installs the framework."""
 
 
 def available_backends() -> tuple[BackendInfo, ...]:
     """Every known backend with version and devices. Imports the installed frameworks.
+
+    Returns:
+        One row for each backend, sorted by name.
 
     >>> [info.name for info in available_backends() if info.version is None]
     []

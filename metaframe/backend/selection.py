@@ -290,6 +290,19 @@ def use_backend(
 ) -> Iterator[Backend]:
     """`set_backend` for a block of code, in this thread or async task only.
 
+    Args:
+        name: as for `set_backend`.
+        device: as for `set_backend`.
+        dtype: as for `set_backend`.
+
+    Yields:
+        The backend.
+
+    Raises:
+        UnknownKeyError, BackendNotInstalledError: see `load_backend`.
+        InputError: an unknown dtype.
+        BackendError: an unknown device, or a dtype that is switched off.
+
     >>> with use_backend("jax") as backend:
     ...     current_backend().name
     'jax'
@@ -301,6 +314,16 @@ def use_backend(
 
 def current_backend(*arrays: object) -> Backend:
     """The backend a call with `arrays` would run on; without arrays, the selected one.
+
+    Args:
+        arrays: arrays of one framework; NumPy arrays and numbers belong to none.
+
+    Returns:
+        The backend.
+
+    Raises:
+        InputTypeError: arrays of two frameworks, or of another one than selected.
+        BackendError: only neutral inputs and no backend selected.
 
     >>> import torch
     >>> current_backend(torch.ones(2)).name

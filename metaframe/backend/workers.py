@@ -22,7 +22,7 @@ Part = Callable[[Arrays, Any, AllSum], Arrays]
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that run together.
+    """The place of this process among those that run together.
 
     Attributes:
         process: its number, from 0.
@@ -47,9 +47,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """Says that a batch holds one process's part of `num_tasks` tasks, as `Workers.share` gives it.
+    """Says that a batch holds one process's part of the tasks, as `Workers.share` gives it.
 
     For `distributed=` where drawing or placing the whole batch in every process costs too much.
+
+    Args:
+        num_tasks: how many tasks the processes have in all.
 
     >>> Share(num_tasks=32).num_tasks
     32
@@ -85,11 +88,25 @@ class Workers(abc.ABC):
         return self.process == 0
 
     def padded(self, num_tasks: int) -> int:
-        """So many places for tasks are there when every worker has the same number of them."""
+        """The number of places for tasks when every worker has the same number of them.
+
+        Args:
+            num_tasks: how many tasks there are in all.
+
+        Returns:
+            `num_tasks` rounded up to a multiple of the number of workers.
+        """
         return -(-num_tasks // self.count) * self.count
 
     def share(self, num_tasks: int) -> list[int]:
-        """The numbers of the tasks that this process runs; of places too many, the last one's."""
+        """The numbers of the tasks that this process runs.
+
+        Args:
+            num_tasks: how many tasks there are in all.
+
+        Returns:
+            Indices from 0, as many in every process. Places beyond the last task repeat it.
+        """
         each = self.padded(num_tasks) // self.processes
         return [min(self.process * each + i, num_tasks - 1) for i in range(each)]
 
@@ -103,20 +120,38 @@ class Workers(abc.ABC):
             shared: they hold the tasks of this process alone. Otherwise those of all, and are the
                 same in every process.
 
+        Returns:
+            What `part` returned.
+
         Raises:
             InputError: within a gradient or vmap, where the sum would be differentiated too.
         """
 
     @abc.abstractmethod
     def tell(self, text: str) -> list[str]:
-        """The texts of all processes, in their order. Waits for all of them."""
+        """Exchange texts with all processes; waits for all of them.
+
+        Args:
+            text: the text of this process.
+
+        Returns:
+            The texts of all processes, in their order.
+        """
 
     def leave_word(self, text: str) -> None:
-        """Leave a last word for the others, if the engine keeps any."""
+        """Leave a last message for the other processes, if the engine keeps any.
+
+        Args:
+            text: the message.
+        """
         del text
 
     def last_word(self) -> str | None:
-        """The last message of a process that failed."""
+        """The last message that a process which failed has left.
+
+        Returns:
+            The message; None if there is none.
+        """
         return None
 
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, see `metaframe --help`."""
+    """Run the command.
+
+    Args:
+        argv: the arguments after the command's name, such as `["demo", "--seed", "0"]`. Default:
+            those of the process.
+
+    Returns:
+        The exit code, see `metaframe --help`.
+    """
     from metaframe.cli.app import run
 
     # Most of what TensorFlow notes about the processor and XLA would stand between the lines of

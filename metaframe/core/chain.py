@@ -115,11 +115,17 @@ def clip(*, norm: float | None = None, value: float | None = None) -> Link:
     """A link that clips, by element and then by global norm.
 
     Args:
-        norm: as for `clip_by_global_norm`; `optax.clip_by_global_norm` is this link.
-        value: as for `clip_by_value`; `optax.clip` is this link.
+        norm: the limit of the global norm, as for `clip_by_global_norm`;
+            `optax.clip_by_global_norm` is this link. Default: none.
+        value: the limit of an element, as for `clip_by_value`; `optax.clip` is this link.
+            Default: none.
+
+    Returns:
+        A link without a state.
 
     Raises:
         InputError: neither limit is given, or one that is not above 0.
+        InputTypeError: a limit is not a number.
 
     >>> import torch
     >>> from metaframe import optim
@@ -157,6 +163,9 @@ def add_decayed_weights(weight_decay: float = 0.0, mask: Any = None) -> Link:
         mask: which parameters decay, as `inner_v` of `unroll`: a key chain, several, or a nested
             mapping of booleans. All by default.
 
+    Returns:
+        A link without a state.
+
     Raises:
         InputError: a negative number.
         InputTypeError: from `update`, no `params` to decay.
@@ -190,8 +199,16 @@ def _decayed(
 def clip_by_value(grads: Grads, limit: float) -> Grads:
     """Every element limited to `[-limit, limit]`.
 
+    Args:
+        grads: any structure of arrays.
+        limit: above 0, a number or an array without axes.
+
+    Returns:
+        The clipped gradients, in the structure of `grads`.
+
     Raises:
         InputError: `limit` is not above 0.
+        InputTypeError: `limit` is not a number.
 
     >>> import torch
     >>> clip_by_value({"w": torch.tensor([-3.0, 0.5])}, 1.0)
@@ -203,6 +220,12 @@ def clip_by_value(grads: Grads, limit: float) -> Grads:
 
 def global_norm(grads: Grads) -> Any:
     """The Euclidean norm over all leaves, in float32 at least; its gradient at zero is zero.
+
+    Args:
+        grads: any structure of arrays.
+
+    Returns:
+        An array without axes, float64 where a leaf is and float32 otherwise.
 
     >>> import torch
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
@@ -216,10 +239,16 @@ def global_norm(grads: Grads) -> Any:
 def clip_by_global_norm(grads: Grads, limit: float) -> Grads:
     """`grads` scaled so that their global norm is at most `limit` (Pascanu et al. 2013).
 
-    With a limit of infinity they are left as they are.
+    Args:
+        grads: any structure of arrays.
+        limit: above 0, a number or an array without axes. With infinity nothing is scaled.
+
+    Returns:
+        The scaled gradients, in the structure of `grads`.
 
     Raises:
         InputError: `limit` is not above 0.
+        InputTypeError: `limit` is not a number.
 
     >>> import torch
     >>> clip_by_global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
@@ -251,8 +280,17 @@ def clipped(
 ) -> Optimizer:
     """`optimizer` with its gradients clipped first, by element and then by global norm.
 
+    Args:
+        optimizer: an update rule of `metaframe.optim`.
+        norm: the limit of the global norm, as for `clip_by_global_norm`. Default: none.
+        value: the limit of an element, as for `clip_by_value`. Default: none.
+
+    Returns:
+        An update rule with the learning rate and the state of `optimizer`.
+
     Raises:
         InputError: neither limit is given, or one that is not above 0.
+        InputTypeError: `optimizer` is not an update rule, or a limit is not a number.
 
     >>> import torch
     >>> from metaframe import optim

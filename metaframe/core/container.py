@@ -29,7 +29,8 @@ class Container(dict[str, Any]):
     """A nested mapping of arrays.
 
     Args:
-        *args, **kwargs: as for `dict`; keys are strings without `/`, nested dicts are converted.
+        *args: as for `dict`; keys are strings without `/`, and nested dicts are converted.
+        **kwargs: entries by key.
 
     >>> import numpy as np
     >>> v = Container(layer={"w": np.ones((2, 3)), "b": np.zeros(3)})
@@ -87,7 +88,7 @@ class Container(dict[str, Any]):
         dict.__delitem__(holder, name)
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Take out what is at this key or key chain; `default`, if given, where nothing is."""
+        """Take out what is at `key`, which may be a key chain; where nothing is, `default`."""
         if default and key not in self:
             return default[0]
         found = self[key]
@@ -99,7 +100,7 @@ class Container(dict[str, Any]):
         return isinstance(key, str) and _find(self, key) is not _MISSING
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value at this key or key chain, or `default`."""
+        """The value at `key`, which may be a key chain, or `default`."""
         found = _find(self, key)
         return default if found is _MISSING else found
 
@@ -135,7 +136,7 @@ class Container(dict[str, Any]):
             self[key] = value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """As `dict.setdefault`, converting a nested dict."""
+        """As `dict.setdefault`: the value at `key`, or else `default`, which is put there."""
         if key not in self:
             self[key] = default
         return self[key]
@@ -164,7 +165,7 @@ class Container(dict[str, Any]):
 
     @staticmethod
     def multi_map(fn: Callable[..., Any], containers: Sequence[Container]) -> Container:
-        """`fn` applied to corresponding leaves of Containers with the same structure."""
+        """`fn` applied to corresponding leaves of `containers`, which have the same structure."""
         if not containers:
             raise InputError("multi_map needs at least one Container, received none.")
         result: Container = tree.map(fn, *containers)
@@ -223,28 +224,31 @@ class Container(dict[str, Any]):
         return tuple(dims[0] if len(set(dims)) == 1 else None for dims in columns)
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Container:
-        """The mean of every leaf."""
+        """The mean of every leaf, with `axis` and `keepdims` as for `ops.mean`."""
         return self.map(lambda leaf: ops.mean(leaf, axis, keepdims))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Container:
-        """The sum of every leaf."""
+        """The sum of every leaf, with `axis` and `keepdims` as for `ops.sum`."""
         return self.map(lambda leaf: ops.sum(leaf, axis, keepdims))
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Container:
-        """The maximum of every leaf."""
+        """The maximum of every leaf, with `axis` and `keepdims` as for `ops.max`."""
         return self.map(lambda leaf: ops.max(leaf, axis, keepdims))
 
     def min(self, axis: Any = None, keepdims: bool = False) -> Container:
-        """The minimum of every leaf."""
+        """The minimum of every leaf, with `axis` and `keepdims` as for `ops.min`."""
         return self.map(lambda leaf: ops.min(leaf, axis, keepdims))
 
     @staticmethod
     def stack(containers: Sequence[Container], axis: int = 0) -> Container:
-        """Corresponding leaves stacked along a new axis."""
+        """Corresponding leaves of `containers`, at least one, stacked along a new `axis`."""
         return Container.multi_map(lambda *leaves: ops.stack(leaves, axis), containers)
 
     def unstack(self, axis: int = 0, keepdims: bool = False) -> list[Container]:
-        """One Container for each index along `axis`, which must be as long in every leaf."""
+        """One Container for each index along `axis`, which must be as long in every leaf.
+
+        With `keepdims` the axis stays, with size 1.
+        """
         shapes = {chain: tuple(getattr(leaf, "shape", ())) for chain, leaf in self.to_iterator()}
         sizes: set[Any] = {
             shape[axis] if -len(shape) <= axis < len(shape) else None for shape in shapes.values()

@@ -53,14 +53,20 @@ def implicit_loop(
 
     Args:
         cost: `cost(batch, v) -> scalar`, pure, with a positive definite Hessian at its minimum.
-        v, batch, steps, lr, update, inner_v, keep_inner_v: as for `inner_loop`. The gradient goes
-            into everything that `cost` sees: the batch and the variables that do not adapt; on JAX
-            also what it closes over, which is refused on torch and TensorFlow.
+        v: as for `inner_loop`.
+        batch: as for `inner_loop`. The gradient goes into everything that `cost` sees: the batch
+            and the variables that do not adapt; on JAX also what it closes over, which is refused
+            on torch and TensorFlow.
+        steps: as for `inner_loop`.
+        lr: as for `inner_loop`.
+        update: as for `inner_loop`.
         solver: "cg", conjugate gradient (Hestenes & Stiefel 1952; Rajeswaran et al. 2019, arXiv
             1909.04630), or "neumann", the series lr * sum_j (I - lr H)^j (Lorraine et al. 2020,
             arXiv 1911.02590), for which `lr` has to be one number or scalar.
         solver_steps: steps of the solver, 1 or more.
         damping: added to the diagonal of the Hessian, for one that is nearly singular.
+        inner_v: as for `inner_loop`.
+        keep_inner_v: as for `inner_loop`.
 
     Returns:
         The adapted variables, in the structure of `v`.

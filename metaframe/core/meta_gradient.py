@@ -147,7 +147,8 @@ def map_tasks(
 
     Args:
         fn: a function of structures of arrays, without a task axis, that returns one.
-        task_map, chunk_size: as for `meta_value_and_grad`, without "auto".
+        task_map: as for `meta_value_and_grad`, without "auto".
+        chunk_size: as for `meta_value_and_grad`.
 
     Returns:
         `fn` for arguments with a leading task axis on every leaf; the results are stacked alike.

@@ -32,6 +32,18 @@ def momentum(learning_rate: Rate = None, decay: float = 0.9, nesterov: bool = Fa
     With `nesterov` (Nesterov 1983, in the form of Sutskever et al. 2013) the step is
     `-lr * (g + decay * m)`. As `torch.optim.SGD(momentum=, nesterov=)` and `optax.sgd`.
 
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+        decay: what remains of `m` after a step, at least 0.
+        nesterov: whether to use Nesterov's form.
+
+    Returns:
+        An update rule whose state is `m`, in the structure of the parameters.
+
+    Raises:
+        InputError: a rate that is negative or not finite, or a negative `decay`.
+
     >>> import torch
     >>> from metaframe import optim
     >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
@@ -61,7 +73,7 @@ def _momentum(
 
 
 class AdamState(NamedTuple):
-    """Steps taken, and the moving averages of gradients and of their squares.
+    """The state of `adam` and `adamw`.
 
     >>> import torch
     >>> from metaframe import optim
@@ -70,8 +82,11 @@ class AdamState(NamedTuple):
     """
 
     count: Any
+    """Steps taken, a float without axes."""
     mean: Params
+    """The moving average of the gradients, in the structure of the parameters."""
     square: Params
+    """The moving average of their squares."""
 
 
 def adam(
@@ -80,6 +95,16 @@ def adam(
     """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1).
 
     `-lr * m_hat / (sqrt(v_hat) + eps)` with bias-corrected averages.
+
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+        b1: decay of the average of the gradients, in [0, 1).
+        b2: decay of the average of their squares, in [0, 1).
+        eps: added to the root, at least 0.
+
+    Returns:
+        An update rule whose state is an `AdamState`.
 
     Raises:
         InputError: `b1` or `b2` is not in [0, 1), or another setting is negative.
@@ -107,6 +132,17 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
     `-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`; `update` then needs `params`.
+
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+        b1: decay of the average of the gradients, in [0, 1).
+        b2: decay of the average of their squares, in [0, 1).
+        eps: added to the root, at least 0.
+        weight_decay: at least 0; with 0 the rule is `adam`.
+
+    Returns:
+        An update rule whose state is an `AdamState`.
 
     Raises:
         InputError: `b1` or `b2` is not in [0, 1), or another setting is negative.
@@ -164,6 +200,18 @@ def _adam(
 def rmsprop(learning_rate: Rate = None, decay: float = 0.9, eps: float = 1e-8) -> Optimizer:
     """RMSprop (Tieleman & Hinton 2012): `-lr * g / (sqrt(s) + eps)`, s the average of squares.
 
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+        decay: of the average, `s = decay * s + (1 - decay) * g * g`, in [0, 1].
+        eps: added to the root, at least 0.
+
+    Returns:
+        An update rule whose state is `s`, in the structure of the parameters and zero at first.
+
+    Raises:
+        InputError: a setting is out of range.
+
     >>> import torch
     >>> from metaframe import optim
     >>> w, g = torch.tensor([1.0]), torch.tensor([2.0])
@@ -191,6 +239,18 @@ def adagrad(
     learning_rate: Rate = None, initial_accumulator: float = 0.1, eps: float = 1e-7
 ) -> Optimizer:
     """Adagrad (Duchi et al. 2011): `-lr * g / (sqrt(s) + eps)`, s the sum of squares.
+
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+        initial_accumulator: what `s` starts from, at least 0.
+        eps: added to the root, at least 0.
+
+    Returns:
+        An update rule whose state is `s`, in the structure of the parameters.
+
+    Raises:
+        InputError: a setting is negative.
 
     >>> import torch
     >>> from metaframe import optim

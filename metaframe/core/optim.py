@@ -65,6 +65,16 @@ class Optimizer(NamedTuple):
 def apply_updates(params: Params, updates: Params) -> Params:
     """`params + updates`, leaf by leaf.
 
+    Args:
+        params: any structure of arrays or numbers.
+        updates: what to add, in the same structure, as an optimizer's `update` returns it.
+
+    Returns:
+        The new parameters, in the structure of `params`.
+
+    Raises:
+        InputError: the structures differ.
+
     >>> apply_updates({"w": 1.0, "b": 2.0}, {"w": -0.5, "b": 0.25})
     {'w': 0.5, 'b': 2.25}
     """
@@ -85,6 +95,13 @@ def gradient_descent_update(
             for each.
         stop_gradients: return the new variables as constants.
 
+    Returns:
+        The new variables, in the structure of `w`.
+
+    Raises:
+        InputTypeError: `lr` is not a number or an array of numbers.
+        InputError: `lr` is negative or not finite, or the structures differ.
+
     >>> import torch
     >>> w = {"a": torch.tensor([1.0, 2.0])}
     >>> gradient_descent_update(w, {"a": torch.tensor([0.5, 0.25])}, 0.5)
@@ -97,6 +114,16 @@ def gradient_descent_update(
 
 def sgd(learning_rate: Rate = None) -> Optimizer:
     """Gradient descent: `-lr * g`.
+
+    Args:
+        learning_rate: a number, an array, a structure that names parameters or parts of them with
+            a rate for each, or a schedule. Default: the loop that uses the rule gives the rate.
+
+    Returns:
+        An update rule without a state.
+
+    Raises:
+        InputError: a rate that is negative or not finite.
 
     >>> updates, _ = sgd(0.5).update({"w": 3.0}, ())
     >>> updates

@@ -114,6 +114,12 @@ def _like(x: Any, count: Any) -> Any:
 def constant(rate: Any) -> Schedule:
     """The same rate at every step.
 
+    Args:
+        rate: a number, an array, or a structure that names parameters with a rate for each.
+
+    Returns:
+        A schedule, whose only parameter is `rate`.
+
     >>> constant(0.1)(1000)
     0.1
     """
@@ -132,8 +138,14 @@ def linear(start: Any, end: Any, steps: int) -> Schedule:
 
     Args:
         start: the first rate, a number or an array without axes.
-        end: the last one.
+        end: the last rate, a number or an array without axes.
         steps: at least 1.
+
+    Returns:
+        A schedule, differentiable in both rates.
+
+    Raises:
+        InputError: a rate that is negative or not finite, or `steps` below 1.
 
     >>> linear(1.0, 0.5, 10)(5)
     0.75
@@ -154,6 +166,17 @@ def cosine(rate: Any, steps: int, end: Any = 0.0) -> Schedule:
     `end + (rate - end) * (1 + cos(pi * t)) / 2` with `t = min(step / steps, 1)` (Loshchilov and
     Hutter 2017, arXiv 1608.03983, one period). As `torch.optim.lr_scheduler.CosineAnnealingLR`,
     and as `optax.cosine_decay_schedule`, whose `alpha` is `end / rate`.
+
+    Args:
+        rate: the first rate, a number or an array without axes.
+        steps: at least 1.
+        end: the last rate, a number or an array without axes.
+
+    Returns:
+        A schedule, differentiable in both rates.
+
+    Raises:
+        InputError: a rate that is negative or not finite, or `steps` below 1.
 
     >>> schedule = cosine(1.0, 100)
     >>> schedule(0), round(schedule(50), 12), schedule(200)
@@ -176,6 +199,17 @@ def exponential(rate: Any, decay: Any, steps: int = 1) -> Schedule:
 
     As `optax.exponential_decay`, and with one step as `torch.optim.lr_scheduler.ExponentialLR`.
 
+    Args:
+        rate: the first rate, a number or an array without axes.
+        decay: the factor over `steps` steps, at least 0.
+        steps: at least 1.
+
+    Returns:
+        A schedule, differentiable in `rate` and `decay`.
+
+    Raises:
+        InputError: a rate or a factor that is negative, or `steps` below 1.
+
     >>> exponential(1.0, 0.5, 2)(4)
     0.25
     """
@@ -193,7 +227,10 @@ def table(rates: Any) -> Schedule:
     """A rate for every step, and the last one after them.
 
     Args:
-        rates: an array of shape (K,); differentiable.
+        rates: (K,), an array or a list of numbers.
+
+    Returns:
+        A schedule, differentiable in `rates` where they are an array of a framework.
 
     Raises:
         InputError: no rates, or more axes than one.
@@ -223,6 +260,16 @@ def _table(count: Any, rates: Any) -> Any:
 
 def warmup(schedule: Callable[[Any], Any], steps: int) -> Schedule:
     """`schedule`, its first `steps` rates scaled from `1 / steps` up to 1.
+
+    Args:
+        schedule: a schedule, or a function of the number of steps taken.
+        steps: how many rates are scaled; with 0 none is.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        InputError: `steps` is negative.
 
     >>> warmup(constant(1.0), 4)(0), warmup(constant(1.0), 4)(9)
     (0.25, 1.0)

@@ -198,11 +198,37 @@ def fomaml_step(
         grads = mean_i (d outer_cost / d v)(batch_i, v = theta_i)
 
     the gradient of the outer cost at the adapted point; with `average_across_steps`, the mean of
-    that gradient over the K+1 points visited. Arguments as for `maml_step`; with
-    `stop_gradients=False` this gradient, in all variables, is the derivative of the cost.
+    that gradient over the K+1 points visited.
+
+    Args:
+        batch: all tasks' data; every leaf has a leading task axis.
+        inner_cost_fn: `cost(batch, v) -> scalar`, minimised by the inner loop; pure.
+        outer_cost_fn: the cost at the adapted variables; `None` for the inner one.
+        variables: structure of floating arrays; with `batched=True` each with a leading task axis.
+        inner_grad_steps: inner steps K, 0 or more.
+        inner_learning_rate: as for `maml_step`.
+        inner_optimization_step: as for `maml_step`.
+        inner_batch_fn: applied to a task's data before `inner_cost_fn`.
+        outer_batch_fn: the same for `outer_cost_fn`.
+        average_across_steps: the outer cost is the mean over the K+1 points visited.
+        batched: how tasks are laid out and run, as for `maml_step`.
+        inner_v: which variables the inner loop adapts, as for `maml_step`; default: all.
+        keep_inner_v: False inverts `inner_v`.
+        outer_v: which variables to differentiate; forms as for `inner_v`; default: all.
+        keep_outer_v: False inverts `outer_v`.
+        return_inner_v: "all" (or True) or "first", as for `maml_step`.
+        num_tasks: use the first so many tasks of the batch; default: all.
+        stop_gradients: return the cost as a constant. With False this gradient, in all variables,
+            is the derivative of the cost.
+        chunk_size: with `batched="vmap"`, how many tasks at once.
+        check_finite: raise on a cost or gradient that is not finite, naming the task.
+        distributed: divide the tasks among the active workers, as for `maml_step`.
 
     Returns:
         `(cost, grads)`, and with `return_inner_v` `(cost, grads, inner_v)`.
+
+    Raises:
+        InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
 
     >>> import torch
     >>> from metaframe import fomaml_step
@@ -272,19 +298,29 @@ def reptile_step(
       the updates, because the difference of two nearby float32 vectors loses most of its digits.
 
     Args:
-        cost_fn: `cost(batch, v) -> scalar`.
+        batch: all tasks' data; every leaf has a leading task axis.
+        cost_fn: `cost(batch, v) -> scalar`, minimised by the inner loop; pure.
+        variables: structure of floating arrays; with `batched=True` each with a leading task axis.
         inner_grad_steps: 1 or more: without a step there is no direction.
         inner_learning_rate: positive. With `None` the rate of the `optim.Optimizer` divides; for
             an optax transformation, whose rate is not known, nothing does.
+        inner_optimization_step: as for `maml_step`.
+        batched: how tasks are laid out and run, as for `maml_step`.
+        return_inner_v: "all" (or True) or "first", as for `maml_step`.
+        num_tasks: use the first so many tasks of the batch; default: all.
         stop_gradients: return the cost as a constant. False leaves it differentiable, with the
             adaptation taken for a constant shift, as in FOMAML.
-        direction: see above.
-
-    The other arguments as for `maml_step`.
+        direction: "gradients" or "displacement", see above.
+        chunk_size: with `batched="vmap"`, how many tasks at once.
+        check_finite: raise on a cost or gradient that is not finite, naming the task.
+        distributed: divide the tasks among the active workers, as for `maml_step`.
 
     Returns:
         `(cost, grads)`, and with `return_inner_v` `(cost, grads, inner_v)`; the cost is the mean
         over the K+1 points visited.
+
+    Raises:
+        InputError, InputTypeError, UnknownKeyError: bad arguments, before any work.
 
     >>> import torch
     >>> from metaframe import Container, reptile_step

@@ -80,7 +80,19 @@ class TaskRun:
         outer: OuterCost,
         rows: Rows | None = None,
     ) -> TaskRun:
-        """A run of `loop` from `start`, and nothing after it."""
+        """A run of an inner loop that nothing follows.
+
+        Args:
+            loop: the inner loop.
+            start: the params before the first step.
+            context: the arrays that the inner cost sees besides them.
+            steps: the number of inner steps.
+            outer: the outer cost at given params.
+            rows: data with a row for each step; default: every step sees the same.
+
+        Returns:
+            A task, ready to run.
+        """
         return TaskRun(
             start,
             steps,

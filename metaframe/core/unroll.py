@@ -79,8 +79,11 @@ def unroll(
         update: as for `inner_loop`.
         state: where the update rule goes on from, as an earlier loop returned it. Default: the
             rule's first state.
-        order, mode, inner_v, keep_inner_v: as for `inner_loop`. With `order=1`, `costs` have the
-            gradient of the cost where the loop was, as the result has.
+        order: as for `inner_loop`. With 1, `costs` have the gradient of the cost where the loop
+            was, as the result has.
+        mode: as for `inner_loop`.
+        inner_v: as for `inner_loop`.
+        keep_inner_v: as for `inner_loop`.
         has_aux: `cost` returns something besides, a structure of arrays.
         last: truncation: gradients go through the last so many steps only, and everything before
             them is a constant. Default: through all.

@@ -26,10 +26,17 @@ PEERS = "METAFRAME_PEERS"
 
 
 def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Where this process stands, by the variables that torchrun sets; None if it runs alone.
+    """The place of this process, by the variables that torchrun sets; None if it runs alone.
 
     They are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, for every framework, and
     METAFRAME_PEERS for TensorFlow. `metaframe launch` sets all of them.
+
+    Args:
+        timeout: seconds after which a process that does not answer is given up.
+        environment: the variables to look at. Default: those of the process.
+
+    Returns:
+        The place, or None.
 
     Raises:
         BackendError: some of them are missing, or are no numbers.
@@ -61,6 +68,12 @@ def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ)
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process writes files and reports; also True if it runs alone.
+
+    Args:
+        environment: the variables to look at. Default: those of the process.
+
+    Returns:
+        True in the process with RANK 0, and where RANK is not set.
 
     >>> is_first({"RANK": "0"}), is_first({"RANK": "1"}), is_first({})
     (True, False, True)

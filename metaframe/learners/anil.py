@@ -52,6 +52,9 @@ def head_names(module: Any, head: Any) -> tuple[str, ...]:
         head: a submodule, matched by the identity of its parameters; or for models without
             submodules the name of a part of the parameters, such as "head", or that part itself.
 
+    Returns:
+        The names, in the model's order.
+
     Raises:
         InputError: no parameter is shared.
 

@@ -36,6 +36,12 @@ def named_params(model: Any) -> Params:
     Where the framework has parameter objects, in torch, TensorFlow and Keras, these are the
     model's own, so what changes them changes the model.
 
+    Args:
+        model: a model of any framework, as for `MAML`.
+
+    Returns:
+        A dict in the model's own order.
+
     >>> import torch
     >>> list(named_params(torch.nn.Linear(3, 2)))
     ['weight', 'bias']
@@ -45,6 +51,12 @@ def named_params(model: Any) -> Params:
 
 def named_buffers(model: Any) -> Params:
     """A fresh `{name: array}` of what is no parameter, such as running statistics.
+
+    Args:
+        model: a model of any framework, as for `MAML`.
+
+    Returns:
+        A dict of arrays, empty for a model without such.
 
     >>> import torch
     >>> list(named_buffers(torch.nn.BatchNorm1d(3)))
@@ -72,6 +84,9 @@ def functional_forward(
         args: passed to the model's forward pass.
         buffers: arrays by name, as from `named_buffers`; the model's for those left out.
         kwargs: passed to the model's forward pass.
+
+    Returns:
+        What the model returns.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -155,6 +170,9 @@ def adapt(
         first_order: see `inner_step`.
         adapt_names: see `inner_step`.
         allow_unused: see `inner_step`.
+
+    Returns:
+        The adapted parameters by name.
 
     Raises:
         InputError: fewer steps than one; otherwise as `inner_step`.

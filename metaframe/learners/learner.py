@@ -55,6 +55,13 @@ class Learner:
     Where the model has no attribute of the name, `learner.module` is the model, and `lr`,
     `inner_steps`, `first_order`, `adapt_names` and `allow_unused` are the settings of `MAML`.
 
+    Args:
+        adapter: the model behind the neutral interface.
+        params: the meta-parameters by name, to start from.
+        learned: the outer variables beyond the model's, by name.
+        config: the settings of the adaptation.
+        method: the inner loop of the algorithm.
+
     >>> import torch
     >>> from metaframe.learners import MAML
     >>> maml = MAML(torch.nn.Linear(1, 1), inner_lr=0.1)
@@ -93,7 +100,15 @@ class Learner:
 
     @entrance
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output with the current parameters; NumPy arrays are converted."""
+        """The model's output with the current parameters; NumPy arrays are converted.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            What the model returns.
+        """
         args, kwargs = self._converted((args, kwargs))
         return self._run(None, args, kwargs)
 
@@ -175,6 +190,12 @@ class Learner:
 
         It decides what dropout does, in this learner alone: the model keeps its own mode. Batch
         normalisation follows `norm=`, except that Keras has one switch for both, which is this.
+
+        Args:
+            mode: True for training mode, False for evaluation mode.
+
+        Returns:
+            The learner.
 
         Raises:
             InputError: a model that has no such mode.
@@ -296,6 +317,9 @@ class Learner:
             steps: how many, at least 1; default: the configured `inner_steps`.
             lr: the learning rate of these steps, as `inner_lr` of `MAML`; default: that.
             call: `call(model, x) -> prediction`; default: `model(x)`.
+
+        Returns:
+            The learner, adapted.
 
         Raises:
             InputError: fewer steps than one; otherwise as `adapt`.

@@ -88,7 +88,15 @@ class MetaLearner(Wrapper):
 
     @entrance
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model with its meta-parameters, without adaptation."""
+        """The output of the model with its meta-parameters, without adaptation.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            What the model returns.
+        """
         forward = dataclasses.replace(self.config, norm=self._unadapted_norm()).forward("query")
         inputs = Inputs(args, kwargs, forward)
         return self._adapter.call(self._adapter.params(), self._adapter.state(), inputs)[0]
@@ -127,6 +135,9 @@ class MetaLearner(Wrapper):
         Args:
             params: meta-parameters by name to start from instead of the current ones, as a
                 function that is being differentiated receives them.
+
+        Returns:
+            A learner whose parameters are a differentiable function of the meta-parameters.
 
         Raises:
             InputError: an unknown name.
@@ -170,7 +181,10 @@ class MetaLearner(Wrapper):
         return parameters.left_out(self._adapter, self._learned)
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Set meta-parameters by name: in the model where it can be changed, in `module` else.
+        """Set meta-parameters: in the model where it can be changed, in `module` otherwise.
+
+        Args:
+            values: arrays by name, as `meta_parameters()` names them; others keep their values.
 
         Raises:
             InputError: an unknown name or another shape.
@@ -202,6 +216,9 @@ class MetaLearner(Wrapper):
     ) -> MetaResult:
         """Mean query loss after adaptation, and its gradient in the meta-parameters.
 
+        `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
+        receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
+
         Args:
             loss_fn: `loss_fn(prediction, target) -> scalar`, pure. Pass the same function each
                 time: a new one is compiled anew.
@@ -223,9 +240,6 @@ class MetaLearner(Wrapper):
             has_aux: `loss_fn` returns `(scalar, aux)`, the aux any structure of arrays.
             statistics: report the mean and the variance that each batch normalisation takes of the
                 query set, under the adapted parameters, for running averages of your own.
-
-            `support_loss`, `call` and a function as `weights` may have an argument `learned`, which
-            receives the outer variables of `MAML(learned=...)`; see also `TaskLoss`.
 
         Returns:
             `(cost, grads, aux)`: the mean loss; gradients by name, in the order of
@@ -272,9 +286,14 @@ class MetaLearner(Wrapper):
         """`meta_value_and_grad` as a pure function, to be part of a larger compiled step.
 
         Args:
-            loss_fn, steps, task_map, chunk_size, mode, distributed: as for `meta_value_and_grad`.
+            loss_fn: as for `meta_value_and_grad`.
+            steps: as for `meta_value_and_grad`.
+            task_map: as for `meta_value_and_grad`.
+            chunk_size: as for `meta_value_and_grad`.
+            mode: as for `meta_value_and_grad`.
             metric: a second function of prediction and target, not differentiated; each task's
                 value is in `aux["scores"]`.
+            distributed: as for `meta_value_and_grad`.
 
         Returns:
             A function `(meta, constants, batch) -> (cost, grads, aux)` of what `meta_arrays` and
@@ -292,7 +311,10 @@ class MetaLearner(Wrapper):
         return dict(adapter.statistics) if isinstance(adapter, StepStatistics) else {}
 
     def assign_statistics(self, values: Mapping[str, Array]) -> None:
-        """Set `statistics`, all of them.
+        """Set the running statistics, all of them.
+
+        Args:
+            values: arrays by name, with the names and shapes of `statistics`.
 
         Raises:
             InputError: other names or shapes.
@@ -327,8 +349,12 @@ class MetaLearner(Wrapper):
         `MetaTrainer` calls this before every step, a loop of one's own has to.
 
         Args:
-            loss_fn, tasks, task_map, chunk_size, compiled: as for `meta_value_and_grad`.
+            loss_fn: as for `meta_value_and_grad`.
+            tasks: as for `meta_value_and_grad`.
             decay: what the old rows keep, in [0, 1]; 0 replaces them.
+            task_map: as for `meta_value_and_grad`.
+            chunk_size: as for `meta_value_and_grad`.
+            compiled: as for `meta_value_and_grad`.
 
         Raises:
             InputError: another policy, or a decay out of range.
@@ -357,7 +383,14 @@ class MetaLearner(Wrapper):
         self.assign_statistics({n: decay * old[n] + (1 - decay) * found[n] for n in old})
 
     def adaptation(self, loss_fn: LossFn) -> Adaptation:
-        """Adaptation to one task, step by step and as pure functions, for evaluations."""
+        """Adaptation to one task, step by step and as pure functions, for evaluations.
+
+        Args:
+            loss_fn: `loss_fn(prediction, target) -> scalar`, or a `TaskLoss`.
+
+        Returns:
+            An `Adaptation`.
+        """
         return Adaptation(self._setting(loss_fn), self._learned is not None, self._flags)
 
     def meta_arrays(self) -> Params:
@@ -374,9 +407,11 @@ class MetaLearner(Wrapper):
         return {name: variables[name] for name in self.meta_parameters()}
 
     def constants(self) -> Meta:
-        """Inputs of a meta-gradient that are constants: other parameters, state, the schedule.
+        """Inputs of a meta-gradient that are not differentiated.
 
-        Of no record of operations, as `meta_arrays`.
+        Returns:
+            By kind, "params" (the other parameters), "state", "schedule" and "learned", detached
+            arrays by name.
         """
         params = self._adapter.params()
         meta = frozenset(parameters.trainable(self._adapter, params))

@@ -27,7 +27,9 @@ class Support(NamedTuple):
     """
 
     x: Any
+    """The inputs of the support set."""
     y: Any
+    """Its targets."""
     predict: Callable[[Params, Any], Any]
     """`(parameters, x) -> prediction`."""
     loss: Callable[[Any, Params], Array]
@@ -35,8 +37,9 @@ class Support(NamedTuple):
     names: tuple[str, ...]
     """The parameters that adapt."""
     backend: Backend
+    """The backend of the arrays."""
     learned: Any = None
-    """The outer variables beyond the model's, where a learner has such."""
+    """The outer variables beyond the model's; None for a learner without."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,18 @@ class Minibatches:
         arguments.integer(self.seed, "the seed of inner_batches", at_least=0)
 
     def __call__(self, steps: int, examples: int) -> Rows:
-        """Which examples every step sees, (steps, size)."""
+        """Deal out the examples.
+
+        Args:
+            steps: the number of inner steps.
+            examples: the number of examples in the support set.
+
+        Returns:
+            The indices of the examples that each step sees, (steps, size).
+
+        Raises:
+            InputError: a support set smaller than a minibatch.
+        """
         if self.size > examples:
             raise InputError(
                 f"inner_batches takes {self.size} examples a step, and the support set has "

@@ -60,6 +60,9 @@ class Algorithm:
 def register_algorithm(algorithm: Algorithm) -> Algorithm:
     """Make an algorithm known by its name.
 
+    Args:
+        algorithm: its name, a sentence about it, and how it is built.
+
     Returns:
         The algorithm.
 
@@ -86,7 +89,10 @@ def register_algorithm(algorithm: Algorithm) -> Algorithm:
 
 
 def algorithms() -> dict[str, Algorithm]:
-    """Every algorithm by its name: those of metaframe, of other packages and of this process.
+    """The known algorithms: those of metaframe, of other packages and of this process.
+
+    Returns:
+        Algorithms by name.
 
     Raises:
         MetaframeError: an installed package registers what cannot be.

@@ -72,22 +72,41 @@ class TaskLoss:
 
     @classmethod
     def of(cls, loss_fn: Any, **given: Any) -> Self:
-        """`loss_fn` as one, with what was given besides in the place of its own."""
+        """Make a loss function a `TaskLoss`.
+
+        Args:
+            loss_fn: `loss_fn(prediction, target) -> scalar`, or a `TaskLoss`.
+            given: further fields. They replace those of `loss_fn`, unless they are None or False.
+
+        Returns:
+            A `TaskLoss`.
+        """
         known = loss_fn if isinstance(loss_fn, cls) else cls(loss_fn)
         return replace(
             known, **{n: x for n, x in given.items() if x is not None and x is not False}
         )
 
     def __call__(self, prediction: Any, target: Any) -> Any:
-        """The loss of the query set, without its aux."""
+        """The loss of the query set, without its aux.
+
+        Args:
+            prediction: what the model returned for the query set.
+            target: the query targets.
+
+        Returns:
+            A scalar.
+        """
         found = self.loss_fn(prediction, target)
         return checks.with_aux(found, "loss_fn")[0] if self.has_aux else found
 
     def check_learned(self, known: bool) -> None:
-        """No function asks for outer variables where there are none.
+        """Check that no function requires outer variables where there are none.
+
+        Args:
+            known: whether the learner has outer variables beyond the model's.
 
         Raises:
-            InputError: one does.
+            InputError: a function requires them.
         """
         for name in _OPTIONAL:
             fn = getattr(self, name)
@@ -98,27 +117,70 @@ class TaskLoss:
                 )
 
     def query(self, backend: Backend, prediction: Any, target: Any) -> tuple[Array, Any]:
-        """The loss of the query set, and its aux."""
+        """The loss of the query set, and its aux.
+
+        Args:
+            backend: the backend of the arrays.
+            prediction: what the model returned for the query set.
+            target: the query targets.
+
+        Returns:
+            `(loss, aux)`: a scalar, and `()` unless `has_aux`.
+
+        Raises:
+            InputError: the loss is not a scalar.
+            InputTypeError: the loss is not an array of `backend`.
+        """
         found = run_user(backend, self.loss_fn, prediction, target)
         loss, aux = checks.with_aux(found, "loss_fn") if self.has_aux else (found, ())
         return checks.scalar(loss, "loss_fn", backend), aux
 
     def support(self, backend: Backend, prediction: Any, target: Any, learned: Any) -> Array:
-        """The loss that the inner loop minimises."""
+        """The loss that the inner loop minimises.
+
+        Args:
+            backend: the backend of the arrays.
+            prediction: what the model returned for the support set.
+            target: the support targets.
+            learned: the outer variables beyond the model's, for the argument `learned`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            InputError: the loss is not a scalar.
+            InputTypeError: the loss is not an array of `backend`.
+        """
         if self.support_loss is None:
             return self.query(backend, prediction, target)[0]
         found = run_user(backend, self.support_loss, prediction, target, learned=learned)
         return checks.scalar(found, "support_loss", backend)
 
     def calling(self, learned: Any) -> Callable[..., Any] | None:
-        """`call(model, x)`, with the outer variables in place."""
+        """The function `call` with the outer variables filled in.
+
+        Args:
+            learned: the outer variables beyond the model's, for the argument `learned` of `call`.
+
+        Returns:
+            `call(model, x) -> prediction`; None for the model's own call.
+        """
         call = self.call
         if call is None or not _asks_for_learned(call):
             return call
         return lambda model, *args: call(model, *args, learned=learned)
 
     def weight(self, backend: Backend, task: Any, learned: Any) -> Array | None:
-        """The weight of a task, if it has one."""
+        """The weight of a task's query loss.
+
+        Args:
+            backend: the backend of the arrays.
+            task: the task, for `weights`.
+            learned: the outer variables beyond the model's, for the argument `learned`.
+
+        Returns:
+            A scalar; None without `weights`.
+        """
         if self.weights is None:
             return None
         found = run_user(backend, self.weights, task, learned=learned)

@@ -48,8 +48,11 @@ class FunctionalModel(NamedTuple):
     """
 
     apply: Callable[..., tuple[Any, Params]]
+    """`apply(params, state, *args, **kwargs) -> (output, state)`, pure."""
     params: Params
+    """The parameters by name."""
     state: Params
+    """Arrays that are not parameters, such as running statistics, by name."""
 
 
 def functional(model: Any, *, norm: Norm | None = None) -> FunctionalModel:
@@ -58,6 +61,9 @@ def functional(model: Any, *, norm: Norm | None = None) -> FunctionalModel:
     Args:
         model: see the module.
         norm: what batch normalisation uses, see `Forward`; default: as the model itself says.
+
+    Returns:
+        A pure function, the model's parameters and its state.
 
     Raises:
         InputTypeError: not a model.

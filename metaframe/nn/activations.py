@@ -9,6 +9,12 @@ from metaframe.ops._dispatch import native
 def relu(x: Array) -> Array:
     """`max(x, 0)`, with gradient zero at zero.
 
+    Args:
+        x: an array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(nn.relu(ops.asarray([-1.0, 2.0]))).tolist()
     [0.0, 2.0]
     """
@@ -19,6 +25,14 @@ def relu(x: Array) -> Array:
 def gelu(x: Array) -> Array:
     """`x` times the normal distribution function of `x`: the exact form, not the tanh one.
 
+    Hendrycks and Gimpel, 2016, arXiv 1606.08415.
+
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(nn.gelu(ops.asarray([-20.0, 0.0, 20.0]))).round(4).tolist()
     [-0.0, 0.0, 20.0]
     """
@@ -27,7 +41,14 @@ def gelu(x: Array) -> Array:
 
 
 def softmax(x: Array, axis: int = -1) -> Array:
-    """`exp(x) / sum(exp(x))` along `axis`, without overflow.
+    """`exp(x) / sum(exp(x))` along an axis, without overflow.
+
+    Args:
+        x: a floating array with at least one axis.
+        axis: the axis whose elements sum to 1, from the end if negative. Default: the last one.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(nn.softmax(ops.asarray([1000.0, 1000.0]))).tolist()
     [0.5, 0.5]
@@ -37,7 +58,14 @@ def softmax(x: Array, axis: int = -1) -> Array:
 
 
 def log_softmax(x: Array, axis: int = -1) -> Array:
-    """`x - log(sum(exp(x)))` along `axis`, without overflow.
+    """`x - log(sum(exp(x)))` along an axis, without overflow.
+
+    Args:
+        x: a floating array with at least one axis.
+        axis: the axis to sum along, from the end if negative. Default: the last one.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(nn.log_softmax(ops.asarray([0.0, -1000.0]))).tolist()
     [0.0, -1000.0]

@@ -42,8 +42,8 @@ def attention(
         query: (..., queries, width).
         key: (..., keys, width).
         value: (..., keys, width out).
-        mask: booleans that broadcast to (..., queries, keys): may this query see that key? At
-            least one key each.
+        mask: booleans that broadcast to (..., queries, keys), true where a query sees a key. Each
+            query needs at least one key. Default: every query sees every key.
         causal: query i sees the keys up to i and no others. Unlike a mask it takes no array of
             queries times keys.
         block_size: how many queries to attend at a time; as many as there are, or more, for the
@@ -52,6 +52,9 @@ def attention(
         kernel: what computes the result instead, `kernel(query, key, value, mask=..., causal=...)`,
             such as a fused kernel of the framework. Its derivatives are its own. Default: that of
             the `use_attention_kernel` around the call.
+
+    Returns:
+        An array of shape (..., queries, width out).
 
     Raises:
         InputError: arrays whose shapes do not fit, or a `block_size` below 1.

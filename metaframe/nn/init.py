@@ -42,6 +42,14 @@ def stream(seed: int, name: str) -> np.random.Generator:
 def zeros(seed: int, name: str, shape: Sequence[int]) -> Values:
     """Zeros.
 
+    Args:
+        seed: unused; every initialiser has the same arguments.
+        name: unused.
+        shape: the shape of the parameter.
+
+    Returns:
+        A float64 NumPy array of that shape.
+
     >>> zeros(0, "b", (2,)).tolist()
     [0.0, 0.0]
     """
@@ -51,6 +59,14 @@ def zeros(seed: int, name: str, shape: Sequence[int]) -> Values:
 
 def ones(seed: int, name: str, shape: Sequence[int]) -> Values:
     """Ones.
+
+    Args:
+        seed: unused; every initialiser has the same arguments.
+        name: unused.
+        shape: the shape of the parameter.
+
+    Returns:
+        A float64 NumPy array of that shape.
 
     >>> ones(0, "scale", (2,)).tolist()
     [1.0, 1.0]
@@ -62,6 +78,18 @@ def ones(seed: int, name: str, shape: Sequence[int]) -> Values:
 def glorot_uniform(seed: int, name: str, shape: Sequence[int]) -> Values:
     """Uniform on ±sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010).
 
+    Args:
+        seed: an integer in `[0, 2**64)`.
+        name: the parameter's key chain, such as "layer1/w". Each name has its own random numbers.
+        shape: (..., inputs, outputs). Fan in and fan out are inputs and outputs times the sizes
+            in front, which are height and width for a convolution kernel.
+
+    Returns:
+        A float64 NumPy array of that shape.
+
+    Raises:
+        InputError: `shape` has fewer than two axes, or `seed` is out of range.
+
     >>> bool((abs(glorot_uniform(0, "w", (3, 3))) <= 1).all())
     True
     """
@@ -72,6 +100,18 @@ def glorot_uniform(seed: int, name: str, shape: Sequence[int]) -> Values:
 def he_normal(seed: int, name: str, shape: Sequence[int]) -> Values:
     """Normal with variance 2 / fan in (He et al., 2015).
 
+    Args:
+        seed: an integer in `[0, 2**64)`.
+        name: the parameter's key chain, such as "layer1/w". Each name has its own random numbers.
+        shape: (..., inputs, outputs). Fan in is inputs times the sizes in front, which are height
+            and width for a convolution kernel.
+
+    Returns:
+        A float64 NumPy array of that shape.
+
+    Raises:
+        InputError: `shape` has fewer than two axes, or `seed` is out of range.
+
     >>> he_normal(0, "w", (3, 4)).shape
     (3, 4)
     """
@@ -79,7 +119,19 @@ def he_normal(seed: int, name: str, shape: Sequence[int]) -> Values:
 
 
 def truncated_normal(seed: int, name: str, shape: Sequence[int], stddev: float = 0.01) -> Values:
-    """Normal with standard deviation `stddev`, what is beyond two of them drawn again.
+    """Normal, with values beyond two standard deviations drawn again.
+
+    Args:
+        seed: an integer in `[0, 2**64)`.
+        name: the parameter's key chain, such as "layer1/w". Each name has its own random numbers.
+        shape: the shape of the parameter.
+        stddev: the standard deviation before the truncation.
+
+    Returns:
+        A float64 NumPy array of that shape.
+
+    Raises:
+        InputError: `seed` is out of range.
 
     >>> bool((abs(truncated_normal(0, "w", (100,), stddev=0.5)) <= 1).all())
     True
@@ -92,7 +144,20 @@ def truncated_normal(seed: int, name: str, shape: Sequence[int], stddev: float =
 
 
 def dropout_mask(seed: int, name: str, shape: Sequence[int], rate: float) -> Array:
-    """Booleans for `dropout`, each false with probability `rate`, on the selected backend.
+    """Booleans for `dropout`, on the selected backend.
+
+    Args:
+        seed: an integer in `[0, 2**64)`.
+        name: what the mask is for, such as "step 1". Each name has its own random numbers.
+        shape: the shape of the mask, usually that of the input of `dropout`.
+        rate: the probability of false, which drops the element.
+
+    Returns:
+        An array of booleans of that shape.
+
+    Raises:
+        InputError: `seed` is out of range.
+        BackendError: no backend is selected.
 
     >>> ops.to_numpy(nn.dropout_mask(0, "step 1", (3,), rate=0.0)).tolist()
     [True, True, True]

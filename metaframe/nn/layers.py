@@ -25,7 +25,18 @@ Padding = Literal["same", "valid"] | int | Pads
 
 
 def dense(x: Array, w: Array, b: Array | None = None) -> Array:
-    """(..., inputs) to (..., outputs): `x @ w + b`, with `w` of shape (inputs, outputs).
+    """A dense layer: `x @ w + b`.
+
+    Args:
+        x: (..., inputs).
+        w: (inputs, outputs).
+        b: (outputs,), or None for no bias.
+
+    Returns:
+        An array of shape (..., outputs).
+
+    Raises:
+        InputError: the last axis of `x` does not have the size of the first one of `w`.
 
     >>> x, w = ops.asarray([[1.0, 2.0]]), ops.asarray([[3.0], [4.0]])
     >>> ops.to_numpy(nn.dense(x, w, ops.asarray([0.5]))).tolist()
@@ -51,13 +62,20 @@ def conv2d(
     """Cross-correlate (N, H, W, C in) images with a (height, width, C in, C out) kernel.
 
     Args:
-        x: images.
-        kernel: weights.
-        bias: (C out), added last.
+        x: (N, H, W, C in), the images.
+        kernel: (height, width, C in, C out).
+        bias: (C out,), added last, or None for no bias.
         stride: pixels between outputs, one number or (down, right).
         padding: "same" pads with zeros to ceil(size / stride) outputs, the odd pixel below and
             right; "valid" not at all; a number pads by it on every side; or the numbers
             `((above, below), (left, right))`.
+
+    Returns:
+        An array of shape (N, H out, W out, C out).
+
+    Raises:
+        InputError: shapes that do not fit, a kernel larger than the padded images, or an unknown
+            `padding`.
 
     >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
     >>> ones = ops.ones_like(image[0, :, :, :, None])
@@ -122,9 +140,20 @@ def _check_fits(
 
 
 def max_pool2d(x: Array, window: Pair = 2) -> Array:
-    """The largest pixel of each `window`, without overlap; what is left at the edges is dropped.
+    """The largest pixel of each window, without overlap.
 
     Of equal largest pixels the first one, row by row, gets the gradient.
+
+    Args:
+        x: (N, H, W, C), the images.
+        window: height and width of a window in pixels, one number or (height, width). Rows and
+            columns that fill no window are dropped.
+
+    Returns:
+        An array of shape (N, H // height, W // width, C).
+
+    Raises:
+        InputError: `x` is not of that shape, or a window is larger than the images.
 
     >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
     >>> ops.to_numpy(nn.max_pool2d(image)).tolist()
@@ -138,7 +167,13 @@ def max_pool2d(x: Array, window: Pair = 2) -> Array:
 
 
 def mean_pool(x: Array) -> Array:
-    """(N, H, W, C) to (N, C): the mean over all pixels.
+    """The mean over all pixels of each channel.
+
+    Args:
+        x: (N, H, W, C), the images.
+
+    Returns:
+        An array of shape (N, C).
 
     >>> image = ops.reshape(ops.asarray([1.0, 2.0, 3.0, 4.0]), (1, 2, 2, 1))
     >>> ops.to_numpy(nn.mean_pool(image)).tolist()
@@ -178,14 +213,19 @@ def batch_norm(
 ) -> Array:
     """Normalise each channel (last axis) by mean and variance over all other axes.
 
-    The statistics are those of `x`, as MAML uses them, unless others are given: nothing is
-    remembered between calls, so support and query are each normalised by their own.
+    `(x - mean) / sqrt(var + eps) * scale + shift` (Ioffe and Szegedy, 2015, arXiv 1502.03167). The
+    statistics are those of `x`, as MAML uses them, unless others are given: nothing is remembered
+    between calls, so support and query are each normalised by their own.
 
     Args:
         x: (..., C).
-        scale, shift: (C,), applied after the normalisation.
+        scale: (C,), a factor applied after the normalisation, or None for none.
+        shift: (C,), added last, or None for none.
         statistics: mean and variance, (C,) each, to normalise by instead of those of `x`.
         eps: added to the variance.
+
+    Returns:
+        An array of the shape of `x`.
 
     >>> x = ops.asarray([[1.0], [3.0]])
     >>> ops.to_numpy(nn.batch_norm(x, shift=ops.asarray([2.0]), eps=0.0)).tolist()
@@ -217,6 +257,17 @@ def layer_norm(
 ) -> Array:
     """Normalise each row (last axis) by its own mean and variance.
 
+    `(x - mean) / sqrt(var + eps) * scale + shift` (Ba et al., 2016, arXiv 1607.06450).
+
+    Args:
+        x: (..., C).
+        scale: (C,), a factor applied after the normalisation, or None for none.
+        shift: (C,), added last, or None for none.
+        eps: added to the variance.
+
+    Returns:
+        An array of the shape of `x`.
+
     >>> ops.to_numpy(nn.layer_norm(ops.asarray([[1.0, 3.0]]), eps=0.0)).tolist()
     [[-1.0, 1.0]]
     """
@@ -230,7 +281,14 @@ def layer_norm(
 
 
 def embedding(table: Array, ids: Array) -> Array:
-    """(...) integer ids in `[0, rows)` to (..., width): rows of a (rows, width) table.
+    """Rows of a table, looked up by integer ids.
+
+    Args:
+        table: (rows, width).
+        ids: (...) integers in `[0, rows)`.
+
+    Returns:
+        An array of shape (..., width).
 
     >>> table = ops.asarray([[1.0, 2.0], [3.0, 4.0]])
     >>> ops.to_numpy(nn.embedding(table, ops.asarray([1, 1]))).tolist()
@@ -245,6 +303,17 @@ def dropout(x: Array, keep: Array, rate: float) -> Array:
 
     The mask is an argument, and so part of the batch, because a mask drawn inside is another
     one in every recomputation and on every backend. Draw it with `dropout_mask`.
+
+    Args:
+        x: a floating array of any shape.
+        keep: booleans whose shape broadcasts with that of `x`.
+        rate: the share that is dropped, in `[0, 1)`.
+
+    Returns:
+        An array of the broadcast shape.
+
+    Raises:
+        InputError: `rate` is out of range.
 
     >>> x, keep = ops.asarray([1.0, 2.0]), ops.asarray([True, False])
     >>> ops.to_numpy(nn.dropout(x, keep, rate=0.5)).tolist()

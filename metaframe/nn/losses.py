@@ -16,7 +16,17 @@ BLOCK = 256
 
 
 def mse(prediction: Array, target: Array) -> Array:
-    """The mean squared difference of two arrays of the same shape.
+    """The mean squared difference of two arrays.
+
+    Args:
+        prediction: a floating array of any shape.
+        target: an array of the same shape.
+
+    Returns:
+        A number, as an array without axes.
+
+    Raises:
+        InputError: the shapes differ.
 
     >>> float(nn.mse(ops.asarray([1.0, 2.0]), ops.asarray([1.0, 4.0])))
     2.0
@@ -32,6 +42,13 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     Args:
         logits: (..., classes).
         labels: (...) integers in `[0, classes)`. Any other makes the cost NaN.
+
+    Returns:
+        A number, as an array without axes.
+
+    Raises:
+        InputError: shapes that do not fit.
+        InputTypeError: labels that are not integers.
 
     >>> logits = ops.asarray([[0.0, 0.0], [0.0, 1000.0]])
     >>> round(float(nn.cross_entropy(logits, ops.asarray([0, 1]))), 4)
@@ -64,14 +81,17 @@ def linear_cross_entropy(
         x: (..., inputs), such as the last hidden states of a language model.
         w: (inputs, classes).
         labels: (...) integers in `[0, classes)`. Any other makes the cost NaN.
-        b: (classes,).
+        b: (classes,), or None for no bias.
         block_size: how many rows of `x` to take at a time; as many as there are, or more, for the
             plain form. Default: 256 where rows times classes are at least 2**22, and the plain
             form otherwise. Blocks have no forward mode on torch and TensorFlow.
 
+    Returns:
+        A number, as an array without axes.
+
     Raises:
-        InputError: arrays whose shapes do not fit, or a `block_size` below 1.
-        InputTypeError: labels that are no integers.
+        InputError: shapes that do not fit, or a `block_size` below 1.
+        InputTypeError: labels that are not integers.
 
     >>> x, w = ops.asarray([[1.0, 0.0], [0.0, 1.0]]), ops.asarray([[1.0, 0.0], [0.0, 1.0]])
     >>> round(float(nn.linear_cross_entropy(x, w, ops.asarray([0, 1]), block_size=1)), 4)
@@ -100,11 +120,14 @@ def binary_cross_entropy(logits: Array, targets: Array) -> Array:
     derivatives of every order by both arguments.
 
     Args:
-        logits: any shape.
+        logits: a floating array of any shape.
         targets: the same shape: probabilities, or 0 and 1 of any dtype.
 
+    Returns:
+        A number, as an array without axes.
+
     Raises:
-        InputError: two shapes.
+        InputError: the shapes differ.
         InputTypeError: logits that are not floating.
 
     >>> logits = ops.asarray([0.0, 1000.0, -1000.0])
@@ -124,7 +147,18 @@ def binary_cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def accuracy(logits: Array, labels: Array) -> Array:
-    """The share of (...) integer labels that (..., classes) logits put first.
+    """The share of examples whose label has the largest logit.
+
+    Args:
+        logits: (..., classes).
+        labels: (...) integers in `[0, classes)`.
+
+    Returns:
+        A number in [0, 1], as an array without axes of the dtype of `logits`.
+
+    Raises:
+        InputError: shapes that do not fit.
+        InputTypeError: labels that are not integers.
 
     >>> float(nn.accuracy(ops.asarray([[1.0, 2.0], [3.0, 0.0]]), ops.asarray([1, 1])))
     0.5

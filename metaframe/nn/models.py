@@ -50,6 +50,12 @@ def mlp(
         context: numbers in a parameter "context", zeros at first, that every example gets as
             further inputs (Zintgraf et al. 2019, arXiv 1810.03642, for `CAVIA`).
 
+    Returns:
+        A model of (..., inputs) arrays to (..., outputs).
+
+    Raises:
+        InputError: fewer than two sizes, one below 1, or a negative `context`.
+
     >>> sorted(nn.mlp([1, 40, 40, 1]).init(0))
     ['head', 'layer1', 'layer2']
     """
@@ -107,6 +113,12 @@ def conv4(
             et al. 2019, arXiv 1810.03642, for `CAVIA`; Perez et al. 2018, arXiv 1709.07871).
 
     Finn, Abbeel and Levine, 2017, arXiv 1703.03400.
+
+    Returns:
+        A model of (N, image_size, image_size, in_channels) images to (N, ways) logits.
+
+    Raises:
+        InputError: a size below 1, an unknown `pooling`, or images too small for max pooling.
 
     >>> model = nn.conv4(ways=5, channels=8, image_size=16)
     >>> v = model.init(0)

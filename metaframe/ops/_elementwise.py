@@ -18,7 +18,13 @@ from metaframe.ops._dispatch import elementwise, native, native_or_number, need_
 
 @elementwise(np.exp)
 def exp(x: Array) -> Array:
-    """The exponential function.
+    """The exponential function `exp(x)`.
+
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.exp(ops.asarray([0.0]))).tolist()
     [1.0]
@@ -29,6 +35,12 @@ def exp(x: Array) -> Array:
 def expm1(x: Array) -> Array:
     """`exp(x) - 1`, accurate near zero.
 
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.expm1(ops.asarray([0.0]))).tolist()
     [0.0]
     """
@@ -37,6 +49,12 @@ def expm1(x: Array) -> Array:
 @elementwise(np.log)
 def log(x: Array) -> Array:
     """The natural logarithm.
+
+    Args:
+        x: a floating array of any shape. Zero gives -infinity and a negative number NaN.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.log(ops.asarray([1.0]))).tolist()
     [0.0]
@@ -47,6 +65,12 @@ def log(x: Array) -> Array:
 def log1p(x: Array) -> Array:
     """`log(1 + x)`, accurate near zero.
 
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.log1p(ops.asarray([0.0]))).tolist()
     [0.0]
     """
@@ -55,6 +79,12 @@ def log1p(x: Array) -> Array:
 @elementwise(np.sqrt)
 def sqrt(x: Array) -> Array:
     """The square root; its gradient at zero is infinite (see `safe_sqrt`).
+
+    Args:
+        x: a floating array of any shape. A negative number gives NaN.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.sqrt(ops.asarray([4.0]))).tolist()
     [2.0]
@@ -65,6 +95,12 @@ def safe_sqrt(x: Array) -> Array:
     """The square root with gradient zero at zero, in every order of differentiation.
 
     For roots of sums of squares, as in Adam: there the plain root gives a gradient of NaN.
+
+    Args:
+        x: a floating array of any shape. A negative number gives NaN.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.safe_sqrt(ops.asarray([0.0, 4.0]))).tolist()
     [0.0, 2.0]
@@ -78,7 +114,13 @@ def safe_sqrt(x: Array) -> Array:
 
 @elementwise(np.square)
 def square(x: Array) -> Array:
-    """`x * x`.
+    """The square `x * x`.
+
+    Args:
+        x: an array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.square(ops.asarray([3.0]))).tolist()
     [9.0]
@@ -92,12 +134,15 @@ def power(x: Array, exponent: float) -> Array:
     derivatives of `1`, `x`, `x * x` and so on, wherever `x` is.
 
     Args:
-        x: floating, or integers with an exponent of 0, 1, 2, ...
-        exponent: a finite number. With one that is not whole, a negative `x` gives NaN. For an
-            exponent to be learned write `ops.exp(exponent * ops.log(x))`, with positive `x`.
+        x: an array of any shape: floating, or integers with an exponent of 0, 1, 2, ...
+        exponent: a finite number. With one that is not whole, a negative `x` gives NaN. For a
+            learned exponent write `ops.exp(exponent * ops.log(x))`, with positive `x`.
+
+    Returns:
+        An array of the same shape and dtype.
 
     Raises:
-        InputTypeError: the exponent is no number, or integers get a fraction for a result.
+        InputTypeError: the exponent is not a number, or integers would have a fraction as result.
         InputError: the exponent is infinite or NaN.
 
     >>> ops.to_numpy(ops.power(ops.asarray([0.0, 3.0]), 2)).tolist()
@@ -137,6 +182,12 @@ def _product(backend: Backend, x: Array, count: int) -> Array:
 def abs(x: Array) -> Array:
     """The absolute value; its gradient at zero is zero.
 
+    Args:
+        x: an array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.abs(ops.asarray([-2.0, 3.0]))).tolist()
     [2.0, 3.0]
     """
@@ -144,7 +195,13 @@ def abs(x: Array) -> Array:
 
 @elementwise(np.sign)
 def sign(x: Array) -> Array:
-    """-1, 0 or 1.
+    """The sign: -1, 0 or 1, with gradient zero.
+
+    Args:
+        x: an array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.sign(ops.asarray([-2.0, 0.0, 3.0]))).tolist()
     [-1.0, 0.0, 1.0]
@@ -155,6 +212,12 @@ def sign(x: Array) -> Array:
 def sin(x: Array) -> Array:
     """The sine.
 
+    Args:
+        x: a floating array of any shape, in radians.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.sin(ops.asarray([0.0]))).tolist()
     [0.0]
     """
@@ -163,6 +226,12 @@ def sin(x: Array) -> Array:
 @elementwise(np.cos)
 def cos(x: Array) -> Array:
     """The cosine.
+
+    Args:
+        x: a floating array of any shape, in radians.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.cos(ops.asarray([0.0]))).tolist()
     [1.0]
@@ -173,6 +242,12 @@ def cos(x: Array) -> Array:
 def tanh(x: Array) -> Array:
     """The hyperbolic tangent.
 
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.tanh(ops.asarray([0.0]))).tolist()
     [0.0]
     """
@@ -180,7 +255,13 @@ def tanh(x: Array) -> Array:
 
 @elementwise(lambda x: 1 / (1 + np.exp(-x)))
 def sigmoid(x: Array) -> Array:
-    """`1 / (1 + exp(-x))`.
+    """The logistic function `1 / (1 + exp(-x))`.
+
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
 
     >>> ops.to_numpy(ops.sigmoid(ops.asarray([0.0]))).tolist()
     [0.5]
@@ -189,6 +270,15 @@ def sigmoid(x: Array) -> Array:
 
 def softplus(x: Array) -> Array:
     """`log(1 + exp(x))`, without overflow and with exact derivatives of every order.
+
+    Args:
+        x: a floating array of any shape.
+
+    Returns:
+        An array of the same shape and dtype.
+
+    Raises:
+        InputTypeError: `x` is not floating.
 
     >>> found = ops.to_numpy(ops.softplus(ops.asarray([-1000.0, 0.0, 1000.0])))
     >>> [round(x, 4) for x in found.tolist()]
@@ -211,9 +301,14 @@ def log1p_exp_of_minus_abs(backend: Backend, x: Array, positive: Array) -> Array
 
 
 def maximum(x: Array | float, y: Array | float) -> Array:
-    """The larger of two arrays, or of an array and a number, with broadcasting.
+    """The larger of two arrays or numbers, broadcast; at a tie each gets half of the gradient.
 
-    Where they are equal, each gets half of the gradient.
+    Args:
+        x: an array of any shape, or a number.
+        y: an array or a number whose shape broadcasts with that of `x`.
+
+    Returns:
+        An array of the broadcast shape. A number takes the dtype of the array next to it.
 
     Raises:
         InputTypeError: a float next to an array of integers.
@@ -228,9 +323,14 @@ def maximum(x: Array | float, y: Array | float) -> Array:
 
 
 def minimum(x: Array | float, y: Array | float) -> Array:
-    """The smaller of two arrays, or of an array and a number, with broadcasting.
+    """The smaller of two arrays or numbers, broadcast; at a tie each gets half of the gradient.
 
-    Where they are equal, each gets half of the gradient.
+    Args:
+        x: an array of any shape, or a number.
+        y: an array or a number whose shape broadcasts with that of `x`.
+
+    Returns:
+        An array of the broadcast shape. A number takes the dtype of the array next to it.
 
     Raises:
         InputTypeError: a float next to an array of integers.
@@ -250,6 +350,17 @@ def clip(x: Array, low: Array | float, high: Array | float) -> Array:
     At a bound `x` and the bound get half of the gradient each. Where the bounds are equal, nothing
     depends on `x`: its gradient is zero, and the bounds get half each.
 
+    Args:
+        x: an array of any shape.
+        low: the lower bound, a number or an array that broadcasts with `x`.
+        high: the upper bound, a number or an array that broadcasts with `x`.
+
+    Returns:
+        An array of the broadcast shape, with the dtype of `x`.
+
+    Raises:
+        InputTypeError: a float next to an array of integers.
+
     >>> ops.to_numpy(ops.clip(ops.asarray([-2.0, 0.5, 3.0]), 0.0, 1.0)).tolist()
     [0.0, 0.5, 1.0]
     """
@@ -266,6 +377,14 @@ def where(condition: Array, x: Array | float, y: Array | float) -> Array:
 
     The branch not taken is differentiated too: an infinite derivative there gives NaN, so make
     its input harmless first, as `safe_sqrt` does.
+
+    Args:
+        condition: an array of booleans of any shape.
+        x: an array or a number whose shape broadcasts with that of `condition`.
+        y: an array or a number whose shape broadcasts with that of `condition`.
+
+    Returns:
+        An array of the broadcast shape. A number takes the dtype of the array next to it.
 
     Raises:
         InputTypeError: a float next to an array of integers.

@@ -22,6 +22,14 @@ def asarray(x: Any, dtype: str | None = None) -> Array:
         dtype: a NumPy dtype name. By default arrays of a framework and integers keep theirs, and
             neutral floating inputs get the one that was selected with the backend.
 
+    Returns:
+        An array of the shape of `x`, on the selected device; an array of a framework stays where
+        it is.
+
+    Raises:
+        BackendError: `x` belongs to no framework, and no backend is selected.
+        InputTypeError: nested lists of different lengths, or contents that are not numbers.
+
     >>> ops.asarray([[1, 2], [3, 4]]).shape == (2, 2)
     True
     """
@@ -43,6 +51,13 @@ def asarray(x: Any, dtype: str | None = None) -> Array:
 def to_numpy(x: Array) -> np.ndarray[Any, Any]:
     """`x` as a NumPy array, detached and on the host.
 
+    Args:
+        x: an array of any framework, a NumPy array or a number. It cannot be traced: inside of a
+            compiled function it has no value yet.
+
+    Returns:
+        A NumPy array of the same shape and dtype. It may share its memory with `x`.
+
     >>> ops.to_numpy(ops.asarray([1.0, 2.0])).tolist()
     [1.0, 2.0]
     """
@@ -52,6 +67,12 @@ def to_numpy(x: Array) -> np.ndarray[Any, Any]:
 def stop_gradient(x: Array) -> Array:
     """`x` as a constant: the same values, and no gradient through them.
 
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        An array of the same shape and dtype.
+
     >>> ops.to_numpy(ops.stop_gradient(ops.asarray([1.0]))).tolist()
     [1.0]
     """
@@ -60,7 +81,18 @@ def stop_gradient(x: Array) -> Array:
 
 
 def zeros(shape: Sequence[int], dtype: str | None = None, like: Array | None = None) -> Array:
-    """Zeros of `shape`; dtype and device are those of `like`, or the selected ones.
+    """An array of zeros.
+
+    Args:
+        shape: the sizes of its axes; `()` for a single number.
+        dtype: a NumPy dtype name. Default: that of `like`, or the selected one.
+        like: an array whose backend and device to use. Default: the selected ones.
+
+    Returns:
+        An array of that shape and dtype.
+
+    Raises:
+        BackendError: `like` is None, and no backend is selected.
 
     >>> ops.to_numpy(ops.zeros((1, 2))).tolist()
     [[0.0, 0.0]]
@@ -74,6 +106,12 @@ def zeros(shape: Sequence[int], dtype: str | None = None, like: Array | None = N
 def zeros_like(x: Array) -> Array:
     """Zeros with the shape, dtype and device of `x`.
 
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        An array like `x`.
+
     >>> ops.to_numpy(ops.zeros_like(ops.asarray([3.0, 4.0]))).tolist()
     [0.0, 0.0]
     """
@@ -84,6 +122,12 @@ def zeros_like(x: Array) -> Array:
 def ones_like(x: Array) -> Array:
     """Ones with the shape, dtype and device of `x`.
 
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        An array like `x`.
+
     >>> ops.to_numpy(ops.ones_like(ops.asarray([3.0, 4.0]))).tolist()
     [1.0, 1.0]
     """
@@ -92,7 +136,18 @@ def ones_like(x: Array) -> Array:
 
 
 def arange(stop: int, dtype: str = "int32", like: Array | None = None) -> Array:
-    """`0, 1, ..., stop - 1`, on the device of `like` or the selected one.
+    """The numbers `0, 1, ..., stop - 1`.
+
+    Args:
+        stop: how many numbers, a Python integer.
+        dtype: a NumPy dtype name.
+        like: an array whose backend and device to use. Default: the selected ones.
+
+    Returns:
+        An array of shape (stop,).
+
+    Raises:
+        BackendError: `like` is None, and no backend is selected.
 
     >>> ops.to_numpy(ops.arange(3)).tolist()
     [0, 1, 2]
@@ -104,9 +159,15 @@ def arange(stop: int, dtype: str = "int32", like: Array | None = None) -> Array:
 
 
 def one_hot(labels: Array, classes: int, dtype: str = "float32") -> Array:
-    """(...) integer labels to (..., classes) with a one at the label.
+    """Rows of zeros with a one at the label.
 
-    A label outside `[0, classes)` gives a row of zeros.
+    Args:
+        labels: (...) integers. One outside of `[0, classes)` gives a row of zeros.
+        classes: the length of a row, a Python integer.
+        dtype: a NumPy dtype name, which may be "bool".
+
+    Returns:
+        An array of shape (..., classes).
 
     >>> ops.to_numpy(ops.one_hot(ops.asarray([2, 0]), 3)).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -116,7 +177,14 @@ def one_hot(labels: Array, classes: int, dtype: str = "float32") -> Array:
 
 
 def astype(x: Array, dtype: str) -> Array:
-    """`x` converted to a dtype given by its NumPy name; differentiable between floating dtypes.
+    """`x` converted to another dtype; differentiable between floating dtypes.
+
+    Args:
+        x: an array of any shape.
+        dtype: a NumPy dtype name, such as "float64", "int32" or "bool".
+
+    Returns:
+        An array of the same shape and of that dtype.
 
     >>> ops.to_numpy(ops.astype(ops.asarray([1.0, 0.0]), "bool")).tolist()
     [True, False]

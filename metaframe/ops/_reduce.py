@@ -12,7 +12,16 @@ from metaframe.ops._elementwise import safe_sqrt
 
 
 def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The sum; of booleans, how many are true.
+    """The sum along axes; of booleans, how many are true.
+
+    Args:
+        x: an array of any shape.
+        axis: the axis or the axes to sum along, negative ones from the end. Default: all of them.
+        keepdims: whether the summed axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`; for integers and booleans, of the framework's own integer
+        dtype.
 
     >>> ops.to_numpy(ops.sum(ops.asarray([[1.0, 2.0], [3.0, 4.0]]), axis=1)).tolist()
     [3.0, 7.0]
@@ -24,7 +33,19 @@ def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 
 def mean(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The mean of a floating array.
+    """The mean along axes.
+
+    Args:
+        x: a floating array of any shape.
+        axis: the axis or the axes to average along, negative ones from the end. Default: all of
+            them.
+        keepdims: whether the averaged axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
+
+    Raises:
+        InputTypeError: `x` is not floating.
 
     >>> ops.to_numpy(ops.mean(ops.asarray([[1.0, 2.0], [3.0, 4.0]]), axis=0)).tolist()
     [2.0, 3.0]
@@ -35,7 +56,19 @@ def mean(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 
 def var(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The mean squared distance from the mean (divides by n, not n - 1).
+    """The variance: the mean squared distance from the mean, divided by n and not by n - 1.
+
+    Args:
+        x: a floating array of any shape.
+        axis: the axis or the axes to average along, negative ones from the end. Default: all of
+            them.
+        keepdims: whether the averaged axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
+
+    Raises:
+        InputTypeError: `x` is not floating.
 
     >>> ops.to_numpy(ops.var(ops.asarray([[1.0, 3.0], [2.0, 8.0]]), axis=1)).tolist()
     [1.0, 9.0]
@@ -48,6 +81,18 @@ def var(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 def std(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """The standard deviation, the root of `var`; its gradient is zero where all are equal.
+
+    Args:
+        x: a floating array of any shape.
+        axis: the axis or the axes to average along, negative ones from the end. Default: all of
+            them.
+        keepdims: whether the averaged axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
+
+    Raises:
+        InputTypeError: `x` is not floating.
 
     >>> ops.to_numpy(ops.std(ops.asarray([[1.0, 3.0], [2.0, 8.0]]), axis=1)).tolist()
     [1.0, 3.0]
@@ -62,6 +107,17 @@ def std(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 def norm(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """The Euclidean norm, `sqrt(sum(x * x))`; its gradient at zero is zero.
 
+    Args:
+        x: a floating array of any shape.
+        axis: the axis or the axes to sum along, negative ones from the end. Default: all of them.
+        keepdims: whether the summed axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
+
+    Raises:
+        InputTypeError: `x` is not floating.
+
     >>> ops.to_numpy(ops.norm(ops.asarray([[3.0, 4.0], [0.0, 0.0]]), axis=1)).tolist()
     [5.0, 0.0]
     """
@@ -71,7 +127,15 @@ def norm(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 
 def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The largest element; equal ones share the gradient evenly.
+    """The largest element along axes; equal ones share the gradient evenly.
+
+    Args:
+        x: an array of any shape.
+        axis: the axis or the axes to reduce, negative ones from the end. Default: all of them.
+        keepdims: whether the reduced axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
 
     >>> ops.to_numpy(ops.max(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
     [2.0, 4.0]
@@ -83,7 +147,15 @@ def max(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 
 
 def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """The smallest element; equal ones share the gradient evenly.
+    """The smallest element along axes; equal ones share the gradient evenly.
+
+    Args:
+        x: an array of any shape.
+        axis: the axis or the axes to reduce, negative ones from the end. Default: all of them.
+        keepdims: whether the reduced axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
 
     >>> ops.to_numpy(ops.min(ops.asarray([[1.0, 2.0], [4.0, 3.0]]), axis=1)).tolist()
     [1.0, 3.0]
@@ -124,9 +196,16 @@ def _largest(backend: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
 
 
 def argmax(x: Array, axis: int = -1) -> Array:
-    """The index of the largest element, the first one at a tie; the integer dtype is native.
+    """The index of the largest element along an axis.
 
-    The first NaN, if there is one.
+    At a tie it is the first of them, and with a NaN the first NaN.
+
+    Args:
+        x: an array of any shape with at least one axis.
+        axis: the axis to search, from the end if negative. Default: the last one.
+
+    Returns:
+        Integers, without that axis, of the framework's own integer dtype.
 
     >>> ops.to_numpy(ops.argmax(ops.asarray([[1.0, 2.0], [4.0, 4.0]]))).tolist()
     [1, 0]
@@ -136,7 +215,15 @@ def argmax(x: Array, axis: int = -1) -> Array:
 
 
 def logsumexp(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
-    """`log(sum(exp(x)))` without overflow.
+    """`log(sum(exp(x)))` along axes, without overflow.
+
+    Args:
+        x: a floating array of any shape.
+        axis: the axis or the axes to sum along, negative ones from the end. Default: all of them.
+        keepdims: whether the summed axes stay, with size 1. Default: they are removed.
+
+    Returns:
+        An array of the dtype of `x`.
 
     >>> ops.to_numpy(ops.logsumexp(ops.asarray([[0.0], [1000.0]]), axis=1)).tolist()
     [0.0, 1000.0]

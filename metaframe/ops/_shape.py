@@ -10,7 +10,14 @@ from metaframe.ops._dispatch import native
 
 
 def reshape(x: Array, shape: Sequence[int]) -> Array:
-    """The elements of `x`, last axis fastest, as `shape`; one size may be -1.
+    """The elements of `x`, last axis fastest, in another shape.
+
+    Args:
+        x: an array of any shape.
+        shape: the new sizes, with the same product; one of them may be -1, and is then computed.
+
+    Returns:
+        An array of that shape.
 
     >>> ops.to_numpy(ops.reshape(ops.asarray([[1, 2], [3, 4]]), (-1,))).tolist()
     [1, 2, 3, 4]
@@ -20,7 +27,14 @@ def reshape(x: Array, shape: Sequence[int]) -> Array:
 
 
 def transpose(x: Array, axes: Sequence[int]) -> Array:
-    """Axis `i` of the result is axis `axes[i]` of `x`.
+    """`x` with its axes in another order.
+
+    Args:
+        x: an array of any shape.
+        axes: the axes of `x`, each once, counted from 0.
+
+    Returns:
+        An array whose axis `i` is axis `axes[i]` of `x`.
 
     >>> ops.to_numpy(ops.transpose(ops.asarray([[1, 2], [3, 4]]), (1, 0))).tolist()
     [[1, 3], [2, 4]]
@@ -32,6 +46,13 @@ def transpose(x: Array, axes: Sequence[int]) -> Array:
 def broadcast_to(x: Array, shape: Sequence[int]) -> Array:
     """`x` repeated along new axes in front and along axes of size 1.
 
+    Args:
+        x: an array of any shape.
+        shape: the shape of the result, to which the shape of `x` broadcasts.
+
+    Returns:
+        An array of that shape.
+
     >>> ops.to_numpy(ops.broadcast_to(ops.asarray([1, 2]), (2, 2))).tolist()
     [[1, 2], [1, 2]]
     """
@@ -40,7 +61,14 @@ def broadcast_to(x: Array, shape: Sequence[int]) -> Array:
 
 
 def expand_dims(x: Array, axis: int) -> Array:
-    """A new axis of size 1 at position `axis` of the result.
+    """`x` with a new axis of size 1.
+
+    Args:
+        x: an array of any shape.
+        axis: the position of the new axis in the result, from the end if negative.
+
+    Returns:
+        An array with one axis more.
 
     >>> ops.to_numpy(ops.expand_dims(ops.asarray([1, 2]), -1)).tolist()
     [[1], [2]]
@@ -50,7 +78,17 @@ def expand_dims(x: Array, axis: int) -> Array:
 
 
 def squeeze(x: Array, axis: int) -> Array:
-    """Without `axis`, which must have size 1.
+    """`x` without an axis of size 1.
+
+    Args:
+        x: an array with at least one axis.
+        axis: the axis to remove, from the end if negative.
+
+    Returns:
+        An array with one axis less.
+
+    Raises:
+        InputError: the axis has another size than 1.
 
     >>> ops.to_numpy(ops.squeeze(ops.asarray([[1], [2]]), 1)).tolist()
     [1, 2]
@@ -67,6 +105,16 @@ def squeeze(x: Array, axis: int) -> Array:
 def concat(xs: Sequence[Array], axis: int = 0) -> Array:
     """Arrays joined along an axis they have.
 
+    Args:
+        xs: at least one array; all have the same shape, except along `axis`.
+        axis: the axis to join along, from the end if negative. Default: the first one.
+
+    Returns:
+        An array whose size along `axis` is the sum of theirs.
+
+    Raises:
+        InputError: `xs` is empty.
+
     >>> ops.to_numpy(ops.concat([ops.asarray([1, 2]), ops.asarray([3])])).tolist()
     [1, 2, 3]
     """
@@ -76,6 +124,17 @@ def concat(xs: Sequence[Array], axis: int = 0) -> Array:
 
 def stack(xs: Sequence[Array], axis: int = 0) -> Array:
     """Arrays of one shape joined along a new axis.
+
+    Args:
+        xs: at least one array; all have the same shape.
+        axis: the position of the new axis in the result, from the end if negative. Default: in
+            front.
+
+    Returns:
+        An array with one axis more, of size `len(xs)`.
+
+    Raises:
+        InputError: `xs` is empty.
 
     >>> ops.to_numpy(ops.stack([ops.asarray([1, 2]), ops.asarray([3, 4])], axis=1)).tolist()
     [[1, 3], [2, 4]]
@@ -91,7 +150,15 @@ def _at_least_one(name: str, xs: Sequence[Array]) -> Sequence[Array]:
 
 
 def take(x: Array, indices: Array, axis: int = 0) -> Array:
-    """The slices of `x` at integer `indices` in `[0, size)`, whose axes replace `axis`.
+    """The slices of `x` at integer indices.
+
+    Args:
+        x: an array with at least one axis.
+        indices: integers of any shape, in `[0, size)`, where `size` is that of `x` along `axis`.
+        axis: the axis to take from. Default: the first one.
+
+    Returns:
+        An array in which the axes of `indices` stand in the place of `axis`.
 
     >>> ops.to_numpy(ops.take(ops.asarray([1, 2, 3]), ops.asarray([[2, 0]]))).tolist()
     [[3, 1]]
@@ -101,7 +168,14 @@ def take(x: Array, indices: Array, axis: int = 0) -> Array:
 
 
 def pad(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
-    """`x` with zeros added (before, after) along each axis.
+    """`x` with zeros added around it.
+
+    Args:
+        x: an array of any shape.
+        widths: for each axis how many zeros go `(before, after)` it.
+
+    Returns:
+        An array with these sizes added to those of `x`.
 
     >>> ops.to_numpy(ops.pad(ops.asarray([1, 2]), [(1, 2)])).tolist()
     [0, 1, 2, 0, 0]
@@ -111,7 +185,14 @@ def pad(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
 
 
 def matmul(x: Array, y: Array) -> Array:
-    """(..., n, k) times (..., k, m), as in NumPy: leading axes broadcast, vectors are taken too.
+    """The matrix product, as in NumPy.
+
+    Args:
+        x: (..., n, k), or a vector (k,).
+        y: (..., k, m), or a vector (k,). Leading axes broadcast.
+
+    Returns:
+        An array of shape (..., n, m), without `n` or `m` where that argument is a vector.
 
     >>> ops.to_numpy(ops.matmul(ops.asarray([[1.0, 2.0]]), ops.asarray([3.0, 4.0]))).tolist()
     [11.0]
@@ -121,7 +202,15 @@ def matmul(x: Array, y: Array) -> Array:
 
 
 def einsum(equation: str, *xs: Array) -> Array:
-    """The sum of products that `equation` spells out, output axes included.
+    """The sum of products that an equation spells out.
+
+    Args:
+        equation: the axes of every array and of the result, such as "ij,jk->ik". The result's axes
+            must be written.
+        xs: as many arrays as the equation names.
+
+    Returns:
+        An array with the axes after "->".
 
     >>> x = ops.asarray([[1.0, 2.0], [3.0, 4.0]])
     >>> ops.to_numpy(ops.einsum("ij,ij->i", x, x)).tolist()

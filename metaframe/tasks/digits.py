@@ -68,9 +68,18 @@ def digits_sampler(
     """A `FewShotSampler` over the digits, with `DIGITS_SPLIT`.
 
     Args:
-        ways, shots, queries, split, seed, device, dtype: see `FewShotSampler`.
+        ways: classes a task.
+        shots: support examples a class.
+        queries: query examples a class.
+        split: which classes are used, and which stream of tasks.
         rotations: count quarter turns as classes. Without them train has 6 classes, and
             validation and test have 2.
+        seed: as for `IndexedSampler`.
+        device: as for `IndexedSampler`.
+        dtype: as for `IndexedSampler`.
+
+    Returns:
+        A sampler of 8x8 images with one channel.
 
     >>> digits_sampler(split="test").task(0)
     Task(support_x=(5, 8, 8, 1), support_y=(5,), query_x=(75, 8, 8, 1), query_y=(75,))

@@ -39,10 +39,12 @@ Rows = np.ndarray[Any, np.dtype[np.intp]]
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Which classes belong to which split.
+    """The classes of each split.
 
     Args:
-        train, validation, test: class labels as they occur in `labels`; may be empty.
+        train: class labels as they occur in `labels`; may be empty.
+        validation: likewise.
+        test: likewise.
 
     Raises:
         InputError: a class is named twice.
@@ -90,6 +92,9 @@ def split_classes(
             are rounded down, and with a sum of 1 the classes left over go to train.
         seed: decides the division; nothing else does. It is separate from the samplers' seeds,
             so that training and testing with two seeds cannot mix classes.
+
+    Returns:
+        Three disjoint groups of labels.
 
     Raises:
         InputError: sizes that do not fit the number of classes.
@@ -146,12 +151,16 @@ class FewShotSampler(BatchedSampler):
             floating in [0, 1] (divided by 255), booleans 0 and 1; floats are taken as they are.
             `LazyImages` are read as tasks ask for them.
         labels: `(N,)` integers or strings.
-        ways, shots, queries: classes a task, and support and query examples a class.
+        ways: classes a task.
+        shots: support examples a class.
+        queries: query examples a class.
         split: which classes are used, and which stream of tasks.
         classes: the classes of each split; default `split_classes(labels)`.
         rotations: count each class turned by 0, 90, 180 and 270 degrees as four classes, which
             stay in one split. One image may then occur in two classes of a task, turned.
-        seed, device, dtype: see `IndexedSampler`.
+        seed: as for `IndexedSampler`.
+        device: as for `IndexedSampler`.
+        dtype: as for `IndexedSampler`.
 
     Raises:
         InputError: too few classes or examples, saying how many there are and are needed.
@@ -195,7 +204,7 @@ class FewShotSampler(BatchedSampler):
 
     @property
     def num_classes(self) -> int:
-        """How many classes this split has, rotations included."""
+        """The number of classes of this split, rotations included."""
         return len(self._members) * (ROTATIONS if self.rotations else 1)
 
     def _check_enough(self) -> None:
@@ -225,7 +234,7 @@ class FewShotSampler(BatchedSampler):
         return self.ways * (1 + 2 * (self.shots + self.queries))
 
     def draw_batch(self, numbers: Numbers) -> Task:
-        """Tasks; see the class for how they are made up."""
+        """Make the tasks of a batch; see the class for how they are made up."""
         tasks, ways, per_class = len(numbers), self.ways, self.shots + self.queries
         ends = np.cumsum([ways, ways * per_class, ways * self.shots])
         of_classes, of_rows, *of_orders = np.split(numbers, ends, axis=1)

@@ -49,7 +49,8 @@ def load_image_dataset(
 
     Args:
         dataset: the data set.
-        image, label: the keys of examples that are mappings.
+        image: the key of the image, where examples are mappings.
+        label: the key of the label, where examples are mappings.
         labels: `(N,)` integers or strings that take the place of the data set's labels.
         size: side of the images in pixels, at most 512; default: they have one size already.
         mode: "RGB", or "L" for grey; default: as they are.

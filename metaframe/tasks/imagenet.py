@@ -79,6 +79,9 @@ def load_mini_imagenet(path: str | Path, split: Split = "train", *, size: int = 
         split: "train", "validation" or "test".
         size: side of the images in pixels, at most 512.
 
+    Returns:
+        The images and labels of the split, with the names of the classes.
+
     Raises:
         InputError: a missing, damaged or unexpected file, one with another checksum, or a folder
             of pickles; says which and what to do.
@@ -126,6 +129,9 @@ def load_tiered_imagenet(
         path: the folder.
         split: "train", "validation" or "test".
         size: side of the images in pixels, at most 512; arrays have to be of this size already.
+
+    Returns:
+        The images and labels of the split, with the names of the classes.
 
     Raises:
         InputError: a missing, damaged or unexpected file, one with another checksum, or a folder

@@ -16,7 +16,13 @@ _Z95 = 1.96
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` tasks; the true mean lies within `ci95` of it with 95% confidence.
+    """A mean over tasks with its 95% confidence interval.
+
+    Args:
+        mean: the mean, in the unit of the result.
+        ci95: half the width of the interval: the true mean lies within `ci95` of `mean` with 95%
+            confidence. NaN for a single task.
+        n: how many tasks.
 
     >>> str(Estimate(48.7, 1.84, 600))
     '48.70 ± 1.84 (600 tasks, 95% CI)'

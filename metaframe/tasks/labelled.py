@@ -52,15 +52,29 @@ class LabelledImages:
     def split_classes(
         self, sizes: Sequence[float] = (0.6, 0.2, 0.2), *, seed: int = 0
     ) -> ClassSplit:
-        """Divide the classes at random; see `metaframe.tasks.split_classes`."""
+        """Divide the classes at random, as `metaframe.tasks.split_classes` does.
+
+        Args:
+            sizes: shares or numbers of classes for train, validation and test.
+            seed: decides the division.
+
+        Returns:
+            Three disjoint groups of labels.
+
+        Raises:
+            InputError: sizes that do not fit the number of classes.
+        """
         return split_classes(range(len(self.classes)), sizes, seed=seed)
 
     def hold_out(self, test: Names, validation: Names = ()) -> ClassSplit:
         """Hold out named classes, or all in a folder, such as an alphabet.
 
         Args:
-            test, validation: a name of a class or of a folder, or several; all other classes are
-                for training.
+            test: a name of a class or of a folder, or several.
+            validation: the same. All classes in neither are for training.
+
+        Returns:
+            Three disjoint groups of labels.
 
         Raises:
             UnknownKeyError: no such class or folder, with the nearest name.

@@ -67,7 +67,11 @@ class Omniglot:
         """Hold out whole alphabets: the harder and more honest test of generalisation.
 
         Args:
-            test, validation: names of alphabets; all the others are for training.
+            test: names of alphabets.
+            validation: names of alphabets. All alphabets in neither are for training.
+
+        Returns:
+            Three disjoint groups of labels.
 
         Raises:
             UnknownKeyError: no such alphabet, with the nearest name.
@@ -87,6 +91,12 @@ class Omniglot:
 
         The full set of 1623 gives 1100 + 100 for training and validation and 423 for test: the
         usual 1200 / 423. Any other set is divided 0.6 / 0.2 / 0.2.
+
+        Args:
+            seed: decides the division.
+
+        Returns:
+            Three disjoint groups of labels.
         """
         if len(self.characters) == _OFFICIAL_CHARACTERS:
             return split_classes(range(_OFFICIAL_CHARACTERS), _OFFICIAL_SIZES, seed=seed)
@@ -145,6 +155,9 @@ def load_omniglot(
             (659), or several of them. All of Omniglot is ("background", "evaluation").
         size: side of the images in pixels, 1 to 105.
 
+    Returns:
+        The drawings (N, size, size, 1), their labels (N,) and the names of the characters.
+
     Raises:
         InputError: a missing, damaged or unexpected file, naming it and what to do.
         UnknownKeyError: no such part.
@@ -191,6 +204,9 @@ def one_shot_runs(path: str | Path, *, size: int = 28) -> tuple[OneShotRun, ...]
     Args:
         path: directory with all_runs.zip, or with the folder extracted from it.
         size: side of the images in pixels, 1 to 105.
+
+    Returns:
+        The runs, with (20, size, size, 1) drawings each for training and for test.
 
     Raises:
         InputError: a missing, damaged or unexpected file, naming it and what to do.

@@ -49,6 +49,9 @@ def task_rng(seed: int, split: Split, index: int) -> np.random.Generator:
         split: "train", "validation" or "test".
         index: which task, 0 <= index < 2**64.
 
+    Returns:
+        A NumPy generator, the same one for the same arguments.
+
     Raises:
         InputError: unknown split, or a number out of range.
 
@@ -115,7 +118,13 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def permutations(numbers: Numbers) -> Order:
-    """A uniformly random order of `range(n)` from every row of n random numbers: `(..., n)`.
+    """Random orders, one from every row of random numbers.
+
+    Args:
+        numbers: (..., n), uniform in [0, 1).
+
+    Returns:
+        Integers (..., n): every row is a uniformly random order of `range(n)`.
 
     >>> permutations(np.array([[0.7, 0.1, 0.4], [0.2, 0.3, 0.9]])).tolist()
     [[1, 2, 0], [0, 1, 2]]
@@ -131,6 +140,9 @@ def choices(numbers: Numbers, sizes: Any) -> Order:
     Args:
         numbers: `(rows, k)`, in [0, 1).
         sizes: `(rows,)` or one number for all, at least k.
+
+    Returns:
+        Integers (rows, k).
 
     >>> choices(np.array([[0.0, 0.0], [0.99, 0.99]]), 5).tolist()
     [[0, 1], [4, 0]]
@@ -264,7 +276,14 @@ class IndexedSampler(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, rng: np.random.Generator) -> Task:
-        """One task of NumPy arrays, from the random numbers of `rng` alone."""
+        """Make one task.
+
+        Args:
+            rng: the only source of random numbers; the same generator state makes the same task.
+
+        Returns:
+            A Task of NumPy arrays.
+        """
 
     @property
     def quick(self) -> bool:
@@ -272,7 +291,14 @@ class IndexedSampler(abc.ABC):
         return False
 
     def rng(self, index: int) -> np.random.Generator:
-        """The generator with which `draw` makes task number `index`."""
+        """The generator with which `draw` makes a task.
+
+        Args:
+            index: the number of the task, 0 <= index < 2**64.
+
+        Returns:
+            A NumPy generator.
+        """
         return task_rng(self.seed, self.split, index)
 
     @property
@@ -281,11 +307,31 @@ class IndexedSampler(abc.ABC):
         return self._position
 
     def task(self, index: int) -> Task:
-        """Task number `index`, whatever was sampled before. Does not move `position`."""
+        """The task with a number, whatever was sampled before. Does not move `position`.
+
+        Args:
+            index: the number of the task, 0 <= index < 2**64.
+
+        Returns:
+            A Task.
+
+        Raises:
+            InputError: `index` is out of range.
+        """
         return self._place(first_of(self._drawn([_word("index", index)])))
 
     def tasks(self, indices: Sequence[int]) -> TaskBatch:
-        """The tasks with these numbers, as `sample` returns them. Does not move `position`."""
+        """The tasks with some numbers, as `sample` returns them. Does not move `position`.
+
+        Args:
+            indices: the numbers of the tasks, at least one.
+
+        Returns:
+            A `TaskBatch` in the order of `indices`.
+
+        Raises:
+            InputError: `indices` is empty.
+        """
         if not len(indices):
             raise InputError("indices must name at least one task, received none.")
         return TaskBatch.of(self._place(self._drawn(indices)))
@@ -293,9 +339,15 @@ class IndexedSampler(abc.ABC):
     def sample(self, meta_batch_size: int) -> TaskBatch:
         """Tasks number `position` to `position + meta_batch_size - 1`; moves `position` on.
 
+        Args:
+            meta_batch_size: how many tasks, at least 1.
+
         Returns:
             A `TaskBatch`: a sequence of tasks, and one stacked Task of the same arrays. Tasks of
             different sizes, as a `draw` of one's own may make them, come in a list.
+
+        Raises:
+            InputError: `meta_batch_size` is below 1.
         """
         if self._together:
             return TaskBatch.of(self.sample_batch(meta_batch_size))
@@ -320,6 +372,9 @@ class IndexedSampler(abc.ABC):
             meta_batch_size: tasks in the batch.
             share: the numbers, from 0, of those to draw of them; default: all. `position` moves on
                 by the whole batch all the same.
+
+        Returns:
+            A Task whose arrays have a leading task axis.
         """
         count = arguments.integer(meta_batch_size, "meta_batch_size", at_least=1)
         start = self._position
@@ -329,7 +384,15 @@ class IndexedSampler(abc.ABC):
         return batch
 
     def sample_batches(self, batches: int, meta_batch_size: int) -> Task:
-        """`batches` calls of `sample_batch` in one, stacked: arrays `(batches, tasks, k, ...)`."""
+        """Several calls of `sample_batch` in one, stacked.
+
+        Args:
+            batches: how many batches.
+            meta_batch_size: tasks in each of them.
+
+        Returns:
+            A Task of arrays (batches, tasks, k, ...).
+        """
         total = batches * meta_batch_size
         drawn = self._drawn(range(self._position, self._position + total))
         split = (batches, meta_batch_size)
@@ -342,11 +405,18 @@ class IndexedSampler(abc.ABC):
         return stack_tasks([self.draw(self.rng(i)) for i in indices])
 
     def state(self) -> dict[str, int | str]:
-        """The position for `restore`, as plain values for a checkpoint."""
+        """The position for `restore`, as plain values for a checkpoint.
+
+        Returns:
+            The "seed", the "split" and the "position".
+        """
         return {"seed": self.seed, "split": self.split, "position": self._position}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, taken from a sampler with the same settings.
+        """Go on from the state of a sampler with the same settings.
+
+        Args:
+            state: what its `state()` returned.
 
         Raises:
             InputError: the state belongs to another seed or split, or lacks an entry.
@@ -400,7 +470,10 @@ class BatchedSampler(IndexedSampler):
     sinusoids that takes 2 microseconds a task, a small part of the time of a compiled step.
 
     Args:
-        seed, split, device, dtype: see `IndexedSampler`.
+        seed: as for `IndexedSampler`.
+        split: as for `IndexedSampler`.
+        device: as for `IndexedSampler`.
+        dtype: as for `IndexedSampler`.
 
     >>> class Lines(BatchedSampler):
     ...     numbers = 21
@@ -424,18 +497,40 @@ class BatchedSampler(IndexedSampler):
     @property
     @abc.abstractmethod
     def numbers(self) -> int:
-        """How many random numbers a task is made of."""
+        """The number of random numbers that a task takes."""
 
     @abc.abstractmethod
     def draw_batch(self, numbers: Numbers) -> Task:
-        """Tasks of NumPy arrays, stacked, from `(tasks, self.numbers)` numbers in [0, 1)."""
+        """Make the tasks of a batch.
+
+        Args:
+            numbers: (tasks, self.numbers), random numbers in [0, 1). Task i depends on row i
+                alone.
+
+        Returns:
+            One Task of NumPy arrays (tasks, k, ...).
+        """
 
     def draw(self, rng: np.random.Generator) -> Task:
-        """One task. A subclass that overrides this draws its tasks one by one."""
+        """Make one task. A subclass that overrides this draws its tasks one by one.
+
+        Args:
+            rng: the only source of random numbers.
+
+        Returns:
+            A Task of NumPy arrays.
+        """
         return first_of(self.draw_batch(rng.random((1, self.numbers))))
 
     def rng(self, index: int) -> np.random.Generator:
-        """The generator whose first numbers are those of task number `index`."""
+        """The generator whose first numbers are those of a task.
+
+        Args:
+            index: the number of the task.
+
+        Returns:
+            A NumPy generator.
+        """
         return _numbers_from(self.seed, self.split, index * -(-self.numbers // _BLOCK))
 
     def _drawn(self, indices: Sequence[int]) -> Task:

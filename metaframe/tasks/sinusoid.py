@@ -28,13 +28,14 @@ class SinusoidTaskSampler(BatchedSampler):
         amp_range: (low, high) of the amplitude.
         phase_range: (low, high) of the phase, in radians.
         x_range: (low, high) of the inputs.
-        k_support, k_query: points in the support set and in the query set.
+        k_support: points in the support set.
+        k_query: points in the query set.
         generator: a generator of NumPy, torch or TensorFlow to draw the seed from, once; instead
             of `seed`. The tasks themselves are drawn in NumPy on every backend.
         seed: the tasks' seed; None, with no generator, takes a fresh one, readable as
             `sampler.seed`.
-        device, dtype: where the arrays are placed and their floating dtype; default: as the
-            selected backend says, NumPy float32 arrays without one. See `IndexedSampler`.
+        device: where the arrays are placed, as for `IndexedSampler`.
+        dtype: the floating dtype of the arrays, as for `IndexedSampler`.
         freq_range: (low, high) of the angular frequency.
         split: which of the three streams of tasks. The family is the same in all of them.
 
@@ -81,7 +82,7 @@ class SinusoidTaskSampler(BatchedSampler):
         return 3 + self.k_support + self.k_query
 
     def draw_batch(self, numbers: Numbers) -> Task:
-        """Tasks; see the class for the order of the numbers."""
+        """Make the tasks of a batch; see the class for the family."""
         curves = numbers[:, :3, None, None]
         amplitude = scaled(curves[:, 0], self.amp_range)
         phase = scaled(curves[:, 1], self.phase_range)

@@ -149,7 +149,10 @@ class TaskBatch(Task, Sequence[Task]):
     transforms it is a plain stacked Task.
 
     Args:
-        support_x, support_y, query_x, query_y: as for `Task`, with a leading task axis.
+        support_x: as for `Task`, with a leading task axis.
+        support_y: as for `Task`, with a leading task axis.
+        query_x: as for `Task`, with a leading task axis.
+        query_y: as for `Task`, with a leading task axis.
 
     >>> import numpy as np
     >>> x, y = np.zeros((25, 10, 1)), np.ones((25, 10, 1))
@@ -162,7 +165,14 @@ class TaskBatch(Task, Sequence[Task]):
 
     @classmethod
     def of(cls, stacked: Task) -> TaskBatch:
-        """The tasks of a stacked Task, which has been checked."""
+        """The tasks of a stacked Task, which has been checked.
+
+        Args:
+            stacked: a Task whose arrays have a leading task axis.
+
+        Returns:
+            A batch of the same arrays.
+        """
         register_with_frameworks(TaskBatch, _flatten, _unflatten)
         register_with_frameworks(Task, _flatten, _unflatten)
         batch = object.__new__(cls)
@@ -249,7 +259,14 @@ class TaskSampler(Protocol):
     """
 
     def sample(self, meta_batch_size: int) -> Sequence[Task]:
-        """The next `meta_batch_size` tasks."""
+        """The next tasks.
+
+        Args:
+            meta_batch_size: how many, at least 1.
+
+        Returns:
+            A sequence of that many tasks.
+        """
         ...
 
 

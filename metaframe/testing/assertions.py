@@ -161,6 +161,9 @@ def _assert_near(
 def assert_compiled_once(fn: Callable[..., Any]) -> None:
     """A function made by `metaframe.compile` has been called, and was compiled for one signature.
 
+    Args:
+        fn: what `metaframe.compile` returned.
+
     Raises:
         AssertionError: it was never called, or compiled again and for which arguments.
         InputTypeError: not a function of `metaframe.compile`.

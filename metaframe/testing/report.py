@@ -40,10 +40,13 @@ class Finding:
     """
 
     kind: Kind
+    """The name of the kind of fault, such as "not finite"."""
     where: str
     """The variable, task, step or way of running that is concerned; empty for all."""
     found: str
+    """The measurement that shows it."""
     advice: str
+    """The remedy."""
     wrong: bool = True
     """False for what may be as it is meant to be."""
 
@@ -62,10 +65,11 @@ class Report:
     """
 
     findings: tuple[Finding, ...]
+    """The faults and remarks, worst first."""
     passed: tuple[str, ...]
-    """What was looked at and found right."""
+    """The checks that passed."""
     unknown: tuple[str, ...]
-    """What could not be told, and why."""
+    """The checks that could not be made, and why."""
 
     @property
     def ok(self) -> bool:

@@ -28,7 +28,7 @@ Step = Callable[[tree.Tree, tree.Tree], Any]
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How the variables adapt to a task before the cost is taken.
+    """The adaptation of the variables to a task, before the cost is taken.
 
     Args:
         steps: inner steps, 0 or more.
@@ -59,7 +59,18 @@ class Adaptation:
     def adapted(
         self, cost: Cost, v: tree.Tree, task: tree.Tree, *, steps: int, order: Order = 2
     ) -> tree.Tree:
-        """The variables after `steps` inner steps on one task."""
+        """Adapt the variables to one task.
+
+        Args:
+            cost: `cost(batch, v) -> scalar`, the inner cost.
+            v: the variables, any structure.
+            task: the data of the task, without a task axis.
+            steps: inner steps, 0 or more, in place of `self.steps`.
+            order: 2 for a differentiable result, 1 for constants of the inner gradients.
+
+        Returns:
+            The adapted variables, in the structure of `v`.
+        """
         inner = self.inner_batch_fn(task) if self.inner_batch_fn else task
         how: dict[str, Any] = {"lr": self.lr, "update": self.update, "mode": self.mode}
         return inner_loop(cost, v, inner, steps=steps, order=order, **how)
@@ -67,7 +78,17 @@ class Adaptation:
     def task_cost(
         self, cost: Cost, backend: Backend, order: Order = 2
     ) -> Callable[[tree.Tree, tree.Tree], Array]:
-        """`(v, task) -> cost after adaptation`."""
+        """The cost of a task after adaptation, as a function.
+
+        Args:
+            cost: `cost(batch, v) -> scalar`, the inner cost, and the outer one too unless
+                `outer_cost` is given.
+            backend: the backend of the variables.
+            order: 2 for exact gradients, 1 for first-order ones.
+
+        Returns:
+            `(v, task) -> scalar`.
+        """
         outer = checks.scalar_cost(self.outer_cost or cost, "outer_cost", backend)
 
         def call(v: tree.Tree, task: tree.Tree) -> Array:

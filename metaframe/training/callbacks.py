@@ -50,7 +50,7 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        """Where the training is: arrays by name, and plain values."""
+        """The state of the training: arrays by name, and plain values."""
         ...
 
     def restore(self, arrays: Arrays, plain: Mapping[str, Any]) -> None:
@@ -96,16 +96,19 @@ class Run:
 
         Of several processes that share a run one is enough, and all of them end after the next
         iteration in which they agree on it: every tenth, and every one with an evaluation.
+
+        Args:
+            reason: why, for `history.stopped`; the first reason is kept.
         """
         self.history.stopped = self.history.stopped or reason
 
 
 class Callback:
-    """Does nothing; override what is of interest.
+    """Base of callbacks, which does nothing: override the methods of interest.
 
     Attributes:
-        everywhere: in a run of several processes, is it called in all of them? Otherwise in the
-            first alone, as suits what writes files.
+        everywhere: in a run of several processes, True for a callback that is called in all of
+            them, False for one that is called in the first alone, as suits what writes files.
 
     >>> class StopAt(Callback):
     ...     def __init__(self, loss):
@@ -127,27 +130,52 @@ class Callback:
         `on_step` and `on_iteration` for each of them with its report and `trainer.step`, but with
         the learner as it was before all of them. Default: after every step, for a callback with
         one of these two methods.
+
+        Args:
+            step: the number of outer steps taken in all, from 1.
+
+        Returns:
+            Whether the losses of the steps so far are waited for.
         """
         del step
         mine = type(self)
         return (mine.on_step, mine.on_iteration) != (Callback.on_step, Callback.on_iteration)
 
     def on_start(self, run: Run) -> None:
-        """Before the first iteration."""
+        """Called before the first iteration.
+
+        Args:
+            run: the call of `fit`; `run.stop(reason)` ends it.
+        """
 
     def on_step(self, run: Run) -> None:
-        """After every outer step."""
+        """Called after every outer step.
+
+        Args:
+            run: the call of `fit`, with `run.report` of this step.
+        """
 
     def on_evaluation(self, run: Run) -> None:
-        """After every evaluation, which comes after the step's `on_step`."""
+        """Called after every evaluation, which comes after the step's `on_step`.
+
+        Args:
+            run: the call of `fit`, with `run.evaluation` as measured now.
+        """
 
     def on_iteration(self, run: Run) -> None:
-        """At the end of every iteration: after its step, and its evaluation if one was due."""
+        """Called at the end of every iteration: after its step, and its evaluation if one was due.
+
+        Args:
+            run: the call of `fit`.
+        """
 
     def on_end(self, run: Run) -> None:
-        """After the last iteration, also of a run that was stopped, interrupted or failed.
+        """Called after the last iteration, also of a run that was stopped, interrupted or failed.
 
-        Called if `on_start` returned, whatever other callbacks raise.
+        It is called if `on_start` returned, whatever other callbacks raise.
+
+        Args:
+            run: the call of `fit`.
         """
 
 

@@ -104,6 +104,10 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path, trainer: Trainer) -> Checkpoint:
     """Continue `trainer` from the checkpoint at `path`, whichever backend wrote it.
 
+    Args:
+        path: a file that `save_checkpoint` or `Checkpoints` wrote.
+        trainer: a trainer with the same model, algorithm, optimizer and sampler settings.
+
     Returns:
         What the file holds.
 
@@ -139,6 +143,13 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
     nothing else. A new trainer over `maml` starts at step 0, and its first step replaces the
     statistics.
 
+    Args:
+        path: a file that `save_checkpoint` or `Checkpoints` wrote.
+        maml: a learner with the same model and algorithm.
+
+    Returns:
+        What the file holds.
+
     Raises:
         CheckpointError: a damaged file, or one of another model or algorithm.
 
@@ -164,6 +175,12 @@ def load_parameters(path: str | Path, maml: MetaLearner) -> Checkpoint:
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, after checking that it is whole.
+
+    Args:
+        path: a file that `save_checkpoint` or `Checkpoints` wrote.
+
+    Returns:
+        What the file holds: arrays by name, plain values, the config and the backend's name.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, of a newer format, or with
@@ -335,7 +352,7 @@ class Checkpoints(Callback):
             best.rename(next(path for path in taken if not path.exists()))
 
     def on_evaluation(self, run: Run) -> None:
-        """Keep the best."""
+        """Save the best checkpoint if this evaluation is better than all before."""
         found = merit(run.evaluation)
         if found > self._best:
             self._best = found
@@ -375,6 +392,12 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 def latest_checkpoint(folder: str | Path) -> Path:
     """The checkpoint with the most steps in `folder`.
+
+    Args:
+        folder: a folder that `Checkpoints` saves in.
+
+    Returns:
+        The path of the file.
 
     Raises:
         CheckpointError: there is none.

@@ -149,6 +149,9 @@ def evaluate(
         inductive: also score every query example on its own.
         settings: how it runs.
 
+    Returns:
+        Losses and scores by task and step, and their means with confidence intervals.
+
     Raises:
         InputError, InputTypeError: bad arguments, before any work.
 
@@ -169,8 +172,10 @@ class Evaluator:
     """`evaluate` with its programs kept from one call to the next.
 
     Args:
-        maml, loss_fn, metric, settings: as for `evaluate`. Each call measures the learner as it is
-            then.
+        maml: as for `evaluate`. Each call measures the learner as it is then.
+        loss_fn: as for `evaluate`.
+        metric: as for `evaluate`.
+        settings: as for `evaluate`.
 
     Raises:
         InputTypeError: no learner, or what should be a function is none.
@@ -218,7 +223,18 @@ class Evaluator:
         inductive: bool = True,
         whole_curve: bool = True,
     ) -> Evaluation:
-        """As `evaluate`; without the whole curve, it has one point, after the last step."""
+        """Evaluate as `evaluate` does.
+
+        Args:
+            tasks: as for `evaluate`.
+            num_tasks: as for `evaluate`.
+            steps: as for `evaluate`.
+            inductive: as for `evaluate`.
+            whole_curve: measure after every step; otherwise once, after the last step.
+
+        Returns:
+            Losses and scores by task and step, and their means with confidence intervals.
+        """
         steps = self._maml.config.steps(steps, at_least=0)
         rows = [
             self._batch(chunk, count, steps, inductive, whole_curve)

@@ -69,7 +69,9 @@ class PureStep:
     """Gradient and update as one pure function.
 
     Args:
-        maml, optimizer, gradient: as for `outer_step`.
+        maml: as for `outer_step`.
+        optimizer: as for `outer_step`.
+        gradient: as for `outer_step`.
         compiled: whole steps are compiled.
         looped: several steps are one program, and one step is that program's loop run once.
     """

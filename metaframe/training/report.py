@@ -29,8 +29,9 @@ class StepReport(NamedTuple):
     loss: float
     """Mean query loss after adaptation."""
     task_losses: np.ndarray[Any, Any]
+    """The query loss of each task, (tasks,)."""
     task_scores: np.ndarray[Any, Any] | None
-    """The metric of each task, if there is one."""
+    """The metric of each task, (tasks,); None without a metric."""
     grad_norm: float
     """Euclidean norm of the whole meta-gradient."""
 

@@ -38,7 +38,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How steps and evaluations run; none of it changes the numbers beyond rounding.
+    """The way steps and evaluations run; none of it changes the numbers beyond rounding.
 
     Attributes:
         task_map: "vmap", all tasks at once; "scan" or "loop", one after the other; "auto",
@@ -72,7 +72,14 @@ class StepSettings:
             arguments.integer(self.steps_per_call, "steps_per_call", at_least=1)
 
     def for_learner(self, maml: MetaLearner) -> StepSettings:
-        """With the default of `compiled` filled in."""
+        """The settings with the default of `compiled` filled in.
+
+        Args:
+            maml: the learner, whose backend decides: compiled where the backend compiles quickly.
+
+        Returns:
+            Settings whose `compiled` is a boolean.
+        """
         quick = maml.backend.compiles_quickly
         return replace(self, compiled=quick if self.compiled is None else self.compiled)
 

@@ -55,12 +55,15 @@ class MetaTrainer:
         steps_per_epoch: outer steps in an epoch, by which `maml.epoch` is set before each step;
             only algorithms with a schedule of their own, such as `MAMLPlusPlus`, look at it. The
             authors of that take 500.
-        support_loss, call: as for `MAML.meta_value_and_grad`; evaluations take them too.
+        support_loss: as for `MAML.meta_value_and_grad`; evaluations use it too.
+        call: as for `MAML.meta_value_and_grad`; evaluations use it too.
         weights: `weights(task) -> scalar`, by which a task's loss is multiplied in the outer steps.
 
     Attributes:
         step: how many outer steps were taken.
-        schedule, task_sampler, steps_per_epoch: as given; what is set counts from the next step.
+        schedule: as given; a new one counts from the next step.
+        task_sampler: as given; a new one counts from the next step.
+        steps_per_epoch: as given; a new one counts from the next step.
 
     Raises:
         InputTypeError: an unknown kind of optimizer, or an argument that is not what it should be.
@@ -149,11 +152,24 @@ class MetaTrainer:
         return self._metric
 
     def rate(self, step: int) -> float | None:
-        """The outer learning rate after `step` steps; None without a schedule."""
+        """The outer learning rate that the schedule gives.
+
+        Args:
+            step: the number of outer steps taken.
+
+        Returns:
+            The rate of the next step; None without a schedule.
+        """
         return None if self.schedule is None else float(self.schedule(step))
 
     def meta_step(self, tasks: Task | Sequence[Task]) -> float:
         """Run one meta-update over `tasks` and return the mean query loss before it.
+
+        Args:
+            tasks: a stacked Task, or a sequence of tasks of one size.
+
+        Returns:
+            The mean query loss.
 
         Raises:
             NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
@@ -239,11 +255,18 @@ class MetaTrainer:
 
         Args:
             tasks: a list of tasks, a stacked Task, or a sampler, see `metaframe.training.evaluate`.
+
+        Returns:
+            The mean over the tasks.
         """
         return self.evaluated(tasks).loss.mean
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        """Where the training is: arrays by name, and plain values. See `save_checkpoint`."""
+        """The state of the training, for a checkpoint. See `save_checkpoint`.
+
+        Returns:
+            `(arrays, plain)`: NumPy arrays by name, and plain values that can be written as JSON.
+        """
         backend, meta = self.maml.backend, self.maml.meta_parameters()
         optimizer, plain = self.outer.state()
         arrays = {f"params/{name}": on_host(x, backend) for name, x in meta.items()}
@@ -270,6 +293,10 @@ class MetaTrainer:
         come from, and are left as they are on another. A sampler that cannot be put back, for want
         of `state` and `restore`, stays where it is, with a warning. What is refused changes
         nothing.
+
+        Args:
+            arrays: the arrays by name that `state` returned, NumPy's or of any backend.
+            plain: the plain values that `state` returned.
 
         Raises:
             CheckpointError: another model, algorithm or optimizer, or values that `state` does not
@@ -332,7 +359,20 @@ class MetaTrainer:
         return self.maml.backend.workers()
 
     def advance(self, batch: Task, num_tasks: int | None = None) -> StepReport:
-        """Take one step on a stacked batch; `num_tasks` if that is a share of as many tasks."""
+        """Take one step on a stacked batch.
+
+        Args:
+            batch: a Task whose arrays have a leading task axis.
+            num_tasks: how many tasks the whole step has, where `batch` is one process's share.
+                Default: those of `batch`.
+
+        Returns:
+            The results before the update.
+
+        Raises:
+            NonFiniteError: a loss or the meta-gradient is not finite; the learner is then as it
+                was before the step.
+        """
         self.maml.epoch = self.step // self.steps_per_epoch
         statistics = self.maml.statistics
         try:
@@ -360,7 +400,15 @@ class MetaTrainer:
         )
 
     def blame(self, batch: Task, task: int | None = None) -> tuple[int | None, str]:
-        """The task of the batch that is not finite, by its gradient if not known, and a remedy."""
+        """Find the task of a batch whose loss or gradient is not finite.
+
+        Args:
+            batch: a Task whose arrays have a leading task axis.
+            task: its index, where the loss shows it. Default: found by the gradient of each task.
+
+        Returns:
+            The index, or None if no single task is to blame, and a remedy in words.
+        """
         if self._distributed and self._workers().processes > 1:
             return task, REMEDIES  # a process that does not have the task could not tell
         if task is None:
@@ -368,5 +416,12 @@ class MetaTrainer:
         return task, REMEDIES if task is None else remedy(self.maml, batch, task)
 
     def evaluated(self, tasks: Any) -> Evaluation:
-        """The results of the learner on these tasks."""
+        """Evaluate the learner by the settings of the trainer.
+
+        Args:
+            tasks: a stacked Task, or a sequence of tasks.
+
+        Returns:
+            The losses and scores after adaptation.
+        """
         return self._evaluator(tasks, inductive=False, whole_curve=False)

@@ -32,6 +32,9 @@ def chosen(tree: Tree, choice: Any, keep: bool = True) -> tuple[bool, ...]:
             too) where False and missing both mean not chosen.
         keep: False inverts the choice, except for `None`.
 
+    Returns:
+        A tuple of booleans, in the order of `leaves`.
+
     Raises:
         UnknownKeyError: a chain that names nothing, with the nearest one that exists.
         InputTypeError: a choice of another form.

@@ -71,7 +71,15 @@ def bounded(fn: Callable[..., T], name: str) -> Callable[..., T]:
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[Leaves, TreeSpec]:
-    """Leaves in canonical order, and the structure that `unflatten` needs.
+    """The leaves of a structure in canonical order, and the structure that `unflatten` needs.
+
+    Args:
+        tree: nested dicts, lists, tuples, named tuples, Containers and registered classes, with
+            anything as leaves. None is a structure without leaves.
+        is_leaf: `is_leaf(node) -> bool`, true for a node to be taken as a leaf. Default: none is.
+
+    Returns:
+        `(leaves, spec)`: a tuple, and a structure that can be compared and hashed.
 
     Raises:
         InputError: a structure that holds itself, or is nested too deeply.
@@ -99,7 +107,14 @@ def flatten_argument(
 
 
 def unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
-    """The inverse of `flatten`.
+    """Build a structure from its leaves: the inverse of `flatten`.
+
+    Args:
+        spec: the structure, as `flatten` or `structure` returned it.
+        leaves: as many leaves, in canonical order.
+
+    Returns:
+        The structure with these leaves.
 
     >>> leaves, spec = flatten({"a": 1, "b": (2, 3)})
     >>> unflatten(spec, [10 * leaf for leaf in leaves])
@@ -111,6 +126,12 @@ def unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
 def leaves(tree: Tree) -> Leaves:
     """The leaves of `tree` in canonical order.
 
+    Args:
+        tree: any structure.
+
+    Returns:
+        A tuple.
+
     >>> leaves({"b": 2, "a": [1, None]})
     (1, 2)
     """
@@ -119,6 +140,12 @@ def leaves(tree: Tree) -> Leaves:
 
 def structure(tree: Tree) -> TreeSpec:
     """The structure of `tree`; two trees match when these compare equal.
+
+    Args:
+        tree: any structure.
+
+    Returns:
+        What `unflatten` needs; it can be compared and hashed.
 
     >>> structure({"a": 1, "b": [2]}) == structure({"b": [0], "a": 0})
     True
@@ -140,7 +167,18 @@ def is_leaf(node: Tree) -> bool:
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Apply `fn` to corresponding leaves; every tree must have the structure of the first.
+    """Apply a function to corresponding leaves.
+
+    Args:
+        fn: a function of one leaf of every structure.
+        tree: any structure.
+        rest: further structures, each with the structure of `tree`.
+
+    Returns:
+        What `fn` returned, in the structure of `tree`.
+
+    Raises:
+        InputError: a structure that differs from the first.
 
     >>> map(lambda a, b: a + b, {"w": 1, "b": (2, 3)}, {"w": 10, "b": (20, 30)})
     {'w': 11, 'b': (22, 33)}
@@ -181,6 +219,12 @@ def _other_nodes(found: TreeSpec, expected: TreeSpec) -> str:
 
 def key_chains(tree: Tree) -> tuple[str, ...]:
     """The key chain of every leaf, in the order of `leaves`.
+
+    Args:
+        tree: any structure.
+
+    Returns:
+        One text a leaf: its keys and positions joined by "/", and "" for a leaf by itself.
 
     >>> key_chains({"b": {"w": 1}, "a": [2, 3]})
     ('a/0', 'a/1', 'b/w')
@@ -256,6 +300,16 @@ def prune(tree: Tree, keep: Sequence[bool]) -> Tree:
     Mappings lose the key (and empty sub-mappings disappear); in any other node, which cannot
     lose a field, the place becomes `None`, the empty subtree.
 
+    Args:
+        tree: any structure.
+        keep: one flag a leaf, in the order of `leaves`.
+
+    Returns:
+        The structure with the leaves that are kept.
+
+    Raises:
+        InputError: another number of flags than of leaves.
+
     >>> prune({"a": {"w": 1, "b": 2}, "c": [3, 4]}, (False, False, True, False))
     {'c': [3, None]}
     """
@@ -294,7 +348,14 @@ def register(
     flatten_fn: Callable[[T], tuple[Sequence[Any], Any, tuple[Any, ...]]],
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
-    """Make `cls` a node. `flatten_fn` returns (children, metadata, keys).
+    """Make a class a node of structures.
+
+    Args:
+        cls: the class.
+        flatten_fn: `flatten_fn(x) -> (children, metadata, keys)`: what the node holds, what else it
+            takes to rebuild it, which is compared and hashed, and a key for each child.
+        unflatten_fn: `unflatten_fn(metadata, children) -> x`, the inverse. The children may be
+            placeholders, so it does not check them.
 
     >>> class Pair:
     ...     def __init__(self, a, b):
@@ -316,6 +377,11 @@ def register_dict(
     unflatten_fn: Callable[[Any, Iterable[Any]], T],
 ) -> None:
     """`register` a subclass of dict that matches a dict with its keys, in the order of these.
+
+    Args:
+        cls: the subclass of dict.
+        flatten_fn: as for `register`.
+        unflatten_fn: as for `register`.
 
     >>> class Named(dict):
     ...     pass
@@ -369,7 +435,16 @@ def keyed_by_names(spec: TreeSpec) -> bool:
 def register_dataclass(cls: type[T]) -> type[T]:
     """Make a dataclass a node whose fields are its children. Usable as a decorator.
 
-    Fields with `init=False` are no children: the class computes them anew.
+    Fields with `init=False` are not children: the class computes them anew.
+
+    Args:
+        cls: the dataclass.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        InputError: `cls` is not a dataclass.
 
     >>> @register_dataclass
     ... @dataclasses.dataclass

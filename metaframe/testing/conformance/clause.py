@@ -81,15 +81,21 @@ class Clause:
     """
 
     id: str
+    """Its name, such as "arrays/devices"."""
     promise: str
+    """The promise, in a sentence."""
     check: Check = field(repr=False)
+    """`check(bench)` raises `AssertionError` where the promise is not kept."""
     compiles: bool = False
-    """Calls the backend's compiler, which not all have quickly done."""
+    """True if the check calls the backend's compiler, which may be slow."""
     heavy: bool = False
-    """Takes more than a second or two on any backend."""
+    """True if the check takes more than a second or two on any backend."""
 
     def run(self, backend: Backend) -> None:
         """Check the promise.
+
+        Args:
+            backend: the backend to check.
 
         Raises:
             AssertionError: it is not kept, with the promise and what was found instead.

@@ -85,6 +85,7 @@ class ConformanceReport:
     """
 
     backend: str
+    """The name of the backend."""
     kept: tuple[str, ...]
     """Ids of the clauses that hold."""
     broken: dict[str, str]
@@ -124,6 +125,9 @@ def check_backend(name: str, *patterns: str) -> ConformanceReport:
     Args:
         name: a built-in backend, or a registered one.
         patterns: which clauses, such as "ops/*"; default: all of them, which takes minutes.
+
+    Returns:
+        The clauses that hold, those that do not, and the declared gaps.
 
     Raises:
         BackendError, UnknownKeyError: the backend cannot be loaded; one that lacks a method says

@@ -30,12 +30,23 @@ class ConformanceSuite:
 
     @classmethod
     def is_slow(cls, clause: Clause) -> bool:
-        """Which clauses get the marker `slow`; none unless a subclass says so."""
+        """Whether a clause gets the marker `slow`; none does unless a subclass says so.
+
+        Args:
+            clause: the clause.
+
+        Returns:
+            True for the marker.
+        """
         del clause
         return False
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """One test a clause."""
+        """Make one test of every clause; pytest calls this.
+
+        Args:
+            metafunc: pytest's description of the test function.
+        """
         import pytest
 
         if "clause" in metafunc.fixturenames:
@@ -50,7 +61,12 @@ class ConformanceSuite:
             )
 
     def test_clause(self, clause: Clause, request: pytest.FixtureRequest) -> None:
-        """The backend keeps its promise."""
+        """Check that the backend keeps a promise; pytest calls this.
+
+        Args:
+            clause: the promise and its check.
+            request: pytest's request, for the mark of a declared gap.
+        """
         import pytest
 
         from metaframe.testing.plugin import require
