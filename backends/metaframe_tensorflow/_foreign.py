@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -56,9 +56,11 @@ class _Inlined:
 inlined = _Inlined()
 
 
-def has_functions(layers: Iterable[Any]) -> bool:
+def has_functions(layers: Sequence[Any]) -> bool:
     """Whether a layer has a `tf.function` among its methods and attributes."""
-    return any(_declares(type(x)) or any(map(_is_function, vars(x).values())) for x in layers)
+    return any(map(_declares, map(type, layers))) or any(
+        _is_function(x) for layer in layers for x in vars(layer).values()
+    )
 
 
 @functools.cache
