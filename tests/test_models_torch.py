@@ -402,7 +402,7 @@ def test_a_part_in_inference_mode() -> None:
     maml = MAML(Layer(forward), 0.1, 1)
     how: dict[str, Any] = {"task_map": "loop", "compiled": False}
     zoo.check_along_a_line(maml, F.mse_loss, TASKS, [how])
-    with pytest.raises(BackendError, match='inference tensor.* task_map="loop"'):
+    with pytest.raises(BackendError, match=r'inference tensor.* task_map="loop"'):
         maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="vmap", compiled=False)
 
 
