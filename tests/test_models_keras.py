@@ -10,6 +10,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -537,3 +538,27 @@ def test_graphs_that_a_model_keeps_hold_none_of_our_values(kind: str) -> None:
         for variable in net.head.trainable_variables:
             variable.assign(2 * variable)
         np.testing.assert_allclose(to_np(model(x)), 2 * before, rtol=1e-12)
+
+
+def test_a_call_in_one_thread_leaves_programs_of_others_compiled() -> None:
+    import tensorflow as tf
+
+    from metaframe.backend.registry import load_backend
+
+    backend, inside = load_backend("tensorflow"), threading.Barrier(2, timeout=60)
+    found = []
+
+    def run() -> None:
+        found.append(backend.runs_inline([]))
+        inside.wait()
+        inside.wait()
+
+    thread = threading.Thread(target=lambda: backend.run_foreign(run, twice=False))
+    thread.start()
+    inside.wait()
+    assert tf.config.functions_run_eagerly()
+    found.append(backend.runs_inline([]))
+    inside.wait()
+    thread.join()
+    assert found == [True, False]
+    assert not tf.config.functions_run_eagerly()

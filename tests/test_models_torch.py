@@ -391,6 +391,21 @@ def test_a_model_may_leave_activations_for_the_loss() -> None:
             torch.testing.assert_close(found.grads[name], g, rtol=0, atol=0)
 
 
+def test_a_part_in_inference_mode() -> None:
+    """Right in a loop; in `vmap` torch has an error about its own bookkeeping."""
+
+    def forward(module: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            best = module.layer(x).argmax(1)
+        return module.layer(x) * (1 + best[:, None])  # type: ignore[no-any-return]
+
+    maml = MAML(Layer(forward), 0.1, 1)
+    how: dict[str, Any] = {"task_map": "loop", "compiled": False}
+    zoo.check_along_a_line(maml, F.mse_loss, TASKS, [how])
+    with pytest.raises(BackendError, match=r'inference tensor.* task_map="loop"'):
+        maml.meta_value_and_grad(F.mse_loss, TASKS, task_map="vmap", compiled=False)
+
+
 def attribute(module: Any, x: Tensor) -> Tensor:
     if module.kept is None:
         module.kept = 1 + x.detach().mean(0)

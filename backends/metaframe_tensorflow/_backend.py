@@ -335,7 +335,7 @@ class TensorFlowBackend(Backend):
         )
 
     def runs_inline(self, xs: Sequence[Array]) -> bool:
-        return not tf.executing_eagerly() or tf.config.functions_run_eagerly()
+        return not tf.executing_eagerly() or inlined.here()
 
     def user_function(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _private.translated(fn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,6 +35,13 @@ class _Inlined:
         self._lock = threading.Lock()
         self._blocks = 0  # in all threads, as the setting is the process's
         self._before = False
+        self._here = threading.local()
+
+    def here(self) -> bool:
+        """Whether functions are to run so in this thread, by such a block or by the setting."""
+        if not self._blocks:
+            return tf.config.functions_run_eagerly()  # type: ignore[no-any-return]
+        return self._before or getattr(self._here, "blocks", 0) > 0
 
     @contextmanager
     def functions(self) -> Iterator[None]:
@@ -44,9 +51,11 @@ class _Inlined:
                 self._before = tf.config.functions_run_eagerly()
                 tf.config.run_functions_eagerly(True)
             self._blocks += 1
+        self._here.blocks = getattr(self._here, "blocks", 0) + 1
         try:
             yield
         finally:
+            self._here.blocks -= 1
             with self._lock:
                 self._blocks -= 1
                 if not self._blocks:
@@ -56,9 +65,11 @@ class _Inlined:
 inlined = _Inlined()
 
 
-def has_functions(layers: Iterable[Any]) -> bool:
+def has_functions(layers: Sequence[Any]) -> bool:
     """Whether a layer has a `tf.function` among its methods and attributes."""
-    return any(_declares(type(x)) or any(map(_is_function, vars(x).values())) for x in layers)
+    return any(map(_declares, map(type, layers))) or any(
+        _is_function(x) for layer in layers for x in vars(layer).values()
+    )
 
 
 @functools.cache

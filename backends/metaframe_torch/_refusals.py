@@ -33,6 +33,7 @@ NOT_MAPPED = (
 NOT_MAPPED_IN_A_TRANSFORM = (
     r"Cannot access data pointer of Tensor that doesn't have storage",
     r"inside of a function being transformed by a functorch transform",
+    r"Cannot set version_counter for inference tensor",
     r"output with shape .* doesn't match the broadcast shape",
     r"from the 'Sparse\w+' backend",
 )
