@@ -13,7 +13,7 @@ from metaframe import MAML, nn, optim
 from metaframe.backend import use_backend
 from metaframe.tasks import SinusoidTaskSampler, stack_tasks
 
-ITERATIONS, TASKS, HELD_OUT = 2000, 25, 600
+ITERATIONS, TASKS, HELD_OUT = 3000, 25, 2000
 LR = 0.01
 
 logger = logging.getLogger(__name__)
