@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
 from metaframe.backend.convert import convert
 from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
@@ -28,7 +29,7 @@ from metaframe.testing._kinks import at_kinks, rounded
 from metaframe.testing._locate import not_finite
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import NEAR, PRECISE, Component, components
-from metaframe.testing.report import Finding, Report
+from metaframe.testing.report import Finding, Kind, Report
 from metaframe.testing.subject import (
     ONE_STEP,
     Adaptation,
@@ -83,7 +84,9 @@ def check_meta_gradient(
         a `Report`: `.ok`, `.findings`, and a text from `str`.
 
     Raises:
-        InputError, InputTypeError: bad arguments. What your function raises is passed on.
+        InputError, InputTypeError, UnknownKeyError, BackendNotInstalledError: bad arguments.
+            What your function raises is passed on, except on other backends and in other ways of
+            running, where it is reported.
 
     >>> import torch
     >>> def detaching(v, grads, lr, stop_gradients):
@@ -106,6 +109,7 @@ def check_meta_gradient(
             f"backends={tuple(backends)} would run your cost on other frameworks, and a step is of "
             "one. Leave out either."
         )
+    others = [load_backend(name) for name in backends]
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
         whole = Subject(cost, variables, batch, adaptation, step)
@@ -116,7 +120,7 @@ def check_meta_gradient(
             if step is None:
                 examination.all_tasks()
                 examination.executions(executions)
-                examination.backends(backends)
+                examination.backends(others)
             else:
                 examination.compared_with_ours()
                 examination.task_by_task(step)
@@ -218,6 +222,8 @@ class _Examination:
         return [c for c in found if c not in cut and c not in at]
 
     def _judge(self, found: list[Component]) -> None:
+        if not found:
+            self._unknown.append("finite differences: the variables have no elements")
         found = self._explained(found)
         lossy = [c for c in found if c.lossy]
         if lossy:
@@ -270,7 +276,7 @@ class _Examination:
             "compiled": lambda: few.of_tasks(1).reference("loop", compiled=True),
         }
         for name in names:
-            self._first = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
+            loop = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
@@ -278,7 +284,7 @@ class _Examination:
                 continue
             self._compare(
                 f"{name} and a loop over tasks",
-                other,
+                (loop, other),
                 texts.EXECUTIONS_DIFFER,
                 "executions disagree",
             )
@@ -298,18 +304,27 @@ class _Examination:
         if bad is not None:
             self._findings.append(bad)
 
-    def backends(self, names: Sequence[str]) -> None:
+    def backends(self, others: Sequence[Backend]) -> None:
         """The same on other backends."""
-        given = self._subject
-        for name in names:
-            backend = load_backend(name)
-            with backend.double_precision(), use_backend(name, dtype="float64"):
-                v, batch = convert((given.variables, given.batch), to=name)
-                lr = convert(given.adaptation.lr, to=name)
-                adaptation = dataclasses.replace(given.adaptation, lr=lr)
-                other = Subject(given.cost, v, batch, adaptation).gradient()
-            pair = f"{given.backend.name} and {name}"
-            self._compare(pair, other, texts.BACKENDS_DIFFER, "backends disagree")
+        for backend in others:
+            pair = f"{self._subject.backend.name} and {backend.name}"
+            try:
+                other = self._on(backend)
+            except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+                self._unknown.append(
+                    f"{pair}: on {backend.name} the cost raises {texts.summary(error)}"
+                )
+                continue
+            self._compare(pair, (self._first, other), texts.BACKENDS_DIFFER, "backends disagree")
+
+    def _on(self, backend: Backend) -> Gradient:
+        """The gradient on another backend."""
+        given, name = self._subject, backend.name
+        with backend.double_precision(), use_backend(name, dtype="float64"):
+            v, batch = convert((given.variables, given.batch), to=name)
+            lr = convert(given.adaptation.lr, to=name)
+            adaptation = dataclasses.replace(given.adaptation, lr=lr)
+            return Subject(given.cost, v, batch, adaptation).gradient()
 
     def compared_with_ours(self) -> None:
         """A user's step against metaframe's meta-gradient of what it is said to compute."""
@@ -337,7 +352,10 @@ class _Examination:
             tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
         )
         self._compare(
-            "all tasks at once and one by one", mean, texts.TASKS_MIXED, "executions disagree"
+            "all tasks at once and one by one",
+            (self._first, mean),
+            texts.TASKS_MIXED,
+            "executions disagree",
         )
 
     def _alone(self, step: Step) -> list[Gradient]:
@@ -353,16 +371,17 @@ class _Examination:
         except Exception:  # noqa: BLE001  a step may be made for one number of tasks
             return of(subject.tasks)
 
-    def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
-        gap = distance(self._first, other)
+    def _compare(
+        self, pair: str, found: tuple[Gradient, Gradient], advice: str, kind: Kind
+    ) -> None:
+        one, other = found
+        gap = distance(one, other)
         if gap <= AGREE:
             self._passed.append(f"{pair} differ by {gap:.1e}")
             return
         names = [
             name
-            for name, a, b in zip(
-                self._subject.names, self._first.arrays, other.arrays, strict=True
-            )
+            for name, a, b in zip(self._subject.names, one.arrays, other.arrays, strict=True)
             if not np.allclose(a, b, rtol=AGREE, atol=AGREE * float(np.max(np.abs(a), initial=0)))
         ]
         where = ", ".join(map(repr, names)) or "the cost"
