@@ -19,7 +19,6 @@ from metaframe.backend.convert import convert
 from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
 from metaframe.core.inner_loop import Cost, Order
-from metaframe.core.task_map import strategy
 from metaframe.errors import InputError
 from metaframe.testing import _texts as texts
 from metaframe.testing._causes import causes, redrawn
@@ -27,6 +26,7 @@ from metaframe.testing._detached import without_second_derivative
 from metaframe.testing._kept import ignored_batch
 from metaframe.testing._kinks import at_kinks, rounded
 from metaframe.testing._locate import not_finite
+from metaframe.testing._quick import FEWEST, compiled, forward, of_all, way
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import NEAR, PRECISE, Component, components
 from metaframe.testing.report import Finding, Kind, Report
@@ -45,8 +45,6 @@ Execution = Literal["vmap", "scan", "compiled"]
 EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
 FEW = 4
 """How many tasks are examined one by one; all of them by vmap or scan."""
-FEWEST = 2
-"""How many tasks other ways of running are compared on."""
 AGREE = 1e-9
 """Relative: how far two ways of computing one gradient in float64 may differ."""
 
@@ -67,7 +65,7 @@ def check_meta_gradient(
     tasks against vmap, scan and the compiled function; backend against backend; arrays changed in
     place; a batch that is kept from an earlier call; values that are not finite; for a step of
     your own, also metaframe's answer. A kink, such as a relu at 0, is a note. Without a step, 4
-    tasks are examined one by one.
+    tasks are examined one by one, or 2 by one compiled program if the cost takes seconds without.
 
     Args:
         cost: `cost(batch, v) -> scalar` for one task.
@@ -144,10 +142,13 @@ class _Examination:
 
     def gradient(self) -> bool:
         """Examine the gradient itself; returns whether to look any further."""
-        subject = self._subject
-        roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
-        roots |= {"update": subject.adaptation.update, "step": subject.step}
-        watch = Watch({"variables": subject.variables, "batch": subject.batch, **roots})
+        given = self._subject
+        roots = {"cost": given.cost, "outer_cost": given.adaptation.outer_cost}
+        roots |= {"update": given.adaptation.update, "step": given.step}
+        watch = Watch({"variables": given.variables, "batch": given.batch, **roots})
+        program = compiled(given)
+        self._subject = subject = program or given
+        self._compiled = program is not None
         first = self._differentiated()
         if first is None:
             return False
@@ -162,7 +163,11 @@ class _Examination:
             return False
         if not self._repeatable(again, changed=bool(changed)):
             return False
-        kept = None if self._seeded else ignored_batch(subject, watch)
+        kept = (
+            None
+            if self._seeded
+            else ignored_batch(forward(subject) if self._compiled else subject, watch)
+        )
         if kept is not None:
             self._findings.append(kept)
         self._quick = subject.cost_at if self._seeded else subject.quick_cost()
@@ -199,7 +204,7 @@ class _Examination:
         try:
             return self._subject.gradient()
         except Exception as error:
-            if self._subject.step is not None or not self._subject.adaptation.steps:
+            if self._whole.step is not None or not self._subject.adaptation.steps:
                 raise
             try:
                 self._subject.reference(order=1)
@@ -270,20 +275,27 @@ class _Examination:
     def executions(self, names: Sequence[Execution]) -> None:
         """The loop against the other ways to run the same gradient."""
         few, quickly = self._subject.of_tasks(FEWEST), self._subject.backend.compiles_quickly
+        examined = ("compiled", way(few)) if self._compiled else ()
         ways: dict[Execution, Callable[[], Gradient]] = {
             "vmap": lambda: few.reference("vmap", compiled=quickly),
             "scan": lambda: few.reference("scan"),
             "compiled": lambda: few.of_tasks(1).reference("loop", compiled=True),
         }
         for name in names:
-            loop = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
+            if name in examined:
+                self._passed.append(f"{name} is how the gradient was examined")
+                continue
+            if self._compiled:
+                loop = self._first
+            else:
+                loop = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
                 self._findings.append(texts.failed(name, error))
                 continue
             self._compare(
-                f"{name} and a loop over tasks",
+                f"{name} and {way(few) if self._compiled else 'a loop over tasks'}",
                 (loop, other),
                 texts.EXECUTIONS_DIFFER,
                 "executions disagree",
@@ -291,12 +303,14 @@ class _Examination:
 
     def all_tasks(self) -> None:
         """The gradient of all tasks is finite, where a few of them were examined."""
-        if self._whole is self._subject:
+        if self._whole.tasks == self._subject.tasks:
             return
-        leaves = tree.leaves(self._whole.variables)
         try:
-            compiled = self._whole.backend.compiles_quickly
-            found = self._whole.reference(strategy("auto", leaves), compiled=compiled)
+            quickly = self._whole.backend.compiles_quickly
+            if self._compiled:
+                found = of_all(self._subject, self._whole)
+            else:
+                found = self._whole.reference(way(self._whole), compiled=quickly)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             self._unknown.append(f"all {self._whole.tasks} tasks: {texts.summary(error)}")
             return
@@ -341,7 +355,7 @@ class _Examination:
     def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
         try:
-            alone = self._alone(step)
+            alone = self._subject.alone(step)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             self._unknown.append(
                 f"tasks one by one: on a task alone, step raises {texts.summary(error)}"
@@ -357,19 +371,6 @@ class _Examination:
             texts.TASKS_MIXED,
             "executions disagree",
         )
-
-    def _alone(self, step: Step) -> list[Gradient]:
-        """The results for each task alone, by a batch of it alone or of as many copies of it."""
-        subject = self._subject
-
-        def of(copies: int) -> list[Gradient]:
-            rows = ([i] * copies for i in range(subject.tasks))
-            return [subject.of_step(step, subject.rows(row)) for row in rows]
-
-        try:
-            return of(1)
-        except Exception:  # noqa: BLE001  a step may be made for one number of tasks
-            return of(subject.tasks)
 
     def _compare(
         self, pair: str, found: tuple[Gradient, Gradient], advice: str, kind: Kind
