@@ -19,7 +19,7 @@ from frameworks import require
 from metaframe import meta_value_and_grad, nn, ops, tree
 from metaframe.backend import current_backend, load_backend
 from metaframe.cli import main
-from metaframe.errors import InputError, InputTypeError
+from metaframe.errors import InputError, InputTypeError, UnknownKeyError
 from metaframe.testing import Adaptation, Report, check_meta_gradient
 
 Call = Callable[..., Any]
@@ -70,6 +70,40 @@ def test_other_backends(torch_arr: Call) -> None:
 
     report = check(torch_arr, planted, backends=("jax",))
     only(report, "backends disagree", "'b', 'w'", "torch and jax")
+
+
+def test_other_backends_beside_other_ways_of_running(torch_arr: Call) -> None:
+    """The ways of running are compared on fewer tasks than the backends."""
+    require("jax")
+    report = check(torch_arr, backends=("jax",), executions=("vmap", "scan"))
+    assert report.ok, str(report)
+    assert report.findings == ()
+
+
+def test_a_cost_that_is_of_one_framework(torch_arr: Call) -> None:
+    """What it raises elsewhere is reported beside what was found here."""
+    require("jax")
+    torch = importlib.import_module("torch")
+
+    def planted(task: Any, v: Any) -> Any:
+        return torch.mean(torch.tanh(v["w"] * task["x"] + v["b"]) ** 2)
+
+    report = check(torch_arr, planted, backends=("jax",))
+    assert report.findings == ()
+    assert not report.ok
+    assert "not checked: torch and jax: on jax the cost raises TypeError" in str(report)
+    assert "finite differences in 2 variables" in str(report)
+    with pytest.raises(UnknownKeyError, match="no backend called 'jacks'"):
+        check(torch_arr, planted, backends=("jacks",))
+
+
+def test_no_variable_has_an_element(torch_arr: Call) -> None:
+    v = torch_arr({"w": np.zeros(0)})
+    report = check_meta_gradient(
+        lambda task, v: ops.sum(task["x"]) + ops.sum(v["w"]), v, torch_arr(BATCH), executions=()
+    )
+    assert not report.ok
+    assert "not checked: finite differences: the variables have no elements" in str(report)
 
 
 # -- the second-order term ---------------------------------------------------------------------
@@ -501,6 +535,36 @@ def right():
 def wrong():
     return {**right(), "adaptation": Adaptation(update=update, lr=0.5)}
 
+def of(cost, w, batch=np.ones((2, 2)), **others):
+    return {"cost": cost, "variables": {"w": w, **others}, "batch": batch, "executions": ("vmap",)}
+
+def kinked():
+    return of(lambda task, v: ops.sum(ops.abs(v["w"]) * task), np.zeros(2))
+
+def unused():
+    return of(cost, np.ones(2), c=np.ones(2))
+
+def branching():
+    return of(lambda task, v: cost(task, v) * (2.0 if task[0] > 0.5 else 1.0), np.ones(2))
+
+def padded():
+    return of(cost, np.ones(2), np.array([[1.0, 2.0], [np.nan, 1.0]]))
+
+def flat():
+    return of(lambda task, v: ops.sum((v["w"] - task) ** 4) + 1e-10 * v["c"], 0.5 * np.ones(2),
+              np.array([[1.0, 1.0], [2.0, 2.0]]), c=np.ones(()))
+
+def jumping():
+    calls = iter(range(10**6))
+    return of(lambda task, v: cost(task, v) * (1.0 + next(calls)), np.ones(2))
+
+def empty():
+    return of(lambda task, v: ops.sum(task) + ops.sum(v["w"]), np.zeros(0))
+
+def foreign():
+    import torch
+    return of(lambda task, v: torch.mean(torch.tanh(v["w"] * task) ** 2), np.ones(2))
+
 def misspelt():
     return {**right(), "adaptaton": Adaptation()}
 
@@ -529,6 +593,39 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
     assert report["findings"][0]["kind"] == "lost second-order term"
+
+
+@pytest.mark.usefixtures("cases")
+@pytest.mark.parametrize(
+    ("target", "code", "says"),
+    [
+        ("right", 0, "The meta-gradient is right."),
+        ("kinked", 0, "kink in 'w' (may be meant)"),
+        ("unused", 0, "unused variable in 'c' (may be meant)"),
+        ("branching", 0, "cannot be vectorised in vmap (may be meant)"),
+        ("wrong", 1, "lost second-order term in 'w'"),
+        ("padded", 1, "not finite in batch, task 1"),
+        ("flat", 1, "not checked: finite differences in 'c': its gradient is so small"),
+        ("jumping", 1, "not checked: finite differences: no two calls"),
+        ("empty", 1, "not checked: finite differences: the variables have no elements"),
+    ],
+)
+def test_the_exit_code(
+    target: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 where all is right, with or without notes; 1 for a fault and for what cannot be told."""
+    assert main(["doctor", f"doctor_cases:{target}", "--backend", "torch"]) == code
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cases")
+def test_the_command_compares_with_another_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    require("jax")
+    run = ["doctor", "doctor_cases:right", "--backend", "torch", "--compare", "jax"]
+    assert main(run) == 0, capsys.readouterr().out
+    run[1] = "doctor_cases:foreign"
+    assert main(run) == 1
+    assert "not checked: torch and jax: on jax the cost raises" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("cases")

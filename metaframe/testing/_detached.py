@@ -15,6 +15,7 @@ import numpy as np
 
 from metaframe import tree
 from metaframe.core.value_and_grad import hessian_vector_product, value_and_grad
+from metaframe.testing.differences import scale
 from metaframe.testing.report import Finding
 from metaframe.testing.subject import Gradient, Subject, distance
 
@@ -62,14 +63,14 @@ def no_second_derivative(subject: Subject) -> Finding | None:
     wrong, slope = [], 0.0
     try:
         for i, name in enumerate(subject.names):
-            along = [np.zeros(x.shape) for x in start]
+            along, h = [np.zeros(x.shape) for x in start], STEP * scale(start[i])
             drawn = rng.normal(size=start[i].shape)
             along[i] = np.asarray(drawn / max(float(np.linalg.norm(drawn)), 1e-300))
             ahead, behind = (
-                gradient([x + sign * STEP * d for x, d in zip(start, along, strict=True)])
+                gradient([x + sign * h * d for x, d in zip(start, along, strict=True)])
                 for sign in (1, -1)
             )
-            right = [(a - b) / (2 * STEP) for a, b in zip(ahead, behind, strict=True)]
+            right = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
             direction = subject.filled(along)
             product = hessian_vector_product(cost, subject.variables, direction)
             claimed = subject.numbers(product)

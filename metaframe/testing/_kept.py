@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from metaframe import tree
+from metaframe.testing.differences import scale
 from metaframe.testing.report import Finding
 from metaframe.testing.subject import Subject, Values
 from metaframe.testing.watch import Watch
@@ -17,7 +18,7 @@ def ignored_batch(subject: Subject, watch: Watch) -> Finding | None:
     # At zeros, where variables often begin, a cost may well not depend on its data.
     rng = np.random.default_rng(5)
     start = subject.numbers(subject.variables)
-    step = [0.1 * rng.normal(size=x.shape) for x in start]
+    step = [0.1 * scale(x) * rng.normal(size=x.shape) for x in start]
     there, back = (
         _ignored(subject.moved([x + sign * d for x, d in zip(start, step, strict=True)]))
         for sign in (1, -1)

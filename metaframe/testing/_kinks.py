@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from metaframe.testing.differences import EPS, FAR, NEAR, PRECISE, Component, CostAt, components
+from metaframe.testing.differences import (
+    EPS,
+    FAR,
+    NEAR,
+    PRECISE,
+    Component,
+    CostAt,
+    components,
+    scale,
+)
 from metaframe.testing.report import Finding
 from metaframe.testing.subject import Subject, Values
 
@@ -46,7 +55,7 @@ def _right_nearby(subject: Subject, names: set[str], cost_at: CostAt) -> set[str
     rng = np.random.default_rng(2)
     start = subject.numbers(subject.variables)
     for _ in range(2):
-        at = [x + NUDGE * (1 + np.abs(x)) * rng.normal(size=x.shape) for x in start]
+        at = [x + NUDGE * (scale(x) + np.abs(x)) * rng.normal(size=x.shape) for x in start]
         there = subject.moved(at)
         found = components(there, there.gradient(), cost_at, names)
         names = {c.name for c in found if c.known and not c.lossy and c.agrees(PRECISE)}
@@ -61,7 +70,7 @@ def _has_kink(subject: Subject, cost_at: CostAt) -> bool:
     start = subject.numbers(subject.variables)
     here = cost_at(start)
     for _ in range(6):
-        step = [TINY * rng.normal(size=x.shape) for x in start]
+        step = [TINY * scale(x) * rng.normal(size=x.shape) for x in start]
         ahead = cost_at([x + d for x, d in zip(start, step, strict=True)]) - here
         behind = here - cost_at([x - d for x, d in zip(start, step, strict=True)])
         size = max(abs(ahead), abs(behind))

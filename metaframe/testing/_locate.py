@@ -48,7 +48,7 @@ def _in_inputs(subject: Subject) -> Finding | None:
         for name, values in zip(tree.key_chains(structure), leaves, strict=True):
             if values.dtype.kind not in "f" or np.all(np.isfinite(values)):
                 continue
-            where, bad = f"{what}[{name!r}]", ~np.isfinite(values)
+            where, bad = f"{what}[{name!r}]" if name else what, ~np.isfinite(values)
             if what == "batch":
                 rows = np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))
                 where += f", task {int(rows[0])}"

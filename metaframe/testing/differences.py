@@ -7,7 +7,7 @@ agree best is the answer, and how well they agree is how far to trust it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ SIZES = (1e-2, 2e-3, 4e-4, 8e-5)
 """Steps h along a direction of norm 1."""
 FINER = 1 / 625
 """The part of them that is taken where they meet kinks."""
+ORDINARY = 30.0
+"""Numbers up to so many times larger or smaller than 1 are moved by steps of `SIZES`."""
 PRECISE = 1e-7
 """An error below this part of the gradient needs no explanation."""
 TRUSTED = 1e-4
@@ -185,17 +187,37 @@ def components(
         claim = float(np.sum(claimed * direction))
         component = Component(name, along, claim, norm)
         if not component.known or component.lossy or not component.agrees(PRECISE):
-            finer = Component(name, _finer(line, at), claim, norm)
-            told = finer.known and not finer.lossy and not finer.stationary
-            component = finer if told else component
+            for part, around in _other_sizes(start[i], at):
+                other = Component(name, _scaled(line, part, around), claim, norm)
+                if other.known and not other.lossy and not other.stationary:
+                    component = other
+                    break
         found.append(component)
     return found
 
 
-def _finer(fn: Callable[[float], float], at: float) -> Slope:
-    """The slope by smaller steps, between kinks that lie near each other as those of many relus."""
-    found = slope(lambda t: fn(t * FINER), at)
-    value, error, rounding = (x / FINER for x in found[:3])
+def scale(leaf: Values) -> float:
+    """The size of numbers that are far from 1; 1 for others, and for zeros."""
+    own = float(np.sqrt(np.mean(leaf**2))) if leaf.size else 0.0
+    return own if 0 < own < 1 / ORDINARY or own > ORDINARY else 1.0
+
+
+def _other_sizes(leaf: Values, at: float) -> Iterator[tuple[float, float]]:
+    """Other steps, as parts of those of `SIZES`, and what they are added to in units of them.
+
+    Those in proportion to numbers far from 1, and smaller ones, between kinks that lie near each
+    other as those of many relus.
+    """
+    own = scale(leaf)
+    if own != 1.0:
+        yield own, float(np.sqrt(leaf.size))
+    yield FINER, at
+
+
+def _scaled(fn: Callable[[float], float], part: float, at: float) -> Slope:
+    """The slope by steps that are a part of those of `SIZES`."""
+    found = slope(lambda t: fn(t * part), at)
+    value, error, rounding = (x / part for x in found[:3])
     return found._replace(value=value, error=error, rounding=rounding)
 
 

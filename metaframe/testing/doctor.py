@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from metaframe import arguments, tree
+from metaframe.backend.contract import Backend
 from metaframe.backend.convert import convert
 from metaframe.backend.registry import load_backend
 from metaframe.backend.selection import backend_of, use_backend
 from metaframe.core.inner_loop import Cost, Order
-from metaframe.core.task_map import strategy
 from metaframe.errors import InputError
 from metaframe.testing import _texts as texts
 from metaframe.testing._causes import causes, redrawn
@@ -26,9 +26,10 @@ from metaframe.testing._detached import without_second_derivative
 from metaframe.testing._kept import ignored_batch
 from metaframe.testing._kinks import at_kinks, rounded
 from metaframe.testing._locate import not_finite
+from metaframe.testing._quick import FEWEST, compiled, forward, of_all, way
 from metaframe.testing._random import Streams
 from metaframe.testing.differences import NEAR, PRECISE, Component, components
-from metaframe.testing.report import Finding, Report
+from metaframe.testing.report import Finding, Kind, Report
 from metaframe.testing.subject import (
     ONE_STEP,
     Adaptation,
@@ -44,8 +45,6 @@ Execution = Literal["vmap", "scan", "compiled"]
 EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
 FEW = 4
 """How many tasks are examined one by one; all of them by vmap or scan."""
-FEWEST = 2
-"""How many tasks other ways of running are compared on."""
 AGREE = 1e-9
 """Relative: how far two ways of computing one gradient in float64 may differ."""
 
@@ -66,7 +65,7 @@ def check_meta_gradient(
     tasks against vmap, scan and the compiled function; backend against backend; arrays changed in
     place; a batch that is kept from an earlier call; values that are not finite; for a step of
     your own, also metaframe's answer. A kink, such as a relu at 0, is a note. Without a step, 4
-    tasks are examined one by one.
+    tasks are examined one by one, or 2 by one compiled program if the cost takes seconds without.
 
     Args:
         cost: `cost(batch, v) -> scalar` for one task.
@@ -83,7 +82,9 @@ def check_meta_gradient(
         a `Report`: `.ok`, `.findings`, and a text from `str`.
 
     Raises:
-        InputError, InputTypeError: bad arguments. What your function raises is passed on.
+        InputError, InputTypeError, UnknownKeyError, BackendNotInstalledError: bad arguments.
+            What your function raises is passed on, except on other backends and in other ways of
+            running, where it is reported.
 
     >>> import torch
     >>> def detaching(v, grads, lr, stop_gradients):
@@ -106,6 +107,7 @@ def check_meta_gradient(
             f"backends={tuple(backends)} would run your cost on other frameworks, and a step is of "
             "one. Leave out either."
         )
+    others = [load_backend(name) for name in backends]
     backend = backend_of(*tree.leaves((variables, batch)))
     with backend.double_precision():
         whole = Subject(cost, variables, batch, adaptation, step)
@@ -116,7 +118,7 @@ def check_meta_gradient(
             if step is None:
                 examination.all_tasks()
                 examination.executions(executions)
-                examination.backends(backends)
+                examination.backends(others)
             else:
                 examination.compared_with_ours()
                 examination.task_by_task(step)
@@ -140,10 +142,13 @@ class _Examination:
 
     def gradient(self) -> bool:
         """Examine the gradient itself; returns whether to look any further."""
-        subject = self._subject
-        roots = {"cost": subject.cost, "outer_cost": subject.adaptation.outer_cost}
-        roots |= {"update": subject.adaptation.update, "step": subject.step}
-        watch = Watch({"variables": subject.variables, "batch": subject.batch, **roots})
+        given = self._subject
+        roots = {"cost": given.cost, "outer_cost": given.adaptation.outer_cost}
+        roots |= {"update": given.adaptation.update, "step": given.step}
+        watch = Watch({"variables": given.variables, "batch": given.batch, **roots})
+        program = compiled(given)
+        self._subject = subject = program or given
+        self._compiled = program is not None
         first = self._differentiated()
         if first is None:
             return False
@@ -158,7 +163,11 @@ class _Examination:
             return False
         if not self._repeatable(again, changed=bool(changed)):
             return False
-        kept = None if self._seeded else ignored_batch(subject, watch)
+        kept = (
+            None
+            if self._seeded
+            else ignored_batch(forward(subject) if self._compiled else subject, watch)
+        )
         if kept is not None:
             self._findings.append(kept)
         self._quick = subject.cost_at if self._seeded else subject.quick_cost()
@@ -195,7 +204,7 @@ class _Examination:
         try:
             return self._subject.gradient()
         except Exception as error:
-            if self._subject.step is not None or not self._subject.adaptation.steps:
+            if self._whole.step is not None or not self._subject.adaptation.steps:
                 raise
             try:
                 self._subject.reference(order=1)
@@ -218,6 +227,8 @@ class _Examination:
         return [c for c in found if c not in cut and c not in at]
 
     def _judge(self, found: list[Component]) -> None:
+        if not found:
+            self._unknown.append("finite differences: the variables have no elements")
         found = self._explained(found)
         lossy = [c for c in found if c.lossy]
         if lossy:
@@ -264,33 +275,42 @@ class _Examination:
     def executions(self, names: Sequence[Execution]) -> None:
         """The loop against the other ways to run the same gradient."""
         few, quickly = self._subject.of_tasks(FEWEST), self._subject.backend.compiles_quickly
+        examined = ("compiled", way(few)) if self._compiled else ()
         ways: dict[Execution, Callable[[], Gradient]] = {
             "vmap": lambda: few.reference("vmap", compiled=quickly),
             "scan": lambda: few.reference("scan"),
             "compiled": lambda: few.of_tasks(1).reference("loop", compiled=True),
         }
         for name in names:
-            self._first = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
+            if name in examined:
+                self._passed.append(f"{name} is how the gradient was examined")
+                continue
+            if self._compiled:
+                loop = self._first
+            else:
+                loop = few.of_tasks(1 if name == "compiled" else FEWEST).reference()
             try:
                 other = ways[name]()
             except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
                 self._findings.append(texts.failed(name, error))
                 continue
             self._compare(
-                f"{name} and a loop over tasks",
-                other,
+                f"{name} and {way(few) if self._compiled else 'a loop over tasks'}",
+                (loop, other),
                 texts.EXECUTIONS_DIFFER,
                 "executions disagree",
             )
 
     def all_tasks(self) -> None:
         """The gradient of all tasks is finite, where a few of them were examined."""
-        if self._whole is self._subject:
+        if self._whole.tasks == self._subject.tasks:
             return
-        leaves = tree.leaves(self._whole.variables)
         try:
-            compiled = self._whole.backend.compiles_quickly
-            found = self._whole.reference(strategy("auto", leaves), compiled=compiled)
+            quickly = self._whole.backend.compiles_quickly
+            if self._compiled:
+                found = of_all(self._subject, self._whole)
+            else:
+                found = self._whole.reference(way(self._whole), compiled=quickly)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             self._unknown.append(f"all {self._whole.tasks} tasks: {texts.summary(error)}")
             return
@@ -298,18 +318,27 @@ class _Examination:
         if bad is not None:
             self._findings.append(bad)
 
-    def backends(self, names: Sequence[str]) -> None:
+    def backends(self, others: Sequence[Backend]) -> None:
         """The same on other backends."""
-        given = self._subject
-        for name in names:
-            backend = load_backend(name)
-            with backend.double_precision(), use_backend(name, dtype="float64"):
-                v, batch = convert((given.variables, given.batch), to=name)
-                lr = convert(given.adaptation.lr, to=name)
-                adaptation = dataclasses.replace(given.adaptation, lr=lr)
-                other = Subject(given.cost, v, batch, adaptation).gradient()
-            pair = f"{given.backend.name} and {name}"
-            self._compare(pair, other, texts.BACKENDS_DIFFER, "backends disagree")
+        for backend in others:
+            pair = f"{self._subject.backend.name} and {backend.name}"
+            try:
+                other = self._on(backend)
+            except Exception as error:  # noqa: BLE001  whatever it is, it is reported
+                self._unknown.append(
+                    f"{pair}: on {backend.name} the cost raises {texts.summary(error)}"
+                )
+                continue
+            self._compare(pair, (self._first, other), texts.BACKENDS_DIFFER, "backends disagree")
+
+    def _on(self, backend: Backend) -> Gradient:
+        """The gradient on another backend."""
+        given, name = self._subject, backend.name
+        with backend.double_precision(), use_backend(name, dtype="float64"):
+            v, batch = convert((given.variables, given.batch), to=name)
+            lr = convert(given.adaptation.lr, to=name)
+            adaptation = dataclasses.replace(given.adaptation, lr=lr)
+            return Subject(given.cost, v, batch, adaptation).gradient()
 
     def compared_with_ours(self) -> None:
         """A user's step against metaframe's meta-gradient of what it is said to compute."""
@@ -326,7 +355,7 @@ class _Examination:
     def task_by_task(self, step: Step) -> None:
         """A user's step on all tasks at once against the mean of its results on each alone."""
         try:
-            alone = self._alone(step)
+            alone = self._subject.alone(step)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             self._unknown.append(
                 f"tasks one by one: on a task alone, step raises {texts.summary(error)}"
@@ -337,32 +366,23 @@ class _Examination:
             tuple(sum(rows) / len(alone) for rows in zip(*(g.arrays for g in alone), strict=True)),
         )
         self._compare(
-            "all tasks at once and one by one", mean, texts.TASKS_MIXED, "executions disagree"
+            "all tasks at once and one by one",
+            (self._first, mean),
+            texts.TASKS_MIXED,
+            "executions disagree",
         )
 
-    def _alone(self, step: Step) -> list[Gradient]:
-        """The results for each task alone, by a batch of it alone or of as many copies of it."""
-        subject = self._subject
-
-        def of(copies: int) -> list[Gradient]:
-            rows = ([i] * copies for i in range(subject.tasks))
-            return [subject.of_step(step, subject.rows(row)) for row in rows]
-
-        try:
-            return of(1)
-        except Exception:  # noqa: BLE001  a step may be made for one number of tasks
-            return of(subject.tasks)
-
-    def _compare(self, pair: str, other: Gradient, advice: str, kind: Any) -> None:
-        gap = distance(self._first, other)
+    def _compare(
+        self, pair: str, found: tuple[Gradient, Gradient], advice: str, kind: Kind
+    ) -> None:
+        one, other = found
+        gap = distance(one, other)
         if gap <= AGREE:
             self._passed.append(f"{pair} differ by {gap:.1e}")
             return
         names = [
             name
-            for name, a, b in zip(
-                self._subject.names, self._first.arrays, other.arrays, strict=True
-            )
+            for name, a, b in zip(self._subject.names, one.arrays, other.arrays, strict=True)
             if not np.allclose(a, b, rtol=AGREE, atol=AGREE * float(np.max(np.abs(a), initial=0)))
         ]
         where = ", ".join(map(repr, names)) or "the cost"

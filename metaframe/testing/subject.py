@@ -271,6 +271,17 @@ class Subject:
                 )
         return Gradient(self._number(cost), tuple(values))
 
+    def alone(self, step: Step) -> list[Gradient]:
+        """A step's results for each task, by a batch of it alone or of as many copies of it."""
+
+        def of(copies: int) -> list[Gradient]:
+            return [self.of_step(step, self.rows([i] * copies)) for i in range(self.tasks)]
+
+        try:
+            return of(1)
+        except Exception:  # noqa: BLE001  a step may be made for one number of tasks
+            return of(self.tasks)
+
     def reference(
         self, task_map: TaskMap = "loop", *, order: Order = 2, compiled: bool = False
     ) -> Gradient:
