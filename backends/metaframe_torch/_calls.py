@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaframe.backend.model import Forward
 from metaframe.errors import InputError
-from metaframe_torch import _kernels, _tape
+from metaframe_torch import _kernels, _private, _tape
 from metaframe_torch._batch_norm import batch_norm
 from metaframe_torch._substitution import WRITES, Substitution, carried
 
@@ -251,7 +251,7 @@ class ModelCalls(Exact):
         with torch.no_grad():
             moved = (1 - momentum) * running + momentum * towards.to(running.dtype)
             if (name := self._buffers.get(id(running))) is None:
-                if running._is_view():  # of a buffer, such as one of several rows
+                if _private.is_view(running):  # of a buffer, such as one of several rows
                     self._write(running, torch.Tensor.copy_, running, moved)
                 return  # what is no buffer stays as it is
         self._values.replace_buffer(name, moved)

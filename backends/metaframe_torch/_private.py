@@ -166,6 +166,9 @@ BATCH_NORM = PrivateName("torch:native_batch_norm", "the fused batch normalisati
 BATCH_NORM_BACKWARD = PrivateName(
     "torch:ops.aten.native_batch_norm_backward", "the fused batch normalisation", SEEN, "slower"
 )
+IS_VIEW = PrivateName(
+    "torch:Tensor._is_view", "moving running statistics that are a row of a buffer", SEEN, "error"
+)
 PACK_PADDED = PrivateName(
     "torch:_pack_padded_sequence", "packing sequences under `vmap`", SEEN, "slower"
 )
@@ -424,6 +427,11 @@ def swap_parametrizations(kept: Any) -> Any:
         return kept
     before, parametrize._cache = parametrize._cache, kept
     return before
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether `x` is a part of another tensor, or the whole in another shape."""
+    return bool(IS_VIEW.required(x))
 
 
 def is_compiled(module: nn.Module) -> bool:

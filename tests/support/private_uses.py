@@ -20,6 +20,7 @@ import metaframe
 from metaframe import MAML, nn, ops
 from metaframe.backend import load_backend, use_backend
 from metaframe.backend.workers import Place
+from metaframe.models import functional
 from metaframe.tasks import Task
 
 X, Y = np.linspace(-1.0, 1.0, 6).reshape(3, 2), np.linspace(0.0, 2.0, 3).reshape(3, 1)
@@ -223,6 +224,26 @@ def _in_forms(fn: Callable[[Any], Any], x: Any) -> Any:
     with warnings.catch_warnings():  # torch says that it maps an operation row by row
         warnings.simplefilter("ignore", UserWarning)
         return InExactForms(fn)(x)
+
+
+def with_rows_of_statistics() -> Any:
+    """The output of a model, and its statistics, which are a row of a buffer."""
+    import torch
+
+    class Rows(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2, 2).double())
+            self.register_buffer("var", torch.ones(2, 2).double())
+            self.scale = torch.nn.Parameter(torch.ones(2).double())
+
+        def forward(self, x: Any) -> Any:
+            rows = self.mean[1], self.var[1]
+            return torch.nn.functional.batch_norm(x, *rows, self.scale, training=True)
+
+    apply, params, state = functional(Rows())
+    output, state = apply(params, state, torch.tensor(X))
+    return [output.detach(), state["mean"]]
 
 
 def plain_model() -> Any:
@@ -526,6 +547,7 @@ USES: dict[str, dict[str, Use]] = {
         "PACK_PADDED": packed_under_vmap,
         "PAD_PACKED": padded_under_vmap,
         "LEFT_ALIGNED": masked_under_vmap,
+        "IS_VIEW": with_rows_of_statistics,
     },
     "metaframe_jax": {
         "TRACER": tracers,
