@@ -301,7 +301,7 @@ class JaxBackend(Backend):
 
 
 def _staged() -> bool:
-    """Whether a program is being recorded.
+    """True if a program is being recorded.
 
     Run eagerly, a loop of `lax` would be compiled for every call, since its body is another
     function each time, and stay in JAX's caches for good, megabytes each.

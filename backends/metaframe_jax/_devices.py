@@ -1,4 +1,4 @@
-"""Where JAX runs things."""
+"""The devices on which JAX runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from metaframe_jax._private import is_tracer
 
 
 def on_cpu(x: Array) -> bool:
-    """Whether work on `x` runs on a CPU; of a tracer, unless it is told otherwise."""
+    """True if work on `x` runs on a CPU; of a tracer, unless it is told otherwise."""
     return _platform(x) == "cpu"
 
 

@@ -260,6 +260,6 @@ def _watch() -> None:
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether a collective or the coordination service failed because of another process."""
+    """True if a collective or the coordination service failed because of another process."""
     words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "coordination")
     return isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in words)

@@ -170,7 +170,7 @@ def _called(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_vectorised(module: Any) -> bool:
-    """Whether its user wrapped it in `equinox.filter_vmap`, possibly in `filter_jit` too."""
+    """True if its user wrapped it in `equinox.filter_vmap`, possibly in `filter_jit` too."""
     equinox: Any = sys.modules["equinox"]
     mapped = type(equinox.filter_vmap(_called)), type(equinox.filter_pmap(_called))
     while module is not None and not isinstance(module, mapped):
@@ -179,7 +179,7 @@ def _is_vectorised(module: Any) -> bool:
 
 
 def _is_index(x: object) -> bool:
-    """Whether it is the place of a state, whose first value is not learned."""
+    """True if it is the place of a state, whose first value is not learned."""
     return isinstance(x, sys.modules["equinox"].nn.StateIndex)
 
 

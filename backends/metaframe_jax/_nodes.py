@@ -13,7 +13,7 @@ from metaframe_jax._names import path_name
 
 
 def node_of(x: object) -> Node | None:
-    """How JAX takes `x` apart; None for a leaf.
+    """`x` taken apart by JAX; None for a leaf.
 
     A module of `flax.nnx` is taken for a leaf. To JAX it is a tree, in which a Variable that is
     reached on two ways would become two.

@@ -54,7 +54,7 @@ PROCESSES = PrivateName(
 
 
 def is_tracer(x: Array) -> bool:
-    """Whether `x` is a tracer, whose value is not known."""
+    """True if `x` is a tracer, whose value is not known."""
     if TRACER.found is not None:
         return isinstance(x, TRACER.found)
     try:
@@ -65,12 +65,12 @@ def is_tracer(x: Array) -> bool:
 
 
 def staged() -> bool:
-    """Whether a program is being recorded, as under jit. Every new array is then a tracer."""
+    """True if a program is being recorded, as under jit. Every new array is then a tracer."""
     return is_tracer(jnp.zeros(()))
 
 
 def transforming() -> bool:
-    """Whether any transform is active."""
+    """True if any transform is active."""
     try:
         jax.sharding.get_mesh()
     except ValueError:  # it is for the outside of transforms only
@@ -100,14 +100,14 @@ def settings() -> Hashable:
 
 
 def captures_tracers(traced: Any) -> bool:
-    """Whether a `jax.stages.Traced` closes over arrays of an outer transform."""
+    """True if a `jax.stages.Traced` closes over arrays of an outer transform."""
     if CAPTURED.found is None:
         return transforming()  # the safe answer: it is not kept
     return any(map(is_tracer, CAPTURED.found.__get__(traced)))
 
 
 def recorded_by_jit() -> bool:
-    """Whether the innermost transform is jit."""
+    """True if the innermost transform is jit."""
     return isinstance(CURRENT_TRACE.required.trace, JIT_TRACE.required)
 
 
@@ -119,7 +119,7 @@ def client() -> Any:
 
 
 def depends(value: Array, xs: Arrays) -> bool:
-    """Whether `value` depends differentiably on `xs`, inside a gradient transform.
+    """True if `value` depends differentiably on `xs`, inside a gradient transform.
 
     A value without a tangent leaves the transform as a plain array or as a tracer of an outer
     one, so it is enough to compare which trace the tracers belong to. Without the name true, and

@@ -46,7 +46,7 @@ _NO_VALUE = (
     "must be a TF tensor, not Python object",
     "Expected any non-tensor type, but got a tensor instead",
 )
-"""What TensorFlow, Python and NumPy say where a tensor of a graph is asked for its value."""
+"""The words of TensorFlow, Python and NumPy for a tensor of a graph asked for its value."""
 
 
 @functools.cache
@@ -404,7 +404,7 @@ def _refuse_stopped_recording() -> None:
 
 
 def _address(capsule: Any) -> int:
-    """Where the memory begins that a DLPack capsule describes.
+    """The address of the memory that a DLPack capsule describes.
 
     A DLTensor begins with the pointer; its byte offset comes last, at byte 40.
     """

@@ -155,6 +155,6 @@ def join(place: Place) -> Iterator[None]:
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether a collective failed because of another process."""
+    """True if a collective failed because of another process."""
     kinds = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded")
     return isinstance(error, tuple(getattr(tf.errors, f"{kind}Error") for kind in kinds))

@@ -38,7 +38,7 @@ class _Inlined:
         self._here = threading.local()
 
     def here(self) -> bool:
-        """Whether functions are to run so in this thread, by such a block or by the setting."""
+        """True if functions are to run so in this thread, by such a block or by the setting."""
         if not self._blocks:
             return tf.config.functions_run_eagerly()  # type: ignore[no-any-return]
         return self._before or getattr(self._here, "blocks", 0) > 0
@@ -66,7 +66,7 @@ inlined = _Inlined()
 
 
 def has_functions(layers: Sequence[Any]) -> bool:
-    """Whether a layer has a `tf.function` among its methods and attributes."""
+    """True if a layer has a `tf.function` among its methods and attributes."""
     return any(map(_declares, map(type, layers))) or any(
         _is_function(x) for layer in layers for x in vars(layer).values()
     )

@@ -59,7 +59,7 @@ _LOST = (
 
 
 def _passes_all_on(f: Any) -> bool:
-    """Whether `f` is a function of TensorFlow or of ours, which close over no inputs."""
+    """True if `f` is a function of TensorFlow or of ours, which close over no inputs."""
     package = getattr(f, "__module__", "").partition(".")[0]
     return package in ("tensorflow", "metaframe_tensorflow") and not _recomputes(f)
 

@@ -105,29 +105,29 @@ def quick_call(concrete: Any) -> Callable[[Arrays], Arrays] | None:
 
 
 def may_record() -> bool:
-    """Whether anything could record an operation."""
+    """True if anything could record an operation."""
     return MAY_RECORD.found is None or bool(MAY_RECORD.found())
 
 
 def records(xs: Sequence[Array]) -> bool:
-    """Whether a tape records any of `xs`."""
+    """True if a tape records any of `xs`."""
     return bool(RECORDS.required(list(xs)))
 
 
 def may_be_recorded(x: Array) -> bool:
-    """Whether a tape records `x`; without the name, whatever it is."""
+    """True if a tape records `x`; without the name, whatever it is."""
     return RECORDS.found is None or bool(RECORDS.found([x]))
 
 
 def has_tangents(xs: Sequence[Array]) -> bool:
-    """Whether a ForwardAccumulator has a tangent of any of `xs`."""
+    """True if a ForwardAccumulator has a tangent of any of `xs`."""
     if FORWARD.found is None:
         return False
     return bool(FORWARD.found([tf.convert_to_tensor(x) for x in xs]).tangents)
 
 
 def in_gradient_of_loop() -> bool:
-    """Whether the graph of the gradient of a tf.while_loop is being built."""
+    """True if the graph of the gradient of a tf.while_loop is being built."""
     # An attribute that its graphs alone have. Without it TensorFlow has a ValueError of its own.
     return hasattr(tf.compat.v1.get_default_graph(), "internal_capture_to_output")
 
@@ -143,7 +143,7 @@ def as_captured(x: Array) -> Array:
 
 
 def forward_mode() -> bool:
-    """Whether a ForwardAccumulator is active, or may be because anything is recorded."""
+    """True if a ForwardAccumulator is active, or may be because anything is recorded."""
     if not may_record():
         return False
     return FORWARD.found is None or bool(FORWARD.found([tf.zeros(())]).indices)
@@ -199,7 +199,7 @@ def _enabled(scope: Any) -> bool:
 
 
 def is_eager(x: object) -> bool:
-    """Whether `x` is a tensor that has a value; without the name, one that is no symbol."""
+    """True if `x` is a tensor that has a value; without the name, one that is no symbol."""
     if EAGER.found is not None:
         return isinstance(x, EAGER.found)
     return tf.is_tensor(x) and hasattr(x, "numpy")

@@ -94,12 +94,12 @@ def closures(fn: ArraysFn, xs: Arrays) -> Arrays:
 
 
 def is_differentiable(x: Any) -> bool:
-    """Whether `x` is of a dtype that has gradients."""
+    """True if `x` is of a dtype that has gradients."""
     return bool(x.dtype.is_floating or x.dtype.is_complex)
 
 
 def is_eager(x: Any) -> bool:
-    """Whether `x` is a variable, or a tensor with a value."""
+    """True if `x` is a variable, or a tensor with a value."""
     return isinstance(x, tf.Variable) or _private.is_eager(x)
 
 
@@ -116,7 +116,7 @@ def _closure_gradients(
 
 
 def watched_outside(tape: tf.GradientTape, closed: Sequence[Any]) -> list[Any]:
-    """What `tape` watches of tensors and variables from outside of the graph being built.
+    """The tensors and variables from outside of the graph being built that `tape` watches.
 
     A tape connects a tensor with what stands for it in a graph as soon as that is used, so it
     watches the tensor itself: that is also what a rule or a function called within is recorded

@@ -18,7 +18,7 @@ from metaframe.backend.types import Array
 
 Path = tuple[str, ...]
 _TRACKED = "_self_"
-"""How the attributes begin that TensorFlow keeps for checkpoints, and makes where they lack.
+"""The beginning of the names of attributes that TensorFlow keeps, or makes, for checkpoints.
 
 Under other names they would be copied with the rest, and name variables by what is in them.
 """

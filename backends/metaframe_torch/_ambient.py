@@ -95,7 +95,7 @@ class Streams:
 
     @classmethod
     def now(cls) -> Streams:
-        """Where they are now."""
+        """Their present states."""
         states = [torch.get_rng_state()]
         if torch.cuda.is_initialized():
             states += torch.cuda.get_rng_state_all()

@@ -45,7 +45,7 @@ def batch_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 
 
 def _ours(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
-    """Whether `native_batch_norm` is sure of it. That looks at no shapes; `F.batch_norm` does."""
+    """True if `native_batch_norm` is sure of it. That looks at no shapes; `F.batch_norm` does."""
     if x.dtype not in (torch.float32, torch.float64) or x.device.type not in _DEVICES:
         return False
     if x.ndim < 2 or x.numel() <= x.shape[1]:
@@ -64,7 +64,7 @@ def _composed(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float)
 
 
 _DEVICES = ("cpu", "cuda")
-"""Where the third result of `native_batch_norm` is known to be r."""
+"""The devices on which the third result of `native_batch_norm` is known to be r."""
 
 
 class _BatchNorm(torch.autograd.Function):

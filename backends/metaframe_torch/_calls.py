@@ -312,7 +312,7 @@ STATISTICS_FROM_ELSEWHERE = (
 
 @functools.cache
 def _writes(func: Function) -> bool:
-    """Whether `func` changes its first argument in place."""
+    """True if `func` changes its first argument in place."""
     name = getattr(func, "__name__", "")
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 

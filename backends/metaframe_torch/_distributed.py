@@ -156,7 +156,7 @@ def join(place: Place) -> Iterator[None]:
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether a collective failed because of another process."""
+    """True if a collective failed because of another process."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _WORDS_OF_GLOO)

@@ -38,7 +38,7 @@ _left = _Left()
 
 
 def places(modules: Iterable[nn.Module]) -> list[Place]:
-    """Where `modules` may leave tensors; nowhere without a transform, out of which none escapes."""
+    """The places where `modules` may leave tensors; none without a transform to escape from."""
     if not _tape.transforming():
         return []
     found = []

@@ -100,7 +100,7 @@ _PLAIN = record({"values": table(anything), "groups": many(record({"params": man
 
 
 def _fits(own: Any, value: Any) -> bool:
-    """Whether a group's option may have `value`, where the optimizer has `own`."""
+    """True if a group's option may have `value`, where the optimizer has `own`."""
     own = _plain(own)
     if isinstance(own, list) and isinstance(value, list):
         return len(own) == len(value) and all(map(_fits, own, value))

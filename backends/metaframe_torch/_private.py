@@ -210,7 +210,7 @@ COLLECTIVES = PrivateName(
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func is active."""
+    """True if a transform of torch.func is active."""
     if PEEK.found is not None:
         return PEEK.found() is not None
     try:
@@ -221,7 +221,7 @@ def transforming() -> bool:
 
 
 def gradients_active() -> int:
-    """How many transforms that differentiate are active; without the names more than there are."""
+    """The number of active transforms that differentiate; without the names more than there are."""
     if INTERPRETERS.found is None or TRANSFORM_TYPE.found is None:
         return 3 if transforming() else 0
     kinds = (TRANSFORM_TYPE.found.Grad, TRANSFORM_TYPE.found.Jvp)
@@ -229,7 +229,7 @@ def gradients_active() -> int:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether `x` belongs to a transform."""
+    """True if `x` belongs to a transform."""
     if IS_WRAPPED.found is not None:
         return bool(IS_WRAPPED.found(x))
     try:
@@ -239,7 +239,7 @@ def is_wrapped(x: Tensor) -> bool:
 
 
 def records(x: Tensor) -> bool:
-    """Whether autograd's tape records `x`, below the transforms that are active."""
+    """True if autograd's tape records `x`, below the transforms that are active."""
     if UNWRAPPED.found is None:
         return True  # the safe answer, which keeps a graph
     while is_wrapped(x):
@@ -248,7 +248,7 @@ def records(x: Tensor) -> bool:
 
 
 def forward_mode_active() -> bool:
-    """Whether a transform of torch.func in forward mode is active."""
+    """True if a transform of torch.func in forward mode is active."""
     if INTERPRETERS.found is None or TRANSFORM_TYPE.found is None:
         return False
     return any(level.key() == TRANSFORM_TYPE.found.Jvp for level in INTERPRETERS.found())
@@ -265,7 +265,7 @@ def stripped(x: Tensor) -> Tensor:
 
 
 def belongs_to_a_gradient(x: Tensor) -> bool:
-    """Whether the tape or a transform records `x`, or a batch ties it to one.
+    """True if the tape or a transform records `x`, or a batch ties it to one.
 
     Inside a gradient a rule of our own runs without the transforms, with the batches below it
     numbered anew: a tensor of a batch that is mapped within a gradient would be out of place.
@@ -344,12 +344,12 @@ def function_of(node: Any) -> Any:
 
 
 def tracing() -> bool:
-    """Whether make_fx is recording a graph."""
+    """True if make_fx is recording a graph."""
     return PROXY_MODE.found is not None and PROXY_MODE.found() is not None
 
 
 def modes_active() -> bool:
-    """Whether anything but a default device sees every operation; True if it cannot be told."""
+    """True if anything but a default device sees every operation; True if it cannot be told."""
     if FUNCTION_MODES.found is None or DISPATCH_MODES.found is None:
         return True
     if DISPATCH_MODES.found():
@@ -359,12 +359,12 @@ def modes_active() -> bool:
 
 
 def may_have_default_device() -> bool:
-    """Whether a default device is set, which torch finds among its function modes."""
+    """True if a default device is set, which torch finds among its function modes."""
     return FUNCTION_MODES.found is None or bool(FUNCTION_MODES.found())
 
 
 def hooks_on_saved() -> bool:
-    """Whether there are hooks on what is saved for a backward pass; True if it cannot be told."""
+    """True if there are hooks on what is saved for a backward pass; True if it cannot be told."""
     return SAVED_HOOKS.found is None or SAVED_HOOKS.found(False) is not None
 
 
@@ -379,7 +379,7 @@ def fake_tensors() -> Any:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether it is a tensor of such a mode, or of a transform."""
+    """True if it is a tensor of such a mode, or of a transform."""
     return type(x).__name__ == "FakeTensor" or is_wrapped(x)
 
 
@@ -405,7 +405,7 @@ def batch_norm_classes() -> Any:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether a hook was registered that runs in the backward pass of `module`."""
+    """True if a hook was registered that runs in the backward pass of `module`."""
     hooks = (BACKWARD_HOOKS, BACKWARD_PRE_HOOKS)
     return any(name.found is not None and _of(module, name) for name in hooks)
 
@@ -430,12 +430,12 @@ def swap_parametrizations(kept: Any) -> Any:
 
 
 def is_view(x: Tensor) -> bool:
-    """Whether `x` is a part of another tensor, or the whole in another shape."""
+    """True if `x` is a part of another tensor, or the whole in another shape."""
     return bool(IS_VIEW.required(x))
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile made something of it."""
+    """True if torch.compile made something of it."""
     wrapped = "_orig_mod" in registered(module)[2]
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 

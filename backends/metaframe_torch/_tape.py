@@ -129,7 +129,7 @@ def _marked(inputs: Arrays) -> tuple[object, ...]:
 
 
 def _close_over(values: Arrays, inputs: Arrays) -> bool:
-    """Whether any of `values` is on the tape by more than `inputs`."""
+    """True if any of `values` is on the tape by more than `inputs`."""
     seen = {get_gradient_edge(x).node for x in inputs}
     ahead: list[Any] = [get_gradient_edge(y).node for y in values if y.requires_grad]
     while ahead:
@@ -144,7 +144,7 @@ def _close_over(values: Arrays, inputs: Arrays) -> bool:
 
 
 def has_tangents() -> bool:
-    """Whether tensors may be dual ones, of forward-mode differentiation."""
+    """True if tensors may be dual ones, of forward-mode differentiation."""
     try:
         forward_ad.make_dual(torch.empty(0), torch.empty(0))
     except RuntimeError:  # outside of a dual level
@@ -153,7 +153,7 @@ def has_tangents() -> bool:
 
 
 def forward_mode() -> bool:
-    """Whether a tangent of forward-mode differentiation, of torch.func or not, may be lost here."""
+    """True if a tangent of forward-mode differentiation, of torch.func or not, may be lost here."""
     return _private.forward_mode_active() or has_tangents()
 
 
@@ -241,10 +241,10 @@ def detached(xs: Arrays) -> Arrays:
 
 
 def inside_a_gradient() -> bool:
-    """Whether a torch.func transform that differentiates is active."""
+    """True if a torch.func transform that differentiates is active."""
     return _private.gradients_active() > 0
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func or a trace is active."""
+    """True if a transform of torch.func or a trace is active."""
     return _private.transforming() or _private.tracing()

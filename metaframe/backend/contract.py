@@ -113,7 +113,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def owns(self, x: object) -> bool:
-        """Whether `x` is an array of this framework; a tracer or a variable counts."""
+        """True if `x` is an array of this framework; a tracer or a variable counts."""
 
     @abc.abstractmethod
     def asarray(self, x: Any, dtype: str | None = None, device: str | None = None) -> Array:
@@ -141,15 +141,15 @@ class Backend(Required):
 
     @abc.abstractmethod
     def is_floating(self, x: Array) -> bool:
-        """Whether `x` is of a real floating dtype, as a variable has to be."""
+        """True if `x` is of a real floating dtype, as a variable has to be."""
 
     def is_differentiable(self, x: Array) -> bool:
-        """Whether `x` can carry a gradient. Floating arrays can, and complex data."""
+        """True if `x` can carry a gradient. Floating arrays can, and complex data."""
         return self.is_floating(x) or self.dtype_name(x).startswith("complex")
 
     @abc.abstractmethod
     def is_traced(self, x: Array) -> bool:
-        """Whether `x` is inside a transform or a compilation, and so has no value to look at."""
+        """True if `x` is inside a transform or a compilation, and so has no value to look at."""
 
     def check_values(self, xs: Arrays) -> None:
         """Raise `BackendError` if an array of `xs` is one that never has values."""
@@ -164,7 +164,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def on_cpu(self, x: Array) -> bool:
-        """Whether work on `x` runs on a CPU. For a traced array: unless it is told otherwise."""
+        """True if work on `x` runs on a CPU. For a traced array: unless it is told otherwise."""
 
     def to_dlpack(self, x: Array) -> Any:
         """`x` as a constant with `__dlpack__`, through which others take its memory."""
@@ -378,7 +378,7 @@ class Backend(Required):
 
     @abc.abstractmethod
     def needed_a_value(self, error: Exception) -> bool:
-        """Whether `error` was raised because traced code asked an array for its value."""
+        """True if `error` was raised because traced code asked an array for its value."""
 
     def scan(self, fn: RowFn, carry: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
         """Run `carry, y = fn(carry, x)` over the leading axis of `xs`.
@@ -525,7 +525,7 @@ class Backend(Required):
     # -- many processes or devices ---------------------------------------------------------
 
     def workers(self) -> Workers:
-        """Who shares the tasks of a sharded step, by what is active: a group, mesh or strategy."""
+        """The workers that share the tasks of a step, by the active group, mesh or strategy."""
         return ALONE
 
     def join(self, place: Place) -> AbstractContextManager[object]:
@@ -543,7 +543,7 @@ class Backend(Required):
         raise BackendError(f"backend {self.name!r} has no engine for several processes.")
 
     def lost_others(self, error: Exception) -> bool:
-        """Whether `error` was raised because another process is gone or does not answer."""
+        """True if `error` was raised because another process is gone or does not answer."""
         del error
         return False
 

@@ -146,7 +146,7 @@ class NamedParameters(abc.ABC):
 
 
 def is_inexact(x: Array, backend: Any) -> bool:
-    """Whether `x` is of real or complex numbers, and not of integers or booleans.
+    """True if `x` is of real or complex numbers, and not of integers or booleans.
 
     >>> import torch
     >>> from metaframe.backend.registry import load_backend
@@ -171,7 +171,7 @@ class ModelAdapter(NamedParameters):
     output_first: bool = False
     """Weights are laid out (outputs, inputs, *window); otherwise (*window, inputs, outputs)."""
     switchable: bool = False
-    """Whether `call` follows `Forward.training`."""
+    """True if `call` follows `Forward.training`."""
 
     @abc.abstractmethod
     def call(self, params: Params, state: Params, inputs: Inputs) -> tuple[Any, Params]:
@@ -228,7 +228,7 @@ class ModelAdapter(NamedParameters):
         return value
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """Whether an attribute of the model or of a part of it is of no use to a learner.
+        """True if an attribute of the model or of a part of it is of no use to a learner.
 
         Such are what the framework gives every model to change it, or to list its own parameters.
         Default: none.

@@ -24,7 +24,7 @@ ENTRY_POINT_GROUP = "metaframe.backends"
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a backend comes from."""
+    """The package that a backend comes from."""
 
     target: str  # "module:class"
     install: str

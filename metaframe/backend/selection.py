@@ -42,7 +42,7 @@ _scoped_selection: ContextVar[Selection | None] = ContextVar("metaframe_backend"
 
 
 def _node_of(x: object) -> Node | None:
-    """How a framework in use takes `x` apart; None for a leaf."""
+    """`x` taken apart by a framework in use; None for a leaf."""
     if is_neutral(x) or owner(x) is not None:
         PLAIN.add(type(x))  # not asked again
         return None
@@ -58,7 +58,7 @@ def is_neutral(x: object) -> bool:
 
 
 def is_array(x: object) -> bool:
-    """Whether `x` is a framework's array or becomes one; other leaves are constants."""
+    """True if `x` is a framework's array or becomes one; other leaves are constants."""
     return isinstance(x, np.ndarray) or owner(x) is not None
 
 
@@ -190,7 +190,7 @@ _followed: dict[type, Callable[[], Selection | None]] = {}
 
 
 def follow(cls: type, selected: Callable[[], Selection | None]) -> None:
-    """Where nothing is selected, `selected()` decides for a call with a `cls` in its arguments."""
+    """Let `selected()` decide where nothing is selected and a call has a `cls` in its arguments."""
     _followed[cls] = selected
 
 

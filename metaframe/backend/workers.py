@@ -62,7 +62,7 @@ class Share:
 
 
 class Workers(abc.ABC):
-    """Who shares the work.
+    """The processes and devices that share the work.
 
     Attributes:
         count: workers in all; a process has one or more of them.
@@ -84,7 +84,7 @@ class Workers(abc.ABC):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and reports."""
+        """True if this is the process that writes files and reports."""
         return self.process == 0
 
     def padded(self, num_tasks: int) -> int:

@@ -41,7 +41,7 @@ def defaults(data: str, algorithm_name: str) -> dict[str, Any]:
 
 
 def has_use(name: str, data: str, algorithm_name: str) -> bool:
-    """Whether this data set and this algorithm have a use for a setting."""
+    """True if this data set and this algorithm have a use for a setting."""
     if name in algorithm(algorithm_name).ignores:
         return False
     both = (algorithm_name, _own_settings()), (data, _DATASETS)
@@ -113,7 +113,7 @@ def warnings(config: RunConfig) -> list[str]:
 
 
 def _owners(name: str, settings: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Who has a use for a setting that not all have a use for."""
+    """The algorithms or data sets that have a use for a setting that not all have a use for."""
     return [owner for owner, names in settings.items() if name in names]
 
 

@@ -1,4 +1,4 @@
-"""Which classes a run trains and is tested on, recorded when it begins.
+"""The classes that a run trains and is tested on, recorded when it begins.
 
 A data set of files is divided by what its folder holds: one class more, or one less, may divide the
 others anew, and what is held out then was trained on.

@@ -226,7 +226,7 @@ def _omniglot_model(config: RunConfig) -> nn.Model:
 
 
 _NORMALISED = ("norm", "learn_norms")
-"""What a model with batch normalisation has a use for."""
+"""The settings for models with batch normalisation."""
 
 _AS_MAML = {"width": 32, "inner_steps": 5, "meta_batch_size": 4}
 """Its settings for photographs, 5-way 1-shot."""

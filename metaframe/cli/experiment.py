@@ -87,7 +87,7 @@ class Experiment:
 
     @functools.cached_property
     def settings(self) -> StepSettings:
-        """How steps run."""
+        """The settings of steps."""
         return step_settings(self.config, convolutional=self.dataset.convolutional)
 
     @functools.cached_property
@@ -148,7 +148,7 @@ class Experiment:
 
 
 def step_settings(c: RunConfig, *, convolutional: bool) -> StepSettings:
-    """How steps run, with what is left to us decided."""
+    """The settings of steps, with what is left to us decided."""
     # A run is long enough for any compiler, except for convolutions on one that is slow.
     compiled = c.compiled if convolutional else c.compiled is not False
     return StepSettings(c.task_map, c.chunk_size, c.mode, compiled, place() is not None)

@@ -42,7 +42,7 @@ def check_extension(experiment: Experiment, before: RunConfig, output: Output) -
 
 
 def _stopped(experiment: Experiment) -> str | None:
-    """Why early stopping ends the run before the next step, if it does."""
+    """The reason for which early stopping ends the run before the next step, if it does."""
     if not experiment.config.patience:
         return None
     trainer = experiment.trainer

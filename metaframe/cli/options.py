@@ -38,7 +38,7 @@ GROUPS = {
         *("timeout", "checkpoint_every", "keep"),
     ),
 }
-"""How the help page groups the settings."""
+"""The groups of settings on the help page."""
 
 
 def setting_flags(names: Iterable[str] | None = None) -> Callable[[Command], Command]:

@@ -20,7 +20,7 @@ from metaframe.training.metrics import read_metrics
 
 Values = np.ndarray[Any, Any]
 _LARGEST = 1e100
-"""What Matplotlib draws; near the largest float its own sums are infinite."""
+"""The largest number that is drawn; near the largest float its own sums are infinite."""
 COLOURS = {"right": "#2b8a3e", "wrong": "#c92a2a"}
 
 

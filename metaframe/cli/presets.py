@@ -42,7 +42,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run compares with its preset."""
+    """The comparison of a run with its preset."""
 
     preset: Preset
     metric: str
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Whether the number is reached. One that is not finite is not."""
+        """True if the number is reached. One that is not finite is not."""
         if self.reached is None:
             return False
         if self.metric == "mse":

@@ -33,7 +33,7 @@ from metaframe.training.checkpoint import checkpoint_files
 CONFIG, RESULT = "config.toml", "result.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 FILES = (RESULT, "metrics.jsonl", "metrics.csv")
-"""What a run measures."""
+"""The numbers that a run measures."""
 _MOST = 2**26
 """Bytes of result.json, which holds three numbers for each task of the evaluation."""
 
@@ -157,7 +157,7 @@ def opened(folder: Path, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def is_of(config: RunConfig, folder: Path) -> bool:
-    """Whether the run in `folder` is the one that `config` describes."""
+    """True if the run in `folder` is the one that `config` describes."""
     return (folder / CONFIG).is_file() and opened(folder, {}) == config
 
 

@@ -1,4 +1,4 @@
-"""How one call of a step lays out its tasks and variables, and which variables take part.
+"""The layout of tasks and variables in one call of a step, and the variables that take part.
 
 A strategy of the task map as `batched` runs the tasks without a task axis. The reference has two
 layouts with one, which are spelled True (all tasks in one call, on variables that were tiled) and

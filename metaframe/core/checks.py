@@ -127,7 +127,7 @@ def variables(leaves: Arrays, part: tree.Part, backend: Backend, name: str) -> N
 
 
 def is_learnable(x: Array, backend: Backend) -> bool:
-    """Whether gradients can update `x`: no complex numbers, integers, or floats of 8 bits."""
+    """True if gradients can update `x`: no complex numbers, integers, or floats of 8 bits."""
     narrow = ("float8_", "float6_", "float4_")  # no framework computes in them
     return backend.is_floating(x) and not backend.dtype_name(x).startswith(narrow)
 
@@ -273,7 +273,7 @@ def same_shapes(arrays: Arrays, like: Arrays, spec: tree.TreeSpec, name: str, wh
 
 
 def takes_v_by_keyword(cost: Callable[..., Any], name: str) -> bool:
-    """Whether `cost(batch, v)` has a keyword-only `v`, after checking that it is a function."""
+    """True if `cost(batch, v)` has a keyword-only `v`, after checking that it is a function."""
     arguments.function(cost, name)
     function = cost.__func__ if isinstance(cost, MethodType) else cost
     elsewhere = hasattr(function, "__wrapped__") or hasattr(function, "__signature__")

@@ -89,7 +89,7 @@ class Compiled(Settled, Generic[P, R]):
 
     @property
     def traces(self) -> int:
-        """How many programs have been traced and compiled."""
+        """The number of programs that have been traced and compiled."""
         return self._programs.traces
 
     @property

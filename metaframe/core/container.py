@@ -96,7 +96,7 @@ class Container(dict[str, Any]):
         return found
 
     def __contains__(self, key: object) -> bool:
-        """Whether there is something at this key or key chain."""
+        """True if there is something at this key or key chain."""
         return isinstance(key, str) and _find(self, key) is not _MISSING
 
     def get(self, key: str, default: Any = None) -> Any:

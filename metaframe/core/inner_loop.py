@@ -137,7 +137,7 @@ def in_order(cost: FlatCost, held: int, data: Stepwise) -> FlatCost:
 
 @dataclass(frozen=True)
 class InnerSettings:
-    """How an inner loop runs, apart from what it runs on. Checked when it is made.
+    """The settings of an inner loop, apart from what it runs on. Checked when it is made.
 
     `context_of_step(context, k)` is the context of step k = 0 .. K-1; by default the context.
     `lr_name` is the argument that `lr` is, for errors, and `lr_known` the variables that do not
@@ -162,7 +162,7 @@ class InnerSettings:
 
     @property
     def recomputes(self) -> bool:
-        """Whether steps are run again in the backward pass."""
+        """True if steps are run again in the backward pass."""
         return self.mode != "reverse" and self.order == 2
 
 
@@ -172,7 +172,7 @@ class StepView(NamedTuple):
     cost: Array
     grads: Arrays
     updates: Arrays
-    """What the step added to the variables."""
+    """The change that the step made to the variables."""
 
 
 class InnerResult(NamedTuple):
@@ -182,9 +182,9 @@ class InnerResult(NamedTuple):
     state: tree.Flat
     """The state of the update rule."""
     total: Arrays
-    """What the observer returned, summed over the steps; empty without observer or steps."""
+    """The observer's results, summed over the steps; empty without observer or steps."""
     seen: Arrays = ()
-    """What the cost returned at each step, with a leading step axis; empty unless kept."""
+    """The cost's results at each step, with a leading step axis; empty unless kept."""
 
 
 Observer = Callable[[Arrays, StepView | None, Array], Arrays]
@@ -203,7 +203,7 @@ class Rows(NamedTuple):
     arrays: Arrays
     """Those of the learning rate, and after them those of the batch."""
     rates: int = 0
-    """How many are the learning rate's."""
+    """The number of those that are the learning rate's."""
     rate_at: Callable[[Arrays], optim.Rate] | None = None
     """The learning rate of a step, from its arrays."""
 

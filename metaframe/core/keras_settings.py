@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 
 def keras_settings() -> Hashable:
-    """What its operations and new layers look up; None where Keras is not imported.
+    """The settings that its operations and layers look up; None where Keras is not imported.
 
     >>> import sys
     >>> keras_settings() is None or "keras" in sys.modules

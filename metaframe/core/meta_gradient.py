@@ -40,7 +40,7 @@ class MetaResult(NamedTuple):
     grads: tree.Tree
     """Gradient of the mean, in the structure of the variables (or of the chosen part)."""
     aux: tree.Tree
-    """What the task cost returned besides, with a leading task axis; `()` without `has_aux`."""
+    """The task cost's further results, with a leading task axis; `()` without `has_aux`."""
 
 
 def meta_value_and_grad(

@@ -52,12 +52,12 @@ def per_step(rows: tree.Tree) -> Any:
 
 
 def is_marked(x: object) -> bool:
-    """Whether `x` was made by `per_step`."""
+    """True if `x` was made by `per_step`."""
     return isinstance(x, PerStep)
 
 
 def contains_marks(spec: tree.TreeSpec) -> bool:
-    """Whether any part of a structure was made by `per_step`."""
+    """True if any part of a structure was made by `per_step`."""
     return PerStep in tree.node_types(spec)
 
 

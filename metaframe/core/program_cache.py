@@ -29,7 +29,7 @@ WARN_FROM = 16
 PARTS_NAMED = 3
 VALUES_SHOWN = 3
 DEPTH = 6
-"""How far the fields of a dataclass among the arguments are told apart."""
+"""The depth to which the fields of a dataclass among the arguments are told apart."""
 
 
 class Signature(NamedTuple):

@@ -67,7 +67,7 @@ def spread(
 
 
 def is_structure(rate: Rate) -> bool:
-    """Whether it is a structure of rates, and not a single number or array.
+    """True if it is a structure of rates, and not a single number or array.
 
     >>> is_structure(0.1), is_structure({"w": 0.1, "b": 0.2})
     (False, True)
@@ -174,7 +174,7 @@ def fit(rate: Rate, variable: Array, name: Any) -> Rate:
 
 
 def broadcasts(given: tuple[Any, ...], shape: tuple[Any, ...]) -> bool:
-    """Whether an array of the shape `given` broadcasts to `shape`."""
+    """True if an array of the shape `given` broadcasts to `shape`."""
     pairs = zip(reversed(given), reversed(shape), strict=False)
     return len(given) <= len(shape) and all(a in (1, b) or None in (a, b) for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""How one inner step is differentiated: recomputed in the backward pass, exactly.
+"""The derivative of an inner step that is recomputed in the backward pass, exactly.
 
 Two modes store the inputs of an inner step (the variables, the optimizer's state, the task's data
 and the learning rate) and nothing else, and run the step again in the backward pass. They differ in
@@ -55,7 +55,7 @@ def rematerialised(backend: Backend, step: Step) -> Step:
 
 
 STATES_AT_MOST = 80
-"""How many states of the loop "replay" holds at most before it adds a level."""
+"""The number of states of the loop that "replay" holds before it adds a level."""
 
 
 def replayed(

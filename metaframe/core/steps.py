@@ -380,7 +380,7 @@ class _TaskOfStep:
     objective: Objective
     return_inner: ReturnInner
     reported: bool = False
-    """Whether the cost to return is not the one that is differentiated, but the one reported."""
+    """True if the cost to return is not the one that is differentiated, but the one reported."""
 
     def __post_init__(self) -> None:
         arguments.function(self.inner_cost, "inner_cost_fn")

@@ -36,7 +36,7 @@ A task divided among workers comes with its weight, as the last array; see `weig
 
 @dataclass(frozen=True)
 class Execution:
-    """How the tasks of a batch run; the attributes are arguments of `meta_value_and_grad`."""
+    """The way the tasks of a batch run; the attributes are arguments of `meta_value_and_grad`."""
 
     task_map: TaskMap = "vmap"
     chunk_size: int | None = None
@@ -164,7 +164,7 @@ UNROLLED_AT_MOST = 4
 
 
 def _fitting(backend: Backend, tasks: Arrays, like: Arrays) -> int | None:
-    """How many tasks to take at once where all of them would outgrow the caches of a CPU."""
+    """The number of tasks to take at once where all would outgrow the caches of a CPU."""
     if backend.chunk_elements is None or not backend.on_cpu(tasks[0]):
         return None
     count: int = tasks[0].shape[0]

@@ -42,7 +42,7 @@ class Unrolled(NamedTuple):
     costs: Array
     """The inner cost before each step, shape (K,)."""
     aux: tree.Tree
-    """What the cost returned besides, with a leading step axis; `()` without `has_aux` or steps."""
+    """The cost's further results, with a leading step axis; `()` without `has_aux` or steps."""
 
 
 @entrance

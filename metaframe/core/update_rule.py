@@ -33,7 +33,7 @@ class Updated(NamedTuple):
     params: Leaves
     state: Leaves
     updates: Leaves
-    """What was added to the variables."""
+    """The change of the variables."""
 
 
 class UpdateRule(NamedTuple):
@@ -229,7 +229,7 @@ def checked_state(
 
 
 def _unlike(new: Leaves, old: Flat) -> Iterator[tuple[str, Any, Any]]:
-    """Where a leaf cannot stand in the place of the old one: its key chain, and both of them."""
+    """The key chain of a leaf that cannot stand in the place of the old one, and both leaves."""
     for i, (x, like) in enumerate(zip(new, old.arrays, strict=True)):
         if not _alike(x, like):
             yield tree.chains(old.spec)[i], x, like

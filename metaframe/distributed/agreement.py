@@ -151,7 +151,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _belongs(value: Any, fn: FunctionType) -> bool:
-    """Whether a global is one that makes another function of `fn`.
+    """True if a global is one that makes another function of `fn`.
 
     Not the rest: paths, devices and loggers may differ from process to process.
     """

@@ -67,7 +67,7 @@ def place(timeout: float = TIMEOUT, environment: Mapping[str, str] = os.environ)
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process writes files and reports; also True if it runs alone.
+    """True if this process writes files and reports; also True if it runs alone.
 
     Args:
         environment: the variables to look at. Default: those of the process.
@@ -82,7 +82,7 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun started this process after others failed, to go on where they were.
+    """True if torchrun started this process after others failed, to go on where they were.
 
     >>> is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}), is_restarted({})
     (True, False)
@@ -131,7 +131,7 @@ def session(backend: str | None = None, *, timeout: float = TIMEOUT) -> Iterator
 
 
 def _versions(framework: str) -> dict[str, str]:
-    """What has to be the same everywhere, up to how it was built."""
+    """The versions that have to be the same everywhere, up to how they were built."""
     names = ("metaframe", framework, "numpy")
     return {"python": platform.python_version()} | {
         name: version_of(name).partition("+")[0] for name in names

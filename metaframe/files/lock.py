@@ -98,7 +98,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who signed the file, which may hold anything."""
+    """The holder that the file names; it may hold anything."""
     try:
         found = parsed(os.read(descriptor, _SIZE))
         _HOLDER(found, "the lock")

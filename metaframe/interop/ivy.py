@@ -54,7 +54,7 @@ def _scratch() -> str:
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []
-"""What would be removed as soon as nothing refers to it."""
+"""The objects that would be removed as soon as nothing refers to them."""
 
 
 def adapt(ivy: ModuleType) -> Callable[[], None] | None:

@@ -215,7 +215,7 @@ class Learner:
 
     @property
     def training(self) -> bool:
-        """Whether the model is called in training mode."""
+        """True if the model is called in training mode."""
         if self._training is None:
             own: bool = attribute(ModelOfLearner(self), lambda model: model, "training", "")
             return own

@@ -134,7 +134,7 @@ class MAML(MetaLearner):
 
     @property
     def first_order(self) -> bool:
-        """Whether the inner gradients are constants."""
+        """True if the inner gradients are constants."""
         return self.config.first_order
 
     @property
@@ -144,7 +144,7 @@ class MAML(MetaLearner):
 
     @property
     def allow_unused(self) -> bool:
-        """Whether a support loss may leave adapted parameters out."""
+        """True if a support loss may leave adapted parameters out."""
         return self.config.allow_unused
 
 

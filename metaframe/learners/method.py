@@ -72,7 +72,7 @@ class Method:
 
     @property
     def needs_support(self) -> bool:
-        """Whether a learner can adapt only where it is handed the support set itself."""
+        """True if a learner can adapt only where it is handed the support set itself."""
         return self.begin is not None or self.finish is not None
 
 

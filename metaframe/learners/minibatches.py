@@ -107,7 +107,7 @@ def minibatches(given: Any) -> Table | None:
 
 
 def count(structure: Any) -> int:
-    """How many examples a support set has."""
+    """The number of examples in a support set."""
     return int(tree.leaves(structure)[0].shape[0])
 
 

@@ -16,7 +16,7 @@ Phase = Literal["support", "query"]
 
 
 def forward_under(norm: Norm, phase: Phase, *, twice: bool) -> Forward:
-    """How the model is called on the examples of a phase.
+    """The form of the model's call on the examples of a phase.
 
     Args:
         norm: the policy, see `MAML`.

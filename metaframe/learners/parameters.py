@@ -1,4 +1,4 @@
-"""Which arrays of a model are meta-parameters, and what the others are.
+"""The arrays of a model: meta-parameters, and the others with the reason for each.
 
 A parameter may be frozen or made trainable at any time, so it is asked for every time anew.
 Whatever is left out can be listed with the reason, and what cannot be learned is refused by name.
@@ -14,7 +14,7 @@ from metaframe.learners.programs import LEARNED
 from metaframe.learners.settings import AdaptConfig
 
 Learned = NamedParameters | None
-"""What an update rule learns, if anything."""
+"""The arrays that an update rule learns, if any."""
 
 
 def trainable(adapter: ModelAdapter, params: Params) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Host(Protocol):
     """Names of the values."""
 
     def withholds(self, owner: Any, name: str) -> bool:
-        """Whether an attribute would change the model, or list its own parameters."""
+        """True if an attribute would change the model, or list its own parameters."""
 
     def look(self, find: Find) -> Any:
         """`find(model)`."""
@@ -134,7 +134,7 @@ def _handed_out(host: Host, found: Any, find: Find, label: str) -> Any:
 
 
 def _computes(found: Any) -> bool:
-    """Whether it computes with the model when it is used: a layer, a function, or some of them."""
+    """True if it computes with the model when it is used: a layer, a function, or some of them."""
     if isinstance(found, type) or (hasattr(found, "shape") and hasattr(found, "dtype")):
         return False
     if isinstance(found, Mapping):

@@ -81,13 +81,13 @@ class MetaGradient(Settled):
 
 
 class Adapted(NamedTuple):
-    """Where an adaptation is."""
+    """The state of an adaptation."""
 
     params: Params
     """Those that it changes, by name."""
     rule_state: Any
     taken: Array
-    """How many steps were taken."""
+    """The number of steps that were taken."""
     begun: Params
     """All parameters before the first step, where they were made from the support set."""
 

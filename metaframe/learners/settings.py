@@ -1,4 +1,4 @@
-"""How a learner adapts: the settings that MAML, its relatives and every learner share."""
+"""The settings of adaptation that MAML, its relatives and every learner share."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class AdaptConfig:
         return update_rule(self.update, stop_gradients=False)
 
     def steps(self, given: int | None, *, at_least: int) -> int:
-        """How many steps to take: the configured number, or the one given."""
+        """The number of steps to take: the configured one, or the one given."""
         if given is None:
             return self.inner_steps
         arguments.integer(given, "steps", at_least=at_least)
@@ -108,7 +108,7 @@ class AdaptConfig:
             self.rule.rate(part, known, name="inner_lr")
 
     def starting_rates(self, like: Params) -> Params:
-        """Where learned rates of these shapes start.
+        """The start of learned rates of these shapes.
 
         Raises:
             InputError: no learning rate to start from, or one of another shape.
@@ -136,10 +136,10 @@ class AdaptConfig:
 
     @property
     def _own_rule(self) -> bool:
-        """Whether the update rule is one of the user's, which may take anything for its rate."""
+        """True if the update rule is one of the user's, which may take anything for its rate."""
         return isinstance(self.update, optim.Optimizer) and own_rule(self.update) is None
 
     def forward(self, phase: Phase) -> Forward:
-        """How the model is called on the examples of this phase."""
+        """The form of the model's call on the examples of this phase."""
         twice = not self.first_order if self.twice is None else self.twice
         return forward_under(self.norm, phase, twice=twice)

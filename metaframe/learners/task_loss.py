@@ -204,7 +204,7 @@ def _asks_for_learned(fn: Callable[..., Any]) -> bool:
 
 
 def requires_learned(fn: Callable[..., Any]) -> bool:
-    """Whether `fn` has an argument called `learned` without a default."""
+    """True if `fn` has an argument called `learned` without a default."""
     found = _parameter(fn)
     return found is not None and found.default is inspect.Parameter.empty
 

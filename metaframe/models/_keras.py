@@ -270,7 +270,7 @@ class KerasAdapter(ModelAdapter):
 
 
 def _has_to_be_told(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether `call` takes `training`, without a default, and is not given it."""
+    """True if `call` takes `training`, without a default, and is not given it."""
     signature = inspect.signature(model.call)
     parameter = signature.parameters.get("training")
     if parameter is None or parameter.default is not parameter.empty:

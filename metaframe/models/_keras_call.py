@@ -28,7 +28,7 @@ def keras() -> Any:
 
 
 def is_layer(x: object) -> bool:
-    """Whether `x` is a Keras layer or model. Imports nothing."""
+    """True if `x` is a Keras layer or model. Imports nothing."""
     # Half imported while Keras itself is being imported.
     layers = getattr(sys.modules.get("keras"), "layers", None)
     layer = getattr(layers, "Layer", None)
@@ -36,7 +36,7 @@ def is_layer(x: object) -> bool:
 
 
 def is_variable(x: object) -> bool:
-    """Whether `x` is a variable of Keras, with the framework's own inside. Imports nothing."""
+    """True if `x` is a variable of Keras, with the framework's own inside. Imports nothing."""
     kind = getattr(sys.modules.get("keras"), "Variable", None)
     return kind is not None and isinstance(x, kind)
 

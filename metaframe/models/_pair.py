@@ -93,7 +93,7 @@ def _is_number(x: object) -> bool:
 
 
 def _is_transform(x: object) -> bool:
-    """Whether it is the result of `haiku.transform`, by its fields."""
+    """True if it is the result of `haiku.transform`, by its fields."""
     return getattr(x, "_fields", None) == ("init", "apply")
 
 

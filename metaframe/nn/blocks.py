@@ -12,11 +12,11 @@ from metaframe.backend.contract import Backend
 from metaframe.backend.types import Array, Arrays
 
 LONG = 2**22
-"""How many numbers between the rows and what they are held against make blocks the default."""
+"""The number of pairs of a row and of what it is held against that makes blocks the default."""
 
 
 def block_length(given: int | None, rows: int | None, others: int | None, default: int) -> int:
-    """How many rows a block has; 0 for no blocks.
+    """The number of rows in a block; 0 for no blocks.
 
     Args:
         given: the argument `block_size`.

@@ -20,7 +20,7 @@ from metaframe.tasks import _archives
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set's official files come from, and how large they get.
+    """The source of a data set's official files, and the largest size of each.
 
     Attributes:
         url: named by every error.

@@ -20,7 +20,7 @@ from metaframe.tasks.lazy import LazyImages
 Channels = Literal["last", "first"]
 
 _DEPTHS = (1, 3, 4)
-"""How many channels an image may have."""
+"""The numbers of channels that an image may have."""
 
 
 def load_image_dataset(

@@ -21,7 +21,7 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-"""What is read, by Pillow's names, and how such files are called."""
+"""The formats that are read, by Pillow's names, and the endings of such files."""
 
 _SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _ANY = Source(

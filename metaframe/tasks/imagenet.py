@@ -33,7 +33,7 @@ from metaframe.tasks.few_shot import ClassSplit
 from metaframe.tasks.sampling import Split, check_split
 
 STEMS = {"train": "train", "validation": "val", "test": "test"}
-"""What the files call our splits."""
+"""The names of our splits in the files."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
     "test": "test",
 }
-"""What folders of splits are called."""
+"""The names of the folders of splits."""
 
 
 @dataclass(frozen=True, eq=False)

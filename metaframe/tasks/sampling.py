@@ -38,7 +38,7 @@ _BLOCK = 4
 _AT_ONCE = 2**22
 """Numbers that a shuffle may hold at once."""
 _BATCHED = 2**192
-"""Where the counter of the streams of whole batches starts; `task_rng` stays below."""
+"""The first counter of the streams of whole batches; `task_rng` stays below."""
 
 
 def task_rng(seed: int, split: Split, index: int) -> np.random.Generator:

@@ -107,7 +107,7 @@ def _check_axes(support_name: str, query_name: str, shapes: Mapping[str, Shape |
 def _is_stacked(
     support_x: Shape | None, support_y: Shape | None, query_x: Shape | None, query_y: Shape | None
 ) -> bool:
-    """Whether these may be shapes of a stacked task, with its examples along the second axis."""
+    """True if these may be shapes of a stacked task, with its examples along the second axis."""
     known = [shape for shape in (support_x, support_y, query_x, query_y) if shape]
     pairs = [(x, y) for x, y in ((support_x, support_y), (query_x, query_y)) if x and y]
     return all(len(shape) > 1 and _same(shape[0], known[0][0]) for shape in known) and all(
@@ -116,7 +116,7 @@ def _is_stacked(
 
 
 def _same(a: int | None, b: int | None) -> bool:
-    """Whether axes have the same length, as far as that is known. TensorFlow may not know it."""
+    """True if axes have the same length, as far as that is known. TensorFlow may not know it."""
     return a is None or b is None or a == b
 
 

@@ -21,7 +21,7 @@ from metaframe.testing.subject import Gradient, Subject, distance
 
 SAME = 1e-9
 SECONDS = 10.0
-"""How long to go on looking for the leaf that is cut off."""
+"""The seconds to go on looking for the leaf that is cut off."""
 STEP = 1e-5
 PLACES = ("new value", "variable", "inner gradient")
 """The largest cut first: what is cut off already is not changed by a smaller one."""

@@ -1,4 +1,4 @@
-"""Whether a cost looks at the data it is given, or at those of an earlier call."""
+"""True if a cost looks at the data it is given, or at those of an earlier call."""
 
 from __future__ import annotations
 

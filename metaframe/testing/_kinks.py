@@ -65,7 +65,7 @@ def _right_nearby(subject: Subject, names: set[str], cost_at: CostAt) -> set[str
 
 
 def _has_kink(subject: Subject, cost_at: CostAt) -> bool:
-    """Whether the slopes to both sides differ along one of a few directions."""
+    """True if the slopes to both sides differ along one of a few directions."""
     rng = np.random.default_rng(3)
     start = subject.numbers(subject.variables)
     here = cost_at(start)

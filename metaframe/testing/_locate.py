@@ -1,4 +1,4 @@
-"""Where a value that is not finite comes from."""
+"""The origin of a value that is not finite."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ from metaframe.testing.subject import Adaptation, Gradient, Step, Subject
 SLOW = 3.0
 """Seconds of processor time for the forward pass of a task, from which a gradient is compiled."""
 FEWEST = 2
-"""How many tasks the compiled gradient is of; other ways of running are compared on as many."""
+"""The number of tasks of the compiled gradient; other ways of running are compared on as many."""
 SAME = 1e-12
 """Relative: how far two ways of computing one cost in float64 may differ."""
 
 
 def way(subject: Subject) -> Strategy:
-    """How the tasks of a compiled gradient run."""
+    """The task map of a compiled gradient."""
     return strategy("auto", tree.leaves(subject.variables))
 
 

@@ -1,4 +1,4 @@
-"""What the gradient doctor says about what it found."""
+"""The texts of the gradient doctor about what it found."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def random() -> Finding:
 
 
 def why(c: Component) -> str:
-    """Why differences say nothing."""
+    """The reason for which differences say nothing."""
     if c.slope.error <= NEAR * c.slope.rounding:
         return "its gradient is so small that the rounding of the cost covers it"
     return "the cost is not smooth at this point"

@@ -20,7 +20,7 @@ from metaframe.testing.differences import components
 from metaframe.testing.subject import ONE_STEP, Adaptation, Step, Subject, Values
 
 PRECISION = {"float64": 1e-12, "float32": 2e-6}
-"""How far backends may differ, relative to the largest value of an array."""
+"""The largest difference between backends, relative to the largest value of an array."""
 
 NOTHING = "nothing: not smooth, not repeatable or of fewer digits than float64"
 

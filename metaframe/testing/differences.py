@@ -39,7 +39,7 @@ class Slope(NamedTuple):
     value: float
     error: float
     rounding: float
-    """What rounding the argument and the cost to float64 does to the value."""
+    """The error of the value from rounding the argument and the cost to float64."""
     falling: bool
     """Did the error fall with h as that of a smooth function does?"""
     noisy: bool
@@ -59,27 +59,27 @@ class Component(NamedTuple):
 
     @property
     def size(self) -> float:
-        """How large the leaf's gradient is, whichever of the two is right."""
+        """The size of the leaf's gradient, whichever of the two is right."""
         return max(self.norm, abs(self.slope.value))
 
     @property
     def apart(self) -> float:
-        """How far the claim is from the differences."""
+        """The distance of the claim from the differences."""
         return abs(self.slope.value - self.claimed)
 
     @property
     def stationary(self) -> bool:
-        """Whether the slope and the claim are 0, as far as float64 can tell."""
+        """True if the slope and the claim are 0, as far as float64 can tell."""
         return max(self.slope.error, self.size) <= NEAR * self.slope.rounding
 
     @property
     def lossy(self) -> bool:
-        """Whether the cost has too few digits for small faults to be seen."""
+        """True if the cost has too few digits for small faults to be seen."""
         return self.slope.noisy and self.slope.error > PRECISE * self.size
 
     @property
     def known(self) -> bool:
-        """Whether the cost is smooth and repeatable enough for differences to say anything."""
+        """True if the cost is smooth and repeatable enough for differences to say anything."""
         error, rounding = self.slope.error, self.slope.rounding
         if self.stationary:
             return True
@@ -92,7 +92,7 @@ class Component(NamedTuple):
         return error <= allowed * self.size
 
     def agrees(self, rtol: float) -> bool:
-        """Whether the claim is within `rtol` of the leaf's norm, and the differences' own error."""
+        """True if the claim is within `rtol` of the leaf's norm, and the differences' own error."""
         allowed = rtol * self.size + 10 * max(self.slope.error, self.slope.rounding)
         return bool(self.apart <= allowed)
 
@@ -137,7 +137,7 @@ def _slope(here: float, values: Values, at: float) -> Slope:
 
 
 def _best(estimates: Values, rounding: Values) -> tuple[int, float]:
-    """Which estimate to take, and its error: how far the one before is from it.
+    """The estimate to take, and its error: the distance of the one before.
 
     Two from small steps may be near each other by chance. So the noise that smaller steps show
     counts too, for its size at this one, and a larger step is taken if it is hardly worse.
@@ -151,7 +151,7 @@ def _best(estimates: Values, rounding: Values) -> tuple[int, float]:
 
 
 def _noise(here: float, values: Values) -> float:
-    """How much the cost varies from one value to the next, however near they are.
+    """The variation of the cost from one value to the next, however near they are.
 
     From one h to the next, a fifth of it, fourth differences of a smooth function fall to a 625th,
     those next to a kink to a fifth, and those of noise stay.

@@ -44,7 +44,7 @@ from metaframe.testing.watch import Watch
 Execution = Literal["vmap", "scan", "compiled"]
 EXECUTIONS: tuple[Execution, ...] = ("vmap", "scan", "compiled")
 FEW = 4
-"""How many tasks are examined one by one; all of them by vmap or scan."""
+"""The number of tasks that are examined one by one; all of them by vmap or scan."""
 AGREE = 1e-9
 """Relative: how far two ways of computing one gradient in float64 may differ."""
 
@@ -177,7 +177,7 @@ class _Examination:
         return not self._seeded
 
     def _repeatable(self, again: Gradient, *, changed: bool) -> bool:
-        """Whether two calls give one result, if need be with every random stream set back."""
+        """True if two calls give one result, if need be with every random stream set back."""
         if _near(self._first, again):
             self._passed.append("two calls give the same cost and gradient")
             return True

@@ -317,7 +317,7 @@ def double(structure: tree.Tree, backend: Backend) -> tree.Tree:
 
 
 def distance(one: Gradient, other: Gradient) -> float:
-    """How far two results are apart, relative: the larger of the gradients' and the costs'."""
+    """The relative distance of two results: the larger of the gradients' and the costs'."""
     pairs = list(zip(one.arrays, other.arrays, strict=True))
     apart = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))
     norm = np.sqrt(max(sum(np.sum(g**2) for g in pair) for pair in (one.arrays, other.arrays)))

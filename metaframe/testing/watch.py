@@ -1,4 +1,4 @@
-"""Which arrays a function can reach, and whether calling it changed them.
+"""The arrays that a function can reach, and a look at those that a call has changed.
 
 A pure function changes nothing. What it could change is in its arguments, in the variables it
 closes over, in its defaults, in the globals it names, and in the attributes of the objects found
@@ -17,7 +17,7 @@ import numpy as np
 from metaframe.backend.registry import owner
 
 DEPTH = 10
-"""How many attributes and items deep to look."""
+"""The depth, in attributes and items, to which to look."""
 
 Found = Iterator[tuple[str, object]]
 

@@ -112,7 +112,7 @@ def _content(data: bytes) -> bytes:
 
 
 def _digest_at(data: bytes) -> int | None:
-    """Where the digest is. Inside a JSON string a quote is escaped, so the mark is unique."""
+    """The place of the digest. A JSON string escapes quotes, so the mark before it is unique."""
     end = 8 + int.from_bytes(data[:8], "little")
     at = data.find(_MARK, 8, end)
     return None if at < 0 or at + len(_MARK) + _DIGEST > len(data) else at + len(_MARK)

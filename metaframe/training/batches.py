@@ -40,7 +40,7 @@ def sample_batch(sampler: TaskSampler, count: int, share: Sequence[int] | None =
 
 
 def is_restorable(sampler: object) -> bool:
-    """Whether the sampler can say where it is and go back there."""
+    """True if the sampler can say where it is and go back there."""
     return hasattr(sampler, "state") and hasattr(sampler, "restore")
 
 

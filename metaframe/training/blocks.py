@@ -28,7 +28,7 @@ STEPS_AT_MOST = 32
 BYTES_AT_MOST = 2**25
 """Of the tasks of a block."""
 SECONDS = 0.1
-"""How long a block may take: so long Ctrl-C and a progress bar wait."""
+"""The longest time of a block, in seconds: so long Ctrl-C and a progress bar wait."""
 WORTH_A_LOOP = 4 * STEPS_AT_MOST
 """Iterations from which on a program of several steps is made, unless the user says otherwise."""
 
@@ -58,7 +58,7 @@ class Validation(NamedTuple):
 
 
 class Blocks:
-    """How long blocks are, and their tasks.
+    """The length of blocks, and their tasks.
 
     Args:
         trainer: whose steps they are.
@@ -147,7 +147,7 @@ class Rows:
         return self.left > 0 and sampler.state() == self.position(self.taken)
 
     def position(self, taken: int) -> dict[str, Any]:
-        """Where the sampler is after so many of the batches."""
+        """The sampler's position after so many of the batches."""
         return {**self._state, "position": int(self._state["position"]) + taken * self._size}
 
 
@@ -209,7 +209,7 @@ class Block:
         return (found, None) if bad is None else (found[:bad], found[bad])
 
     def position(self, steps: int) -> dict[str, Any]:
-        """Where the sampler is after so many of the steps."""
+        """The sampler's position after so many of the steps."""
         return self._rows.position(self._first + steps)
 
     def settle(self, taken: int) -> None:

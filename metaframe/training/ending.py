@@ -30,7 +30,7 @@ def ends_alone(run: Run, interrupt: Interrupt, *, evaluated: bool) -> bool:
 
 
 class Ending:
-    """Whether a run ends now, as all processes that share it decide."""
+    """True if a run ends now, as all processes that share it decide."""
 
     def __init__(self, maml: MetaLearner) -> None:
         backend = maml.backend

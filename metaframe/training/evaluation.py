@@ -347,7 +347,7 @@ def _chunks(tasks: Any, num_tasks: int) -> Iterator[tuple[Task, int]]:
 
 
 def source(tasks: Any, num_tasks: int = 600) -> tuple[Callable[[list[int]], Task], int]:
-    """How to get the tasks with given numbers as one batch, and how many there are.
+    """A function from numbers to their tasks as one batch, and the count of all tasks.
 
     Raises:
         InputError, InputTypeError: `tasks` is nothing that `evaluate` takes.

@@ -52,7 +52,7 @@ def check_finite(report: StepReport, step: int, blame: Blame) -> None:
 
 
 def remedy(maml: MetaLearner, batch: Task, task: int) -> str:
-    """What to do about a loss of this task that is not finite, by what its data show."""
+    """Advice about a loss of this task that is not finite, by what its data show."""
     backend = maml.backend
     one = tree.map(lambda x: x[task], as_batch(batch, maml.meta_parameters(), backend))
     for field in ("support_x", "support_y", "query_x", "query_y"):
@@ -88,7 +88,7 @@ def _labels_out_of_range(maml: MetaLearner, task: Task, part: str) -> str:
 
 
 def task_to_blame(maml: MetaLearner, loss_fn: LossFn, batch: Task) -> int | None:
-    """Which task's gradient it is; computed again, since a step only has the mean."""
+    """The task whose gradient it is; computed again, since a step only has the mean."""
     backend = maml.backend
     stacked = as_batch(batch, maml.meta_parameters(), backend)
     for i in range(len(tree.leaves(stacked)[0])):

@@ -20,7 +20,7 @@ class Terminated(SystemExit):
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed, or the process told to end."""
+    """True if Ctrl-C was pressed, or the process told to end."""
 
     def __init__(self) -> None:
         self.held = False

@@ -15,7 +15,7 @@ SMOOTHING = 0.95
 DRAW_S = 0.1
 """Seconds from one look of the bar to the next."""
 LINES = 20
-"""How many lines a whole run prints where there is no terminal."""
+"""The number of lines that a whole run prints without a terminal."""
 
 
 class ProgressBar(Callback):

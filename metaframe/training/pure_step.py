@@ -29,7 +29,7 @@ from metaframe.training.report import Gradient, Outcome, StepReport, on_host, re
 
 
 class At(NamedTuple):
-    """Where training is: all that an outer step changes."""
+    """The state of training: all that an outer step changes."""
 
     params: Params
     optimizer: Any
@@ -123,7 +123,7 @@ class PureStep:
         return Outcome(found.on_host(backend).report(), lambda: self.assign(after))
 
     def at(self) -> At:
-        """Where training is."""
+        """The state of training."""
         return At(self._maml.meta_arrays(), self._state)
 
     def assign(self, at: At) -> None:

@@ -13,7 +13,7 @@ from metaframe.errors import InputError
 from metaframe.learners.programs import MetaGradient
 
 Gradient = Callable[[int | None], MetaGradient]
-"""What the learner offers now; the training loop may change it, by a schedule or a flag.
+"""The meta-gradient as the learner computes it now; a schedule or a flag may change it.
 
 Its argument: how many tasks there are in all, where a batch holds this process's share of them.
 """

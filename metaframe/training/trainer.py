@@ -33,7 +33,7 @@ from metaframe.training.report import StepReport, on_host
 from metaframe.training.step import OuterStep, Schedule, StepSettings, outer_step
 
 STATISTICS_DECAY = 0.9
-"""What running statistics keep in a step, with norm="per-step"; torch's momentum of 0.1."""
+"""The part that running statistics keep in a step with norm="per-step"; torch's momentum of 0.1."""
 
 
 class MetaTrainer:

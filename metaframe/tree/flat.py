@@ -66,7 +66,7 @@ class Packed:
         self.arrays: Leaves = tuple(arrays)
         """The leaves that are arrays."""
         self.places: tuple[int, ...] = tuple(places)
-        """Where among the leaves the arrays are."""
+        """The places of the arrays among the leaves."""
         self._aside = aside
 
     @property
@@ -120,7 +120,7 @@ class Returned:
         self._is_array = is_array
         self._structure = Packed((), is_array)
         self.known = False
-        """Whether the function has run."""
+        """True if the function has run."""
 
     def flatten(self, tree: Tree) -> Leaves:
         """The leaves, after noting the structure."""

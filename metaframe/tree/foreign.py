@@ -44,7 +44,7 @@ def adapt_imported_libraries() -> None:
 
 
 class Node(NamedTuple):
-    """How a framework takes an instance of a class apart, and puts it together again."""
+    """The two functions of a framework that take an instance of a class apart and rebuild it."""
 
     flatten: Callable[[Any], tuple[Sequence[Any], Any, tuple[str, ...]]]
     """`node -> (children, metadata, names of the children)`."""
@@ -127,7 +127,7 @@ def register_wrapper(
 
 
 def is_wrapper(x: object) -> bool:
-    """Whether `x` is of a registered class."""
+    """True if `x` is of a registered class."""
     return type(x) in _wrappers
 
 

@@ -154,7 +154,7 @@ def structure(tree: Tree) -> TreeSpec:
 
 
 def is_leaf(node: Tree) -> bool:
-    """Whether it is a leaf or an array in another library's wrapper, and no structure.
+    """True if it is a leaf or an array in another library's wrapper, and no structure.
 
     >>> is_leaf(1.0), is_leaf({"w": 1.0}), is_leaf(None)
     (True, False, False)
@@ -419,7 +419,7 @@ def node_types(*specs: TreeSpec) -> Iterator[type]:
 
 
 def keyed_by_names(spec: TreeSpec) -> bool:
-    """Whether the keys of all mappings are strings. Structures with the keys 1 and True are equal.
+    """True if the keys of all mappings are strings. Structures with the keys 1 and True are equal.
 
     >>> keyed_by_names(structure({"a": [0, 0]})), keyed_by_names(structure({1: 0}))
     (True, False)

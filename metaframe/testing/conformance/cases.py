@@ -21,7 +21,7 @@ from metaframe.testing.conformance.clause import Bench, Chapter, Values, close, 
 VALUE = {"float64": 5e-13, "float32": 1e-6}
 """Half of what two backends may differ by."""
 DERIVATIVE = {"float64": 2e-8, "float32": 2e-5}
-"""What differences of differences in float64 can tell, and what float32 can."""
+"""The accuracy of differences of differences in float64, and in float32."""
 STEP = 1e-3
 
 

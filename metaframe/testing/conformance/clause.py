@@ -27,7 +27,7 @@ class Bench:
 
     @property
     def exact(self) -> float:
-        """How far rounding may take a result from a closed form, as a part of its norm."""
+        """The largest error of rounding against a closed form, as a part of its norm."""
         return 1e-12 if self.dtype == "float64" else 2e-6
 
     def arr(self, structure: Any, dtype: str | None = None) -> Any:

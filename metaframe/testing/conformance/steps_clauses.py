@@ -150,7 +150,7 @@ for _mode in MODES:
 # -- the three steps ---------------------------------------------------------------------------
 
 LAYOUTS = {"batched": True, "loop": False, "vmap": "vmap", "scan": "scan"}
-"""What `batched=` is called in the clauses."""
+"""The names of `batched=` in the clauses."""
 POINTS = [(0, False), (1, True), (3, False)]
 """Inner steps, and whether to average over them."""
 MORE_POINTS = [(0, True), (1, False), (2, False), (2, True), (3, True)]

@@ -26,11 +26,11 @@ class ConformanceSuite:
     backend: ClassVar[str]
     """The name of the backend."""
     patterns: ClassVar[tuple[str, ...]] = ("*",)
-    """Which clauses, such as ("ops/*", "nn/*")."""
+    """The clauses to run, such as ("ops/*", "nn/*")."""
 
     @classmethod
     def is_slow(cls, clause: Clause) -> bool:
-        """Whether a clause gets the marker `slow`; none does unless a subclass says so.
+        """True if a clause gets the marker `slow`; none does unless a subclass says so.
 
         Args:
             clause: the clause.
