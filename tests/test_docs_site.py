@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -145,3 +146,27 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert 'id="metaframe.maml_step"' in core
     assert "&gt;&gt;&gt;" in core
     assert "<blockquote>" not in core
+
+
+def messages() -> str:
+    """Every text in the sources that is no docstring, without what is filled in."""
+    found = []
+    for path in (*(ROOT / "metaframe").rglob("*.py"), *(ROOT / "backends").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                texts = (part.value for part in node.values if isinstance(part, ast.Constant))
+                found.append("".join(map(str, texts)))
+            elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+                found.append(str(node.value))
+    return "\n".join(found)
+
+
+def test_the_messages_of_the_troubleshooting_page_exist() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    told = re.findall(r"^\| `(.*?)`", page[page.index("## By message") :], re.MULTILINE)
+    known = messages()
+    parts = {part.strip() for message in told for part in message.split("...") if part.strip()}
+    assert len(told) > 10
+    assert [part for part in parts if part not in known] == []
